@@ -1,0 +1,221 @@
+"""The perturbations: FGSM, ZeroGrad, MultiGrad and PGD.
+
+Everything is in pixel space: images x in [0, 1] of shape (B, C, H, W), labels y of shape (B,), epsilon and alpha in
+the same unit (8/255, not 8), and a `model` (an nn.Module) that takes images in [0, 1] to logits (B, classes). Each
+attack returns a perturbation delta, shaped like x, with abs(delta) <= epsilon (for l_2: its norm) and
+0 <= x + delta <= 1, detached. It leaves the model's parameters, their `.grad` and the model's mode as it found them;
+in train mode its forward passes move BatchNorm's running statistics, as in the published method.
+
+Sources: FGSM, Goodfellow et al. (arXiv 1412.6572); its random start, Wong et al. (arXiv 2001.03994); ZeroGrad and
+MultiGrad, Golgooni et al. (arXiv 2103.15476); PGD, Madry et al. (arXiv 1706.06083).
+"""
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import UsageError, number
+
+# A power of two changes no bit of a gradient but keeps those of float16 networks from vanishing.
+LOSS_SCALE = 1024.0
+
+
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, init: str = "random") -> Tensor:
+    """One step of alpha along the gradient's sign, from zero or (FGSM-RS) from a uniform start."""
+    delta = start(x, epsilon, init)
+    grad, _ = input_gradient(model, x, y, delta)
+    return box(delta + alpha * grad.sign(), x, epsilon)
+
+
+def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, q: float, steps: int = 1,
+             init: str = "random") -> Tensor:
+    """FGSM without the smallest entries of each image's gradient (arXiv 2103.15476, ZeroGrad).
+
+    A fraction `q` of an image's entries stay where they started; see `quantile_mask`. More `steps` go on from delta.
+    """
+    delta = start(x, epsilon, init)
+    for _ in range(steps):
+        grad, _ = input_gradient(model, x, y, delta)
+        delta = box(delta + alpha * quantile_mask(grad, q).sign(), x, epsilon)
+    return delta
+
+
+def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, samples: int = 3,
+              threshold: int | None = None, parallel: bool = False) -> Tensor:
+    """One step from zero where the gradient signs at `samples` uniform starts agree (arXiv 2103.15476, MultiGrad).
+
+    `threshold` of the samples must agree, all of them if None; see `sign_consensus`. `parallel` computes the samples
+    as one batch of samples * B, over which BatchNorm then normalizes, instead of one after another.
+    """
+    if samples < 1:
+        raise ValueError(f"samples must be 1 or more, not {samples}")
+    if parallel:
+        xs, ys = torch.cat([x] * samples), torch.cat([y] * samples)
+        grads = input_gradient(model, xs, ys, start(xs, epsilon))[0].unflatten(0, (samples, len(x)))
+    else:
+        grads = torch.stack([input_gradient(model, x, y, start(x, epsilon))[0] for _ in range(samples)])
+    return box(alpha * sign_consensus(grads, samples if threshold is None else threshold), x, epsilon)
+
+
+def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, steps: int, restarts: int = 1,
+        norm: str = "l_inf", early_stop: bool = False) -> Tensor:
+    """`steps` projected steps from each of `restarts` random starts; per image, the delta of the highest loss.
+
+    `norm` is "l_inf" or "l_2". With `early_stop` an image that is already misclassified moves no further.
+    """
+    best_delta, best_loss = torch.zeros_like(x), x.new_full((len(x),), -math.inf)
+    for _ in range(restarts):
+        delta = start(x, epsilon, norm=norm)
+        for _ in range(steps):
+            grad, logits = input_gradient(model, x, y, delta)
+            moved = pgd_step(delta, grad, x, epsilon, alpha, norm)
+            if early_stop:
+                right = logits.argmax(dim=1) == y
+                if not right.any():
+                    break
+                moved = torch.where(_per_image(right), moved, delta)
+            delta = moved
+        if restarts == 1:
+            return delta
+        with torch.no_grad():
+            loss = F.cross_entropy(model(x + delta), y, reduction="none").to(x.dtype)
+        higher = loss >= best_loss
+        best_delta = torch.where(_per_image(higher), delta, best_delta)
+        best_loss = torch.where(higher, loss, best_loss)
+    return best_delta
+
+
+def pgd_step(delta: Tensor, grad: Tensor, x: Tensor, epsilon: float, alpha: float, norm: str = "l_inf") -> Tensor:
+    """`delta` after one step of PGD, projected to the ball and the box."""
+    step = grad.sign() if norm == "l_inf" else grad / (_per_image(grad.flatten(1).norm(dim=1)) + 1e-10)
+    return box(delta + alpha * step, x, epsilon, norm)
+
+
+def quantile_mask(grad: Tensor, q: float) -> Tensor:
+    """`grad` (B, C, H, W) with every entry 0 whose magnitude is strictly below its image's q-quantile.
+
+    The quantile interpolates linearly between two neighbours in order of magnitude, so exactly the entries below the
+    upper one are below it: to select that one is enough, and no sort is needed. Raises ValueError unless 0 <= q <= 1.
+    """
+    if not 0 <= q <= 1:
+        raise ValueError(f"q must be from 0 to 1, not {q}")
+    magnitude = grad.abs().flatten(1)
+    rank = math.ceil(q * (magnitude.shape[1] - 1) - 1e-9)  # less a rounding error, where q(n - 1) is whole
+    smallest_kept = magnitude.kthvalue(rank + 1, dim=1).values
+    return grad.masked_fill(grad.abs() < _per_image(smallest_kept), 0)
+
+
+def sign_consensus(grads: Tensor, threshold: int) -> Tensor:
+    """The sign on which at least `threshold` of the n gradients (n, B, C, H, W) agree, else 0: (B, C, H, W).
+
+    Raises ValueError unless 1 <= threshold <= n.
+    """
+    n = len(grads)
+    if not 1 <= threshold <= n:
+        raise ValueError(f"threshold must be from 1 to the {n} samples, not {threshold}")
+    s = grads.sign().sum(dim=0)
+    return s.masked_fill(s.abs() < threshold - (n - threshold), 0).sign()
+
+
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the mean cross-entropy at x + delta with respect to delta alone, and the logits there."""
+    delta = delta.detach().requires_grad_()
+    with frozen(model), torch.enable_grad():
+        logits = model(x + delta)
+        loss = F.cross_entropy(logits, y)
+        grad, = torch.autograd.grad(loss * LOSS_SCALE, delta)
+    return grad / LOSS_SCALE, logits.detach()
+
+
+def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") -> Tensor:
+    """Where an attack begins: "zero", or "random" in the ball of `norm`, clipped to the box."""
+    if init == "zero":
+        return torch.zeros_like(x)
+    if init != "random" or norm not in ("l_inf", "l_2"):
+        raise ValueError(f"init must be zero or random, norm l_inf or l_2, not {init!r}, {norm!r}")
+    if norm == "l_inf":
+        delta = torch.empty_like(x).uniform_(-epsilon, epsilon)
+    else:
+        delta = torch.randn_like(x)
+        radius = epsilon * torch.rand(len(x), dtype=x.dtype, device=x.device)
+        delta *= _per_image(radius / delta.flatten(1).norm(dim=1))
+    return delta.clamp(-x, 1 - x)
+
+
+def box(delta: Tensor, x: Tensor, epsilon: float, norm: str = "l_inf") -> Tensor:
+    """`delta` brought into the ball of radius epsilon, then into [-x, 1-x]."""
+    if norm == "l_inf":
+        delta = delta.clamp(-epsilon, epsilon)
+    else:
+        delta = delta * _per_image(epsilon / delta.flatten(1).norm(dim=1).clamp(min=max(epsilon, 1e-30)))
+    return delta.clamp(-x, 1 - x)
+
+
+@contextlib.contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """The model's parameters need no gradient in here, so that none is computed and less is kept for it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for p in parameters:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in parameters:
+            p.requires_grad_(True)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)
+
+
+class Flag(NamedTuple):
+    """A command-line flag and the attack's keyword it feeds; `convert(value, args)` brings it to the attack's unit."""
+
+    name: str
+    keyword: str
+    options: dict[str, Any]
+    convert: Callable[[Any, Any], Any] = lambda value, args: value
+
+
+def _threshold(value: int, args) -> int:
+    if value == -1:
+        return args.multi_samps
+    if value > args.multi_samps:
+        raise UsageError(f"--multi-th must be from 1 to --multi-samps ({args.multi_samps}), or -1, not {value}")
+    return value
+
+
+ALPHA = Flag("--fgsm-alpha", "alpha", dict(type=number(float, 0), default=2.0, help="step of the single-step attacks, "
+             "in epsilons"), lambda value, args: value * args.epsilon / 255)
+INIT = Flag("--fgsm-init", "init", dict(choices=("zero", "random"), default="random", help="start of fgsm and zerograd"))
+
+# The attacks to train on. A new one needs its function above and its line here; the command line follows from it.
+ATTACKS: dict[str, tuple[Callable[..., Tensor], tuple[Flag, ...]]] = {
+    "multigrad": (multigrad, (
+        ALPHA,
+        Flag("--multi-samps", "samples", dict(type=number(int, 1), default=3, help="MultiGrad's random starts")),
+        Flag("--multi-th", "threshold", dict(type=number(int, 1, also=(-1,)), default=-1, help="how many of them must "
+             "agree on a sign; -1: all"), _threshold),
+        Flag("--multi-parallel", "parallel", dict(action="store_true", help="all starts as one batch")))),
+    "zerograd": (zerograd, (
+        ALPHA, INIT,
+        Flag("--zero-qval", "q", dict(type=number(float, 0, 1), help="fraction of the gradient that ZeroGrad zeroes")),
+        Flag("--zero-iters", "steps", dict(type=number(int, 1), default=1, help="ZeroGrad's steps")))),
+    "fgsm": (fgsm, (ALPHA, INIT)),
+    "pgd": (pgd, (
+        Flag("--pgd-alpha", "alpha", dict(type=number(float, 0), default=2.0, help="PGD's step in 1/255, in training "
+             "and in evaluation"), lambda value, args: value / 255),
+        Flag("--pgd-iters", "steps", dict(type=number(int, 1), default=10, help="PGD's steps in training")))),
+}
+
+
+def from_args(args) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """The training attack that the command line asks for, as a function of (model, x, y)."""
+    attack, flags = ATTACKS[args.attack]
+    values = {f.keyword: f.convert(getattr(args, f.name[2:].replace("-", "_")), args) for f in flags}
+    return functools.partial(attack, epsilon=args.epsilon / 255, **values)

@@ -1,0 +1,61 @@
+"""One process or many: the little that the scripts need of torch.distributed. Alone, every call does nothing."""
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's `rank` among `size` processes, of which those with one `local_rank` share a machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def join(cls, cuda: bool) -> "World":
+        """The world that `torchrun` announces in the environment, joined; else this process alone."""
+        size = int(os.environ.get("WORLD_SIZE", 1))
+        if size == 1:
+            return cls()
+        dist.init_process_group("nccl" if cuda else "gloo")
+        return cls(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+
+    def leave(self) -> None:
+        if self.size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the processes; the argument stays as it is."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def smallest(self, values: Tensor) -> Tensor:
+        """Likewise the smallest."""
+        return self._reduced(values, dist.ReduceOp.MIN)
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether `flag` is set in any process."""
+        return bool(self._reduced(torch.tensor(float(flag), device=device), dist.ReduceOp.MAX))
+
+    def _reduced(self, values: Tensor, operation) -> Tensor:
+        values = values.clone()
+        if self.size > 1:
+            dist.all_reduce(values, operation)
+        return values
+
+    def wait(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give every process the first one's buffers: BatchNorm's running statistics differ from shard to shard."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)

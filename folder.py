@@ -1,0 +1,278 @@
+"""The files of a run, all in one folder: logs, checkpoints, and what a run that goes on needs of them.
+
+    output.log, eval.log      tab-separated, a header, a line an epoch, and a line for the closing attack
+    metrics.jsonl, final.json the same and more, by name: one JSON object an epoch; the closing attack
+    args.json                 the arguments, versions, hardware and commit of the latest start
+    model_E.pth, opt_E.pth    the state dict of the network after epoch E; the optimizer's, and how far the run was
+    model_best.pth            the state dict of the best network so far
+    state.pth                 the newest complete state, from which --resume auto goes on
+
+Checkpoints hold tensors and plain values alone and are read with weights_only=True. Every file is written whole or not
+at all, and what an earlier run left is set aside, never overwritten.
+"""
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engine import Progress
+from precision import Precision
+from utils import UsageError, whole_file
+
+# Flags that may differ between a run and its continuation, since what is trained does not depend on them.
+FREE = {"data_dir", "fname", "resume", "eval", "allow_changes", "device", "compile", "chkpt_iters", "chkpt_steps",
+        "final_iters", "final_restarts", "final_samples", "deterministic"}
+
+TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
+          "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")
+
+
+class RunFolder:
+    """The folder at `path`; `validated` says whether its logs have a column for the validation accuracy."""
+
+    def __init__(self, path: str, evaluation: bool = False, validated: bool = False):
+        self.path = Path(path)
+        self.log = self.path / ("eval.log" if evaluation else "output.log")
+        self.titles = [title for title in TITLES if validated or title != "Val Robust Acc"]
+
+    def require_writable(self) -> None:
+        """Raise UsageError where no such folder could be written to; writes nothing itself."""
+        there = self.path
+        while not there.exists() and there != there.parent:
+            there = there.parent
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UsageError(f"--fname {self.path} cannot be written: it must be a folder, or a place for a new one")
+
+    def make(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--fname {self.path} cannot be written ({error.strerror})") from None
+
+    # Logs
+
+    def add_line(self, line: str) -> None:
+        """Append a line to the log, under the header if it is the first one."""
+        kept = self.log.read_text() if self.log.exists() else "\t".join(self.titles) + "\n"
+        self._write_text(self.log, kept + line + "\n")
+
+    def add_epoch(self, metrics: dict[str, Any]) -> str:
+        """Log one epoch's metrics, which go by the titles in lower case; returns the line."""
+        line = "\t".join(_cell(title, metrics[name_of(title)]) for title in self.titles)
+        self.add_line(line)
+        if self.log.name == "output.log":
+            kept = self._metrics.read_text() if self._metrics.exists() else ""
+            self._write_text(self._metrics, kept + json.dumps(metrics) + "\n")
+        return line
+
+    def write_json(self, name: str, record: dict[str, Any]) -> None:
+        self._write_text(self.path / name, json.dumps(record, indent=1) + "\n")
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    @property
+    def _metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @staticmethod
+    def _write_text(path: Path, text: str) -> None:
+        with whole_file(path) as file:
+            file.write(text.encode())
+
+    # Checkpoints
+
+    def model_file(self, epoch: int | str) -> Path:
+        return self.path / f"model_{epoch}.pth"
+
+    def optimizer_file(self, epoch: int) -> Path:
+        return self.path / f"opt_{epoch}.pth"
+
+    @property
+    def state_file(self) -> Path:
+        return self.path / "state.pth"
+
+    def save_model(self, epoch: int | str, model: nn.Module) -> None:
+        self._save(self.model_file(epoch), model.state_dict())
+
+    def save_optimizer(self, epoch: int, optimizer, precision: Precision, progress: Progress, args) -> None:
+        self._save(self.optimizer_file(epoch), _training_state(optimizer, precision, progress, args))
+
+    def save_state(self, model: nn.Module, optimizer, precision: Precision, progress: Progress, args) -> None:
+        self._save(self.state_file, {"model": model.state_dict(),
+                                     "opt": _training_state(optimizer, precision, progress, args)})
+
+    @staticmethod
+    def _save(path: Path, content: dict) -> None:
+        with whole_file(path) as file:
+            torch.save(content, file)
+
+    def find(self, resume: int | str) -> tuple[dict, dict, int | None, str] | None:
+        """The checkpoint that `resume` (an epoch above 0, or "auto") asks for; None where auto finds no run.
+
+        Returns the network's state dict, the optimizer's, the next epoch as the files' names tell it, and the name of
+        the files for messages. Raises UsageError where they are missing or cannot be read.
+        """
+        if resume != "auto":
+            return self._pair(resume - 1)
+        epochs = sorted((int(match[1]) for name in self._names() if (match := re.fullmatch(r"opt_(\d+)\.pth", name))
+                         and self.model_file(match[1]).exists()), reverse=True)
+        fault = None
+        if self.state_file.exists():
+            try:
+                state = read_checkpoint(self.state_file)
+                if not all(isinstance(state.get(part), dict) for part in ("model", "opt")):
+                    raise UsageError(f"--resume: {self.state_file} holds no training state")
+                return state["model"], state["opt"], None, str(self.state_file)
+            except UsageError as error:
+                fault = error
+        for epoch in epochs:
+            try:
+                return self._pair(epoch)
+            except UsageError as error:
+                fault = fault or error
+        if fault:
+            raise fault
+        return None
+
+    def _pair(self, epoch: int) -> tuple[dict, dict, int, str]:
+        model, optimizer = self.model_file(epoch), self.optimizer_file(epoch)
+        return read_checkpoint(model), read_checkpoint(optimizer), epoch + 1, f"{model} and {optimizer.name}"
+
+    # Earlier runs
+
+    def set_aside(self) -> Path | None:
+        """Move every file of an earlier run into a new folder beside them; returns it, None if there was nothing."""
+        return self._move_aside([name for name in self._names() if re.fullmatch(
+            r"(output|eval)\.log|metrics\.jsonl|(args|final)\.json|state\.pth|(model|opt)_(\d+|best)\.pth", name)])
+
+    def rewind(self, epoch: int, keep_files: bool) -> Path | None:
+        """Make the logs end before `epoch`, as a run has to that goes on there.
+
+        With `keep_files` (the state of the run itself goes on) the lines are about to be written again as they were.
+        Without, what later epochs left is first set aside, or for the logs copied; returns where.
+        """
+        aside = None
+        if not keep_files:
+            later = [name for name in self._names() if (match := re.fullmatch(r"(?:model|opt)_(\d+)\.pth", name))
+                     and int(match[1]) >= epoch]
+            later += [name for name in ("state.pth", "final.json") if (self.path / name).exists()]
+            aside = self._move_aside(later)
+            for log in (self.path / "output.log", self._metrics):
+                if aside and log.exists():
+                    shutil.copy2(log, aside)
+        if self.log.exists():
+            header, *lines = self.log.read_text().splitlines()
+            kept = [line for line in lines if line.startswith("#") or _epoch_of(line) < epoch]
+            self._write_text(self.log, "".join(line + "\n" for line in [header, *kept]))
+        if self._metrics.exists():
+            lines = self._metrics.read_text().splitlines()
+            self._write_text(self._metrics, "".join(line + "\n" for line in lines if json.loads(line)["epoch"] < epoch))
+        return aside
+
+    def _names(self) -> list[str]:
+        return sorted(os.listdir(self.path)) if self.path.is_dir() else []
+
+    def _move_aside(self, names: list[str]) -> Path | None:
+        if not names:
+            return None
+        number = 1
+        while (aside := self.path / f"earlier_{number}").exists():
+            number += 1
+        aside.mkdir()
+        for name in names:
+            os.rename(self.path / name, aside / name)
+        return aside
+
+
+def name_of(title: str) -> str:
+    """The name by which metrics.jsonl holds what a log's column of this title shows."""
+    return title.lower().replace(" ", "_")
+
+
+def _cell(title: str, value) -> str:
+    if title == "Epoch":
+        return str(value)
+    if value is None:
+        return "nan"
+    return f"{value:.1f}" if title.endswith("Time") else f"{value:.6f}" if title == "LR" else f"{value:.4f}"
+
+
+def _epoch_of(line: str) -> float:
+    """The epoch of a log's line; that of the closing attack comes after every epoch."""
+    first = line.split("\t")[0]
+    return int(first) if first.isdigit() else float("inf")
+
+
+def _training_state(optimizer, precision: Precision, progress: Progress, args) -> dict:
+    """The optimizer's state dict with, under "run", how far the run is and with which arguments."""
+    return {**optimizer.state_dict(), "run": {**asdict(progress), "precision": precision.state_dict(),
+                                              "args": vars(args)}}
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint. Raises UsageError where it is missing, cut short, or no checkpoint."""
+    if not path.exists():
+        raise UsageError(f"--resume: {path} is missing")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # torch.load raises errors of many kinds at a file that it cannot read
+        raise UsageError(f"--resume: {path} is cut short, altered or no PyTorch checkpoint") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"--resume: {path} holds no state dict")
+    return content
+
+
+def load_model(model: nn.Module, state: dict, source: str) -> None:
+    """Load a state dict, also one whose keys begin `module.` or one under "state_dict", as published files have it."""
+    state = state.get("state_dict", state)
+    if not isinstance(state, dict):
+        raise UsageError(f"--resume: {source} holds no state dict of a network")
+    state = {str(key).removeprefix("module."): value for key, value in state.items()}
+    wanted = model.state_dict()
+    for key in sorted(wanted.keys() | state.keys()):
+        shape = tuple(wanted[key].shape) if key in wanted else "nothing"
+        found = tuple(getattr(state[key], "shape", ())) if key in state else "nothing"
+        if shape != found:
+            raise UsageError(f"--resume: {source} is of another architecture: at {key} it has {found}, where --model, "
+                             f"--base-width and --width-factor ask for {shape}")
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, TypeError, AttributeError):
+        raise UsageError(f"--resume: {source} holds values that are no tensors") from None
+
+
+def load_training_state(optimizer, precision: Precision, state: dict, source: str) -> tuple[Progress, dict]:
+    """Load what `_training_state` gave, or a bare optimizer's state dict; returns the progress and the arguments."""
+    run = state.get("run", {})
+    try:
+        optimizer.load_state_dict({name: state[name] for name in ("state", "param_groups")})
+        for parameter, buffers in optimizer.state.items():
+            momentum = buffers.get("momentum_buffer")
+            if momentum is not None and momentum.shape != parameter.shape:
+                raise ValueError
+        precision.load_state_dict(run.get("precision", {}))
+        args = dict(run.get("args", {}))
+        progress = Progress(**{name: run[name] for name in asdict(Progress()) if name in run})
+        if (progress.sums.shape, progress.first_fault.shape) != ((4,), ()) or not all(
+                isinstance(value, (int, float)) and value >= low
+                for value, low in ((progress.epoch, 0), (progress.step, 0), (progress.seconds, 0), (progress.best, -1))):
+            raise ValueError
+    except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+        raise UsageError(f"--resume: {source} holds no optimizer state for this network") from None
+    return progress, args
+
+
+def require_same_run(before: dict, args, flag_of: dict[str, str]) -> None:
+    """Raise UsageError at the first flag that differs from the run's; `flag_of` maps arguments to their flags."""
+    for name, value in vars(args).items():
+        if name in before and name not in FREE and before[name] != value:
+            raise UsageError(f"--resume: the run in --fname {args.fname} has {flag_of[name]} {before[name]}, not {value}; "
+                             f"repeat its flags, take another --fname, or add --allow-changes")

@@ -1,0 +1,109 @@
+"""Pre-activation ResNets for small images (He et al., "Identity Mappings in Deep Residual Networks", arXiv 1603.05027).
+
+The parameter names are those of the checkpoints that the field exchanges for CIFAR (`conv1`, `layer1.0.bn1`, ...,
+`bn`, `linear`), so published state dicts load.
+"""
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils import Normalize
+
+
+class PreActBlock(nn.Module):
+    """Two 3x3 convolutions, each behind BatchNorm and ReLU; (B, in_planes, H, W) -> (B, planes, H/stride, W/stride)."""
+
+    expansion = 1
+
+    def __init__(self, in_planes: int, planes: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
+        self.shortcut = _shortcut(in_planes, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.bn2(out)))
+        return out + shortcut
+
+
+class PreActBottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolutions; (B, in_planes, H, W) -> (B, 4 * planes, H/stride, W/stride)."""
+
+    expansion = 4
+
+    def __init__(self, in_planes: int, planes: int, stride: int):
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_planes)
+        self.conv1 = nn.Conv2d(in_planes, planes, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv2 = nn.Conv2d(planes, planes, 3, stride, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(planes)
+        self.conv3 = nn.Conv2d(planes, planes * self.expansion, 1, bias=False)
+        self.shortcut = _shortcut(in_planes, planes * self.expansion, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu(self.bn1(x))
+        shortcut = x if self.shortcut is None else self.shortcut(out)
+        out = self.conv1(out)
+        out = self.conv2(F.relu(self.bn2(out)))
+        out = self.conv3(F.relu(self.bn3(out)))
+        return out + shortcut
+
+
+def _shortcut(in_planes: int, planes: int, stride: int) -> nn.Sequential | None:
+    if stride == 1 and in_planes == planes:
+        return None
+    return nn.Sequential(nn.Conv2d(in_planes, planes, 1, stride, bias=False))
+
+
+class PreActResNet(nn.Module):
+    """Images in [0, 1], (B, 3, H, W), to logits, (B, num_classes).
+
+    `blocks` counts the blocks of the four stages, whose widths are 1, 2, 4 and 8 times `base_width`. The images are
+    normalized by `mean` and `std` (one value a channel) first, which adds no key to the state dict.
+    """
+
+    def __init__(self, block, blocks, num_classes=10, base_width=64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
+        super().__init__()
+        self.normalize = Normalize(mean, std)
+        self.conv1 = nn.Conv2d(3, base_width, 3, padding=1, bias=False)
+        in_planes = base_width
+        for stage, count in enumerate(blocks):
+            planes = base_width * 2**stage
+            layer = []
+            for i in range(count):
+                layer.append(block(in_planes, planes, stride=2 if stage > 0 and i == 0 else 1))
+                in_planes = planes * block.expansion
+            self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
+        self.bn = nn.BatchNorm2d(in_planes)
+        self.linear = nn.Linear(in_planes, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.conv1(self.normalize(x))
+        out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
+        out = F.relu(self.bn(out))
+        return self.linear(out.mean(dim=(2, 3)))
+
+
+def PreActResNet18(**kwargs) -> PreActResNet:
+    return PreActResNet(PreActBlock, (2, 2, 2, 2), **kwargs)
+
+
+def PreActResNet34(**kwargs) -> PreActResNet:
+    return PreActResNet(PreActBlock, (3, 4, 6, 3), **kwargs)
+
+
+def PreActResNet50(**kwargs) -> PreActResNet:
+    return PreActResNet(PreActBottleneck, (3, 4, 6, 3), **kwargs)
+
+
+def PreActResNet101(**kwargs) -> PreActResNet:
+    return PreActResNet(PreActBottleneck, (3, 4, 23, 3), **kwargs)
+
+
+def PreActResNet152(**kwargs) -> PreActResNet:
+    return PreActResNet(PreActBottleneck, (3, 8, 36, 3), **kwargs)

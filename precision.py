@@ -1,0 +1,77 @@
+"""Where float32 gives way: automatic mixed precision, by PyTorch (`native`) or by NVIDIA's apex."""
+import contextlib
+
+import torch
+from torch import Tensor, nn
+
+from utils import UsageError
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class Precision:
+    """The precision of a run's attacks and training steps; `full()` is float32 again, in which accuracy is judged."""
+
+    def __init__(self, amp: bool, dtype: str, implementation: str, device: torch.device):
+        self.device = device
+        self.dtype = DTYPES[dtype] if amp else torch.float32
+        self.apex = _apex() if amp and implementation == "apex" else None
+        if self.apex and (self.dtype is not torch.float16 or device.type != "cuda"):
+            raise UsageError("--amp-impl apex needs --amp-dtype float16 and a CUDA --device; or use --amp-impl native")
+        scaled = self.dtype is torch.float16 and not self.apex
+        self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if self.apex:
+            self.apex.initialize(model, optimizer, opt_level="O1", verbosity=0)
+
+    def lowered(self) -> contextlib.AbstractContextManager:
+        """Forward passes in here use the run's precision."""
+        native = self.dtype is not torch.float32 and not self.apex
+        return torch.autocast(self.device.type, self.dtype, enabled=native)
+
+    def full(self) -> contextlib.AbstractContextManager:
+        """Forward passes in here are in float32, also inside `lowered()`."""
+        return self.apex.disable_casts() if self.apex else torch.autocast(self.device.type, enabled=False)
+
+    @property
+    def is_full(self) -> bool:
+        return self.dtype is torch.float32
+
+    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        """One step of the optimizer down `loss`. Returns whether loss and gradient were finite, as a tensor.
+
+        With float16 the loss is scaled; a step whose scaled gradient overflows is then skipped and no fault.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        if self.apex:
+            with self.apex.scale_loss(loss, optimizer) as scaled_loss:
+                scaled_loss.backward()
+            optimizer.step()
+            return loss.detach().isfinite()
+        self.scaler.scale(loss).backward()
+        finite = loss.detach().isfinite()
+        if not self.scaler.is_enabled():
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            finite &= torch.nn.utils.get_total_norm(gradients).isfinite()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return finite
+
+    def state_dict(self) -> dict:
+        return self.apex.state_dict() if self.apex else self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.apex:
+            self.apex.load_state_dict(state)
+        elif state and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state)
+
+
+def _apex():
+    try:
+        from apex import amp
+    except ImportError:
+        raise UsageError("--amp-impl apex needs an NVIDIA apex from before 2025-05-08, which still has apex.amp; "
+                         "here there is none: use --amp-impl native") from None
+    return amp

@@ -1,0 +1,327 @@
+"""One run from the command line to its last file: what every training script does once it has stated its data set."""
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+from tqdm import tqdm
+
+import attacks
+import options
+from data import DataSet, Images, load
+from distributed import World
+from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, require_finite, train_epoch
+from folder import RunFolder, load_model, load_training_state, read_checkpoint, require_same_run
+from precision import Precision
+from utils import UsageError, seed_everything
+
+STOP_CHECK = 20  # many processes agree on whether to stop once in so many steps
+
+
+def main(dataset: DataSet, description: str | None = None, argv: list[str] | None = None) -> None:
+    """Train or evaluate on `dataset` as `argv` (if None, the command line) asks; an error ends the process."""
+    parser = options.parser(dataset, description)
+    args = parser.parse_args(argv)
+    signals, world = StopSignals(), World()
+    try:
+        options.check(args)
+        device = choose_device(args)
+        world = World.join(device.type == "cuda")
+        work = Run(dataset, args, options.flag_of(parser), device, world, signals)
+        if args.eval:
+            work.evaluate_only()
+        else:
+            work.train()
+    except UsageError as error:
+        parser.error(str(error))
+    except Stopped:
+        parser.exit(128 + signals.received, f"{parser.prog}: stopped by {signals.received.name}; "
+                                            f"--resume auto goes on from here\n")
+    except torch.OutOfMemoryError:
+        parser.exit(1, f"{parser.prog}: error: out of memory: lower --batch-size (now {args.batch_size})\n")
+    except NotFinite as fault:
+        parser.exit(1, f"{parser.prog}: error: {work.explain(fault)}\n")
+    except OSError as error:
+        parser.exit(1, f"{parser.prog}: error: {error.filename or args.fname}: {error.strerror or error}\n")
+    finally:
+        world.leave()
+
+
+class Stopped(Exception):
+    """A signal asked the run to end."""
+
+
+class StopSignals:
+    """Notes the first SIGINT or SIGTERM, for the loops to obey between two steps; a second one acts at once."""
+
+    def __init__(self):
+        self.received: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame) -> None:
+        self.received = signal.Signals(number)
+        signal.signal(number, signal.SIG_DFL)
+
+
+class Run:
+    """A run made ready: until everything that it needs is known to be there, it writes nothing."""
+
+    def __init__(self, dataset: DataSet, args, flag_of: dict[str, str], device: torch.device, world: World,
+                 signals: StopSignals):
+        self.dataset, self.args, self.device, self.world, self.signals = dataset, args, device, world, signals
+        self.validated = dataset.validate or args.val_size > 0
+        self.folder = RunFolder(args.fname, args.eval, self.validated)
+        self.folder.require_writable()
+        self.precision = Precision(args.amp, args.amp_dtype, args.amp_impl, device)
+        if not world.first:
+            world.wait()  # while the first process downloads what is missing
+        train, held_out, test = load(dataset, args)
+        if world.first:
+            world.wait()
+        if (len(train) - 1) % args.batch_size + 1 < world.size:
+            raise UsageError(f"--train-samples leaves the last batch less than an image for each of {world.size} processes")
+        train, self.test = train.to(device), test.to(device)
+        self.validation = held_out.to(device) if args.val_size else first_batches(train, args.batch_size, 50)
+
+        seed_everything(args.seed)
+        model = options.MODELS[args.model](args, num_classes=dataset.classes, mean=dataset.mean, std=dataset.std)
+        if args.sync_bn:
+            if world.size == 1 or device.type != "cuda":
+                raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = forward = model.to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(model.parameters(), args.lr_max, momentum=0.9, weight_decay=5e-4, fused=True)
+        self.precision.prepare(model, self.optimizer)
+        self.source = self.resume(flag_of)
+        if args.compile or (args.compile is None and device.type == "cuda"):
+            torch._dynamo.config.recompile_limit = 64  # train, eval, attack and judge, each with its last short batch
+            model.compile()
+        if world.size > 1:
+            forward = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+        self.trainer = Trainer(model, forward, self.optimizer, attacks.from_args(args),
+                               options.SCHEDULES[args.lr_schedule](args, dataset), train, dataset.augmentation,
+                               args.batch_size, args.seed, self.precision, world)
+        world.wait()  # every process has read what the first may set aside from here on
+        if world.first:
+            self.folder.make()
+
+    def resume(self, flag_of: dict[str, str]) -> str | None:
+        """Load what --resume asks for; returns the files it came from."""
+        self.progress = Progress()
+        found = self.folder.find(self.args.resume) if self.args.resume else None
+        if found is None:
+            return None
+        model_state, training_state, epoch, source = found
+        load_model(self.model, model_state, source)
+        self.progress, before = load_training_state(self.optimizer, self.precision, training_state, source)
+        if epoch is not None:
+            self.progress.epoch, self.progress.step = epoch, 0
+        if self.progress.epoch > self.args.epochs:
+            raise UsageError(f"--resume: {source} is of epoch {self.progress.epoch}, beyond --epochs {self.args.epochs}")
+        if not self.args.eval and not self.args.allow_changes:
+            require_same_run(before, self.args, flag_of)
+        if not self.world.first:
+            self.progress.sums.zero_()  # the saved sums are those of all processes
+        return source
+
+    def train(self) -> None:
+        """Train from where the run stands to the last epoch, then attack the final model."""
+        if self.source and self.progress.epoch == self.args.epochs and self.closed():
+            return self.say(f"{self.args.fname} is complete: nothing to do")
+        if self.world.first:
+            self.open()
+        self.say("\t".join(self.folder.titles))
+        steps = self.trainer.steps
+        self.bar = tqdm(total=self.args.epochs * steps, initial=self.progress.epoch * steps + self.progress.step,
+                        unit="step", disable=None if self.world.first else True, dynamic_ncols=True)
+        with self.bar:
+            while self.progress.epoch < self.args.epochs:
+                self.bar.set_description(f"epoch {self.progress.epoch}")
+                try:
+                    trained = train_epoch(self.trainer, self.progress, self.after_step)
+                    self.finish_epoch({"epoch": self.progress.epoch, **trained, **self.measure()})
+                except Stopped:
+                    self.save_state()
+                    raise
+        if self.dataset.final_model == "best":
+            self.world.wait()
+            load_model(self.model, read_checkpoint(self.folder.model_file("best")), "model_best.pth")
+        self.close("final.json", self.dataset.final_model)
+
+    def open(self) -> None:
+        """Prepare the folder for the epochs to come, and write down what is about to run."""
+        if self.source is None:
+            aside = self.folder.set_aside()
+        else:
+            aside = self.folder.rewind(self.progress.epoch, keep_files=self.args.resume == "auto")
+            note = f"# resumed at epoch {self.progress.epoch}, step {self.progress.step} from {self.source}"
+            self.folder.add_line(note)
+            self.say(note)
+        if aside:
+            self.say(f"# files of an earlier run are now in {aside}")
+        self.folder.write_json("args.json", {"data_set": self.dataset.name, "args": vars(self.args),
+                                             **describe_machine(self.device, self.world)})
+
+    def after_step(self) -> None:
+        self.bar.update()
+        if self.args.chkpt_steps and self.progress.step % self.args.chkpt_steps == 0:
+            self.save_state()
+        if self.world.size == 1:
+            self.obey()
+        elif self.progress.step % STOP_CHECK == 0 and self.world.any(self.signals.received is not None, self.device):
+            self.signals.received = self.signals.received or signal.SIGTERM
+            raise Stopped
+
+    def obey(self) -> None:
+        if self.world.size == 1 and self.signals.received:
+            raise Stopped
+
+    def measure(self) -> dict[str, Any]:
+        """The evaluation of the present model that every epoch ends with, and what it took."""
+        args, began = self.args, time.perf_counter()
+        last = args.eval or self.progress.epoch + 1 == args.epochs
+        test = self.test if args.full_test or last else first_batches(self.test, args.batch_size, 10)
+        pgd = partial(attacks.pgd, epsilon=args.epsilon / 255, alpha=args.pgd_alpha / 255, steps=args.test_iters)
+
+        def evaluated(images: Images, part: int) -> dict[str, float]:
+            return evaluate(self.model, images, pgd, args.test_restarts, args.batch_size,
+                            (args.seed, self.progress.epoch, part), self.precision, self.world, self.obey)
+
+        metrics = evaluated(test, 0)
+        if self.validated:
+            validation = evaluated(self.validation, 1)
+            metrics |= {"val_robust_acc": validation["test_robust_acc"], "val_images": validation["test_images"]}
+        if self.device.type == "cuda":
+            metrics["peak_memory"] = torch.cuda.max_memory_allocated(self.device)
+        return {**metrics, "test_time": time.perf_counter() - began}
+
+    def finish_epoch(self, metrics: dict[str, Any]) -> None:
+        """Log and save an epoch that is over, its log line first: a run that goes on can tell one too many."""
+        args, progress = self.args, self.progress
+        self.model.eval()
+        score = metrics["val_robust_acc" if self.validated else "test_robust_acc"]
+        metrics["best"] = score > progress.best
+        progress.best = max(progress.best, score)
+        progress.next_epoch()
+        if not self.world.first:
+            return
+        line = self.folder.add_epoch(metrics)
+        self.say(line)
+        if metrics["best"]:
+            self.folder.save_model("best", self.model)
+        if progress.epoch % args.chkpt_iters == 0 or progress.epoch == args.epochs:
+            self.folder.save_model(progress.epoch - 1, self.model)
+            self.folder.save_optimizer(progress.epoch - 1, self.optimizer, self.precision, progress, args)
+        self.save_state()
+
+    def save_state(self) -> None:
+        require_finite(self.progress, self.world)
+        progress = replace(self.progress, sums=self.world.total(self.progress.sums))
+        if self.world.first:
+            self.folder.save_state(self.model, self.optimizer, self.precision, progress, self.args)
+
+    def closed(self) -> bool:
+        """Whether the closing attack that the arguments ask for has been made."""
+        final = self.folder.read_json("final.json") or {}
+        asked = {"iters": self.args.final_iters, "restarts": self.args.final_restarts, "images": self.final_images}
+        return asked.items() <= final.items()
+
+    @property
+    def final_images(self) -> int:
+        return min(self.args.final_samples or len(self.test), len(self.test))
+
+    def close(self, name: str, model: str) -> None:
+        """Attack the model with restarts (PGD-50-10), log the line and write the file `name`."""
+        args, began = self.args, time.perf_counter()
+        with tqdm(total=self.final_images, desc=f"PGD-{args.final_iters}-{args.final_restarts}", unit="image",
+                  disable=None if self.world.first else True, dynamic_ncols=True) as bar:
+            def progress(images_done: int) -> None:
+                bar.update(images_done)
+                self.obey()
+
+            result = closing_attack(self.model, self.test[:self.final_images], args.epsilon / 255, args.pgd_alpha / 255,
+                                    args.final_iters, args.final_restarts, args.batch_size, args.seed, self.precision,
+                                    self.world, progress)
+        seconds = time.perf_counter() - began
+        line = "\t".join([f"PGD{args.final_iters}", f"time: {seconds:.1f}",
+                          *(f"{key.replace('_', ' ')}: {result[key]:.4f}" for key in
+                            ("clean_loss", "clean_acc", "robust_loss", "robust_acc"))])
+        self.say(line)
+        if self.world.first:
+            self.folder.add_line(line)
+            self.folder.write_json(name, {"model": model, "iters": args.final_iters, "restarts": args.final_restarts,
+                                          "alpha": args.pgd_alpha, "epsilon": args.epsilon, "seconds": seconds, **result})
+
+    def evaluate_only(self) -> None:
+        """What --eval does: the evaluation of an epoch on the whole test set, then the closing attack."""
+        if self.source is None:
+            raise UsageError(f"--eval: --fname {self.args.fname} holds no model to evaluate")
+        self.progress.epoch = max(self.progress.epoch - 1, 0)
+        self.say("\t".join(self.folder.titles))
+        untrained = dict.fromkeys(("train_time", "lr", "train_robust_loss", "train_robust_acc", "defence_mean"))
+        metrics = {"epoch": self.progress.epoch, **untrained, **self.measure()}
+        if self.world.first:
+            self.say(self.folder.add_epoch(metrics))
+        self.close("eval.json", self.source)
+
+    def explain(self, fault: NotFinite) -> str:
+        good = self.folder.state_file
+        return (f"the loss or a gradient is no longer finite at epoch {self.progress.epoch}, step {fault.step}; "
+                f"{f'the last good state is {good}' if good.exists() else 'no state was saved before'}: lower --lr-max")
+
+    def say(self, text: str) -> None:
+        if self.world.first:
+            tqdm.write(text)
+            sys.stdout.flush()
+
+
+def choose_device(args) -> torch.device:
+    """The device that --device names. Raises UsageError where it is not there."""
+    name, count = args.device, torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {name}")
+    if device.type == "cpu":
+        return device
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    if index >= count:
+        raise UsageError(f"--device {name} is not there: this machine has {count} CUDA devices; use --device cpu")
+    torch.cuda.set_device(index)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return torch.device("cuda", index)
+
+
+def first_batches(images: Images, batch_size: int, part: int) -> Images:
+    """Batches 0 to floor(n / part) of the n batches of `images`: about a `part`-th of them."""
+    return images[:(math.ceil(len(images) / batch_size) // part + 1) * batch_size]
+
+
+def describe_machine(device: torch.device, world: World) -> dict[str, Any]:
+    """What a figure has to stand with: versions, hardware and the commit of this code."""
+    here = Path(__file__).resolve().parent
+    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True,
+                            text=True).stdout.strip() or None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
+            "torchvision": torchvision.__version__, "device": name, "threads": torch.get_num_threads(),
+            "processes": world.size, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}

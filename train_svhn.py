@@ -1,0 +1,27 @@
+"""Train a robust classifier on SVHN (cropped digits). The paper's commands:
+
+    python train_svhn.py --epochs=15 --lr-schedule=cyclic --lr-max=0.01 --attack=zerograd --zero-qval=0.7 --full-test
+    python train_svhn.py --epochs=15 --lr-schedule=cyclic --lr-max=0.01 --attack=multigrad --multi-samps=3 --full-test
+
+The best checkpoint, on which the closing attack is run, is chosen on training images.
+"""
+from torchvision.datasets import SVHN
+
+from data import DataSet, svhn
+from run import main
+
+DATASET = DataSet(
+    name="SVHN",
+    read=svhn(SVHN),
+    classes=10,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    peak=lambda epochs: epochs * 2 // 5,
+    validate=True,
+    final_model="best",
+    defaults=dict(data_dir="../svhn-data", fname="svhn_model", epochs=15, lr_schedule="cyclic", lr_max=0.01,
+                  zero_qval=0.7),
+)
+
+if __name__ == "__main__":
+    main(DATASET, __doc__)
