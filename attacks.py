@@ -92,7 +92,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
 
 def pgd_step(delta: Tensor, grad: Tensor, x: Tensor, epsilon: float, alpha: float, norm: str = "l_inf") -> Tensor:
     """`delta` after one step of PGD, projected to the ball and the box."""
-    step = grad.sign() if norm == "l_inf" else grad / (_per_image(grad.flatten(1).norm(dim=1)) + 1e-10)
+    step = grad.sign() if norm == "l_inf" else grad / _per_image(grad.flatten(1).norm(dim=1).clamp(min=1e-30))
     return box(delta + alpha * step, x, epsilon, norm)
 
 
@@ -105,7 +105,7 @@ def quantile_mask(grad: Tensor, q: float) -> Tensor:
     if not 0 <= q <= 1:
         raise ValueError(f"q must be from 0 to 1, not {q}")
     magnitude = grad.abs().flatten(1)
-    rank = math.ceil(q * (magnitude.shape[1] - 1) - 1e-9)  # less a rounding error, where q(n - 1) is whole
+    rank = math.ceil(q * (magnitude.shape[1] - 1))
     smallest_kept = magnitude.kthvalue(rank + 1, dim=1).values
     return grad.masked_fill(grad.abs() < _per_image(smallest_kept), 0)
 

@@ -91,24 +91,26 @@ def _reflected(position: Tensor) -> Tensor:
 
 @dataclass
 class Images:
-    """Images on a device, uint8 of shape (N, 32, 32, 3), and their labels (N,)."""
+    """Images on a device, uint8 of shape (N, 32, 32, 3), their labels (N,), and how batches of them are laid out."""
 
     pixels: Tensor
     labels: Tensor
+    memory_format: torch.memory_format = torch.channels_last
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, part: slice) -> "Images":
-        return Images(self.pixels[part], self.labels[part])
+        return Images(self.pixels[part], self.labels[part], self.memory_format)
 
-    def to(self, device: torch.device) -> "Images":
-        return Images(self.pixels.to(device), self.labels.to(device))
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.channels_last) -> "Images":
+        return Images(self.pixels.to(device), self.labels.to(device), memory_format)
 
     def batch(self, index: Tensor | slice, augmentation: Augmentation = Augmentation(), drawn=None):
-        """x in [0, 1], float32 (B, 3, 32, 32) in channels_last order, and y (B,); augmented where `drawn` is given."""
+        """x in [0, 1], float32 (B, 3, 32, 32), and y (B,); augmented where `drawn` is given."""
         pixels = self.pixels[index] if drawn is None else augmentation.apply(self.pixels, index, **drawn)
-        return pixels.permute(0, 3, 1, 2).float().div_(255), self.labels[index]
+        x = pixels.permute(0, 3, 1, 2).float().div_(255)
+        return x.contiguous(memory_format=self.memory_format), self.labels[index]
 
 
 @dataclass(frozen=True)

@@ -91,8 +91,9 @@ class Run:
             world.wait()
         if (len(train) - 1) % args.batch_size + 1 < world.size:
             raise UsageError(f"--train-samples leaves the last batch less than an image for each of {world.size} processes")
-        train, self.test = train.to(device), test.to(device)
-        self.validation = held_out.to(device) if args.val_size else first_batches(train, args.batch_size, 50)
+        layout = memory_format(args, device)
+        train, held_out, self.test = (images.to(device, layout) for images in (train, held_out, test))
+        self.validation = held_out if args.val_size else first_batches(train, args.batch_size, 50)
 
         seed_everything(args.seed)
         model = options.MODELS[args.model](args, num_classes=dataset.classes, mean=dataset.mean, std=dataset.std)
@@ -100,7 +101,7 @@ class Run:
             if world.size == 1 or device.type != "cuda":
                 raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model = forward = model.to(device, memory_format=torch.channels_last)
+        self.model = forward = model.to(device, memory_format=layout)
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr_max, momentum=0.9, weight_decay=5e-4, fused=True)
         self.precision.prepare(model, self.optimizer)
         self.source = self.resume(flag_of)
@@ -309,6 +310,15 @@ def choose_device(args) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return torch.device("cuda", index)
+
+
+def memory_format(args, device: torch.device) -> torch.memory_format:
+    """The layout in which convolutions are fastest, where it can be trusted.
+
+    On CPUs, oneDNN computes the weight gradient of a strided 1x1 convolution in channels_last with memory errors if it
+    has fewer than 16 input channels (uxlfoundation/oneDNN issue 6035).
+    """
+    return torch.contiguous_format if device.type == "cpu" and args.base_width < 16 else torch.channels_last
 
 
 def first_batches(images: Images, batch_size: int, part: int) -> Images:

@@ -40,8 +40,8 @@ def number(kind: type, low: float, high: float = float("inf"), also: tuple = ())
 def cyclic_lr(t: float, lr_max: float, peak: float, epochs: int) -> float:
     """The rate at time `t` in epochs: linear from 0 to `lr_max` at `peak`, and back to 0 at `epochs`."""
     if t < peak:
-        return lr_max * t / peak
-    return lr_max * (epochs - t) / (epochs - peak)
+        return lr_max * (t / peak)
+    return lr_max * ((epochs - t) / (epochs - peak))
 
 
 def onedrop_lr(t: float, lr_max: float, drop: float) -> float:

@@ -1,0 +1,104 @@
+"""What the tests share: a small network, small runs of the real scripts, and their files."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+# The tests' networks are too small for more; set before torch is imported, here and in the scripts that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import pytest
+import torch
+from torch import nn
+
+import data
+import train_cifar
+import train_cifar100
+import train_svhn
+from run import main
+
+ROOT = Path(__file__).resolve().parent.parent
+DATASETS = {"train_cifar.py": train_cifar.DATASET, "train_cifar100.py": train_cifar100.DATASET,
+            "train_svhn.py": train_svhn.DATASET}
+
+# Added to any command, these make it end in seconds; every part of a run still takes place.
+SMALL = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=32", "--train-samples=80", "--epochs=2",
+         "--test-iters=2", "--final-iters=2", "--final-restarts=2", "--final-samples=48"]
+
+
+class SmallNet(nn.Module):
+    """A network with BatchNorm for images of any size, smooth enough that its gradient has no zeros by chance."""
+
+    def __init__(self, channels: int = 3, classes: int = 4):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, 6, 3, padding=1)
+        self.bn = nn.BatchNorm2d(6)
+        self.linear = nn.Linear(6, classes)
+
+    def forward(self, x):
+        return self.linear(torch.tanh(self.bn(self.conv(x))).square().mean(dim=(2, 3)))
+
+
+@pytest.fixture
+def small_dummy(monkeypatch):
+    """Few synthetic images, for runs inside the test's own process."""
+    monkeypatch.setattr(data, "DUMMY_SIZES", {True: 96, False: 64})
+
+
+@pytest.fixture
+def call(capsys):
+    """Run a script's main inside this process: call(script, *flags) -> (exit status, output, error output)."""
+    def run_main(script: str, *flags: str):
+        status = 0
+        try:
+            main(DATASETS[script], argv=[str(flag) for flag in flags])
+        except SystemExit as end:
+            status = end.code
+        output, error = capsys.readouterr()
+        return status, output, error
+    return run_main
+
+
+def script(name: str, *flags: str, **options) -> subprocess.CompletedProcess:
+    """Run a script as a user does."""
+    return subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], capture_output=True, text=True,
+                          timeout=280, **options)
+
+
+def epochs_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(folder: Path) -> tuple[list[dict], list[list[str]], dict]:
+    """All that a run's logs say but for how long it took and that it was resumed."""
+    records = [{key: value for key, value in record.items() if not key.endswith("_time")} for record in epochs_of(folder)]
+    lines = [line.split("\t") for line in (folder / "output.log").read_text().splitlines() if not line.startswith("#")]
+    rows = [[cell for i, cell in enumerate(line) if i not in (1, 2) and not cell.startswith("time")] for line in lines]
+    final = json.loads((folder / "final.json").read_text())
+    del final["seconds"]
+    return records, rows, final
+
+
+def assert_same(left, right) -> None:
+    """Equal to the last bit, through nested dicts and lists, but for what may differ between two runs."""
+    assert type(left) is type(right)
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype and torch.equal(left, right)
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left.keys() - {"args", "seconds"}:
+            assert_same(left[key], right[key])
+    elif isinstance(left, list):
+        assert len(left) == len(right)
+        for pair in zip(left, right):
+            assert_same(*pair)
+    else:
+        assert left == right
+
+
+def assert_same_run(left: Path, right: Path) -> None:
+    """Both folders hold the same weights, optimizer state and logs, bit for bit."""
+    assert without_times(left) == without_times(right)
+    for name in ("state.pth", "model_best.pth"):
+        assert_same(torch.load(left / name, weights_only=True), torch.load(right / name, weights_only=True))

@@ -1,0 +1,331 @@
+"""The attacks against the paper's formulas, written out again here in float64."""
+import copy
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import SmallNet
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from attacks import ATTACKS, fgsm, multigrad, pgd, quantile_mask, sign_consensus, zerograd
+
+EPSILON = 8 / 255
+
+
+class TiedNet(nn.Module):
+    """Linear in small whole numbers: many entries of its gradient are equal, and many are exactly zero."""
+
+    def __init__(self, features: int):
+        super().__init__()
+        weight = torch.randint(-2, 3, (2, features), generator=torch.Generator().manual_seed(3))
+        self.weight = nn.Parameter(weight.double())
+
+    def forward(self, x):
+        return x.flatten(1) @ self.weight.T
+
+
+def reference_gradient(model, x, delta, y):
+    """The gradient of the cross-entropy with respect to delta, by a full backward pass through a copy."""
+    model = copy.deepcopy(model)
+    delta = delta.clone().requires_grad_()
+    log_p = torch.log_softmax(model(x + delta), dim=1)
+    (-log_p[torch.arange(len(y)), y].mean()).backward()
+    return delta.grad
+
+
+def reference_box(delta, x, epsilon):
+    return torch.max(torch.min(delta.clamp(-epsilon, epsilon), 1 - x), -x)
+
+
+def reference_start(x, epsilon, init="random"):
+    delta = torch.zeros_like(x)
+    if init == "random":
+        delta.uniform_(-epsilon, epsilon)
+    return torch.max(torch.min(delta, 1 - x), -x)
+
+
+def reference_zerograd(model, x, y, epsilon, alpha, q, steps, init):
+    delta = reference_start(x, epsilon, init)
+    for _ in range(steps):
+        g = reference_gradient(model, x, delta, y)
+        for image in g:
+            magnitude = image.abs().numpy()
+            image[torch.from_numpy(magnitude < np.quantile(magnitude, q))] = 0
+        delta = reference_box(delta + alpha * torch.sign(g), x, epsilon)
+    return delta
+
+
+def reference_multigrad(model, x, y, epsilon, alpha, n, threshold, parallel):
+    if parallel:
+        xs = torch.cat([x for _ in range(n)])
+        g = reference_gradient(model, xs, reference_start(xs, epsilon), torch.cat([y for _ in range(n)]))
+        signs = [torch.sign(g[i * len(x):(i + 1) * len(x)]) for i in range(n)]
+    else:
+        signs = [torch.sign(reference_gradient(model, x, reference_start(x, epsilon), y)) for _ in range(n)]
+    s = sum(signs)
+    s[s.abs() < threshold - (n - threshold)] = 0
+    return reference_box(alpha * torch.sign(s), x, epsilon)
+
+
+def problem(kind: str, batch: int, seed: int = 0):
+    torch.manual_seed(seed)
+    x = torch.rand(batch, 3, 5, 5, dtype=torch.float64)
+    x[:, :, 0] = x[:, :, 0].round()  # some pixels at the edge of the box
+    y = torch.randint(2, (batch,))
+    model = TiedNet(75) if kind == "tied" else SmallNet().double()
+    return model.train(), x, y
+
+
+def same_draws(attack, reference):
+    """The results of both, from the same random state."""
+    torch.manual_seed(7)
+    found = attack()
+    torch.manual_seed(7)
+    return found, reference()
+
+
+problems = pytest.mark.parametrize("kind, batch", [("smooth", 4), ("tied", 4), ("smooth", 1), ("tied", 1)])
+
+
+@problems
+@pytest.mark.parametrize("init", ["zero", "random"])
+@pytest.mark.parametrize("alpha", [1.0, 1.25, 2.0])
+def test_fgsm_is_the_formula(kind, batch, init, alpha):
+    model, x, y = problem(kind, batch)
+    found, expected = same_draws(
+        lambda: fgsm(model, x, y, EPSILON, alpha * EPSILON, init),
+        lambda: reference_zerograd(model, x, y, EPSILON, alpha * EPSILON, 0.0, 1, init))
+    assert torch.equal(found, expected)
+
+
+@problems
+@pytest.mark.parametrize("init", ["zero", "random"])
+@pytest.mark.parametrize("q", [0.0, 0.35, 0.7, 1.0])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_zerograd_is_the_formula(kind, batch, init, q, steps):
+    model, x, y = problem(kind, batch)
+    found, expected = same_draws(
+        lambda: zerograd(model, x, y, EPSILON, 2 * EPSILON, q, steps, init),
+        lambda: reference_zerograd(model, x, y, EPSILON, 2 * EPSILON, q, steps, init))
+    assert torch.equal(found, expected)
+
+
+@problems
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("n, threshold", [(1, 1), (3, 1), (3, 2), (3, 3), (4, 3), (5, 4)])
+def test_multigrad_is_the_formula(kind, batch, parallel, n, threshold):
+    model, x, y = problem(kind, batch)
+    found, expected = same_draws(
+        lambda: multigrad(model, x, y, EPSILON, 2 * EPSILON, n, threshold, parallel),
+        lambda: reference_multigrad(model, x, y, EPSILON, 2 * EPSILON, n, threshold, parallel))
+    assert torch.equal(found, expected)
+
+
+def test_multigrad_asks_all_samples_to_agree_by_default():
+    model, x, y = problem("smooth", 4)
+    found, expected = same_draws(lambda: multigrad(model, x, y, EPSILON, EPSILON, 4),
+                                 lambda: multigrad(model, x, y, EPSILON, EPSILON, 4, threshold=4))
+    assert torch.equal(found, expected) and (found == 0).any() and (found != 0).any()
+
+
+@problems
+@pytest.mark.parametrize("early_stop", [False, True])
+@pytest.mark.parametrize("restarts", [1, 3])
+def test_linf_pgd_is_the_formula(kind, batch, early_stop, restarts):
+    model, x, y = problem(kind, batch)
+    model.eval()
+
+    def reference():
+        best, best_loss = torch.zeros_like(x), torch.full((batch,), -torch.inf, dtype=x.dtype)
+        for _ in range(restarts):
+            delta = reference_start(x, EPSILON)
+            for _ in range(6):
+                moves = torch.ones(batch, dtype=torch.bool)
+                if early_stop:
+                    moves = model(x + delta).argmax(dim=1) == y
+                step = EPSILON / 4 * torch.sign(reference_gradient(model, x, delta, y))
+                delta = torch.where(moves.view(-1, 1, 1, 1), reference_box(delta + step, x, EPSILON), delta)
+            loss = F.cross_entropy(model(x + delta), y, reduction="none").detach()
+            best[loss >= best_loss] = delta[loss >= best_loss]
+            best_loss = torch.max(best_loss, loss)
+        return best
+
+    found, expected = same_draws(
+        lambda: pgd(model, x, y, EPSILON, EPSILON / 4, 6, restarts, early_stop=early_stop), reference)
+    assert torch.equal(found, expected)
+
+
+def test_l2_pgd_is_the_formula():
+    model, x, y = problem("smooth", 4)
+    model.eval()
+    epsilon, alpha = 0.5, 0.2
+
+    def reference():
+        delta = torch.randn_like(x)
+        radius = epsilon * torch.rand(4, dtype=x.dtype)
+        for image, r in zip(delta, radius):
+            image *= r / image.norm()
+        delta = torch.max(torch.min(delta, 1 - x), -x)
+        for _ in range(6):
+            g = reference_gradient(model, x, delta, y)
+            for i in range(4):
+                delta[i] += alpha * g[i] / g[i].norm()
+                delta[i] *= min(1, epsilon / delta[i].norm())
+            delta = torch.max(torch.min(delta, 1 - x), -x)
+        return delta
+
+    found, expected = same_draws(lambda: pgd(model, x, y, epsilon, alpha, 6, norm="l_2"), reference)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    norms = found.flatten(1).norm(dim=1)
+    assert (norms <= epsilon * (1 + 1e-9)).all() and (norms > 0.3 * epsilon).all()
+
+
+def test_pgd_keeps_the_restart_of_the_highest_loss():
+    model, x, y = problem("smooth", 8)
+    model.eval()
+    torch.manual_seed(7)
+    singles = [pgd(model, x, y, 0.2, 0.02, 1) for _ in range(5)]
+    losses = torch.stack([F.cross_entropy(model(x + delta), y, reduction="none") for delta in singles])
+    torch.manual_seed(7)
+    best = pgd(model, x, y, 0.2, 0.02, 1, restarts=5)
+    torch.testing.assert_close(F.cross_entropy(model(x + best), y, reduction="none"), losses.amax(dim=0))
+    assert len(losses.argmax(dim=0).unique()) > 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(values=st.lists(st.integers(-4, 4), min_size=1, max_size=40), q=st.floats(0, 1))
+def test_quantile_mask_drops_exactly_what_lies_below_the_interpolated_quantile(values, q):
+    ordered = sorted(abs(value) for value in values)
+    position = q * (len(values) - 1)
+    low = int(position)
+    high = min(low + 1, len(values) - 1)
+    quantile = ordered[low] + (Fraction(position) - low) * (ordered[high] - ordered[low])
+    expected = [0 if abs(value) < quantile else value for value in values]
+    grad = torch.tensor(values, dtype=torch.float32).view(1, 1, 1, -1)
+    assert quantile_mask(grad, q).flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("q", [0.0, 0.2, 0.35, 0.45, 0.7, 0.95, 1.0])
+def test_quantile_mask_agrees_with_torch_quantile_image_by_image(q):
+    grad = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(1)).double()
+    grad[0] = grad[0].round()
+    grad[1] = 0
+    threshold = torch.quantile(grad.abs().flatten(1), q, dim=1).view(-1, 1, 1, 1)
+    assert torch.equal(quantile_mask(grad, q), torch.where(grad.abs() < threshold, 0, grad))
+
+
+@settings(max_examples=100, deadline=None)
+@given(signs=st.lists(st.sampled_from((-1, 0, 1)), min_size=1, max_size=7), data=st.data())
+def test_sign_consensus_counts_votes(signs, data):
+    threshold = data.draw(st.integers(1, len(signs)))
+    total = sum(signs)
+    expected = 0 if abs(total) < 2 * threshold - len(signs) else (total > 0) - (total < 0)
+    grads = torch.tensor(signs, dtype=torch.float32).view(-1, 1, 1, 1, 1) * 0.3
+    assert sign_consensus(grads, threshold).item() == expected
+
+
+ALL = {
+    "fgsm zero": lambda *a: fgsm(*a, alpha=1.5 * a[-1], init="zero"),
+    "fgsm random": lambda *a: fgsm(*a, alpha=2 * a[-1]),
+    "zerograd": lambda *a: zerograd(*a, alpha=2 * a[-1], q=0.4, steps=2),
+    "multigrad": lambda *a: multigrad(*a, alpha=2 * a[-1], samples=3, threshold=2),
+    "multigrad parallel": lambda *a: multigrad(*a, alpha=2 * a[-1], samples=3, parallel=True),
+    "pgd": lambda *a: pgd(*a, alpha=a[-1] / 3, steps=3, restarts=2),
+    "pgd stopped": lambda *a: pgd(*a, alpha=a[-1] / 3, steps=3, early_stop=True),
+    "pgd l_2": lambda *a: pgd(*a, alpha=a[-1] / 3, steps=3, restarts=2, norm="l_2"),
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(sorted(ALL)), batch=st.integers(1, 5), channels=st.integers(1, 3), side=st.integers(1, 6),
+       dtype=st.sampled_from((torch.float32, torch.float64)), train=st.booleans(), scale=st.sampled_from((1.0, 1e4)),
+       epsilon=st.sampled_from((0.0, 1 / 255, 8 / 255, 0.5, 1.0)), corner=st.booleans(), seed=st.integers(0, 2**31))
+def test_every_attack_stays_inside_and_leaves_the_model_alone(name, batch, channels, side, dtype, train, scale, epsilon,
+                                                              corner, seed):
+    torch.manual_seed(seed)
+    if train and batch * side * side == 1:
+        batch = 2  # BatchNorm itself refuses to normalize one value
+    model = SmallNet(channels).to(dtype).train(train)
+    with torch.no_grad():
+        model.linear.weight *= scale  # at 1e4 the logits saturate and gradients vanish
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    model.bn.weight.requires_grad_(False)
+    before = {key: value.grad.clone() for key, value in model.named_parameters()}
+    wanted = {key: value.requires_grad for key, value in model.named_parameters()}
+    weights = {key: value.clone() for key, value in model.named_parameters()}
+    x = torch.rand(batch, channels, side, side, dtype=dtype)
+    if corner:
+        x = x.round()
+    y = torch.randint(4, (batch,))
+    delta = ALL[name](model, x, y, epsilon)
+    rounding = 4 * torch.finfo(dtype).eps
+    assert delta.shape == x.shape and delta.dtype == dtype and not delta.requires_grad and delta.isfinite().all()
+    size = delta.flatten(1).norm(dim=1) if name == "pgd l_2" else delta.abs()
+    assert (size <= epsilon * (1 + rounding)).all()
+    assert (x + delta >= -rounding).all() and (x + delta <= 1 + rounding).all()
+    if epsilon == 0:
+        assert (delta == 0).all()
+    assert model.training == train and model.bn.training == train
+    for key, value in model.named_parameters():
+        assert torch.equal(value.grad, before[key]) and torch.equal(value, weights[key])
+        assert value.requires_grad == wanted[key]
+
+
+@pytest.mark.parametrize("name, forward_passes", [
+    ("fgsm zero", 1), ("fgsm random", 1), ("zerograd", 2), ("multigrad", 3), ("multigrad parallel", 1), ("pgd", 8),
+    ("pgd stopped", 3)])
+def test_batchnorm_moves_once_per_forward_pass_in_training_and_never_in_evaluation(name, forward_passes):
+    model, x, y = problem("smooth", 4)
+    before = copy.deepcopy(model.bn.state_dict())
+    ALL[name](model.eval(), x, y, EPSILON)
+    assert all(torch.equal(value, before[key]) for key, value in model.bn.state_dict().items())
+    ALL[name](model.train(), x, y, EPSILON)
+    moved = model.bn.num_batches_tracked.item()
+    assert moved == forward_passes or (name == "pgd stopped" and 1 <= moved <= forward_passes)
+    assert not torch.equal(model.bn.running_mean, before["running_mean"])
+
+
+def test_parallel_multigrad_normalizes_over_all_samples_at_once():
+    model, x, y = problem("smooth", 4)
+    seen = []
+    model.bn.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    multigrad(model, x, y, EPSILON, EPSILON, 3, parallel=True)
+    multigrad(model, x, y, EPSILON, EPSILON, 3)
+    assert seen == [12, 4, 4, 4]
+
+
+def test_single_restart_pgd_ends_on_its_last_step():
+    model, x, y = problem("smooth", 4)
+    pgd(model, x, y, EPSILON, EPSILON, 5)
+    assert model.bn.num_batches_tracked == 5
+
+
+def test_no_parameter_gradient_is_computed():
+    model, x, y = problem("smooth", 4)
+    computed = []
+    for parameter in model.parameters():
+        parameter.register_hook(lambda grad: computed.append(grad))
+    fgsm(model, x, y, EPSILON, EPSILON)
+    assert not computed
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (lambda *a: zerograd(*a, EPSILON, EPSILON, q=1.5), "q must be"),
+    (lambda *a: zerograd(*a, EPSILON, EPSILON, q=-0.1), "q must be"),
+    (lambda *a: multigrad(*a, EPSILON, EPSILON, samples=0), "samples must be"),
+    (lambda *a: multigrad(*a, EPSILON, EPSILON, samples=3, threshold=4), "threshold must be"),
+    (lambda *a: multigrad(*a, EPSILON, EPSILON, samples=3, threshold=0), "threshold must be"),
+    (lambda *a: fgsm(*a, EPSILON, EPSILON, init="ones"), "init must be"),
+    (lambda *a: pgd(*a, EPSILON, EPSILON, 1, norm="l_1"), "norm")])
+def test_a_wrong_argument_is_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        wrong(*problem("smooth", 2))
+
+
+def test_the_table_names_every_attack():
+    assert list(ATTACKS) == ["multigrad", "zerograd", "fgsm", "pgd"]

@@ -1,0 +1,68 @@
+"""The networks: sizes known from the literature, names of published checkpoints, normalization as the first layer."""
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+import preactresnet
+from preactresnet import PreActResNet18
+from wideresnet import WideResNet
+
+
+@pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
+def test_preactresnets_have_the_convolutions_of_the_resnets_of_their_depth(depth):
+    def sizes(network):
+        return sorted(m.weight.shape for m in network.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3)
+
+    with torch.device("meta"):
+        network = getattr(preactresnet, f"PreActResNet{depth}")()
+        assert sizes(network) == sizes(getattr(torchvision.models, f"resnet{depth}")())
+    if depth == 18:
+        assert sum(p.numel() for p in network.parameters()) == 11_172_170
+
+
+def test_wideresnet_34_10_has_its_known_size():
+    with torch.device("meta"):
+        assert sum(p.numel() for p in WideResNet(34, 10).parameters()) == 46_160_474
+
+
+@pytest.mark.parametrize("build", [
+    lambda **k: PreActResNet18(base_width=4, **k), lambda **k: preactresnet.PreActResNet50(base_width=4, **k),
+    lambda **k: WideResNet(10, 1, **k)])
+def test_networks_take_images_of_any_size_to_logits_of_any_number_of_classes(build):
+    network = build(num_classes=7)
+    assert network(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    assert network(torch.rand(2, 3, 40, 24)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("build", [lambda **k: PreActResNet18(base_width=4, **k), lambda **k: WideResNet(10, 1, **k)])
+def test_normalization_is_the_first_layer_and_adds_no_key(build):
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    plain, normalized = build().eval(), build(mean=mean, std=std).eval()
+    assert plain.state_dict().keys() == normalized.state_dict().keys()
+    normalized.load_state_dict(plain.state_dict())
+    x = torch.rand(2, 3, 32, 32)
+    scaled = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(normalized(x), plain(scaled))
+
+
+def test_the_names_are_those_of_published_checkpoints():
+    keys = PreActResNet18(base_width=4).state_dict().keys()
+    for key in ("conv1.weight", "layer1.0.bn1.weight", "layer1.0.conv1.weight", "layer2.0.shortcut.0.weight",
+                "layer4.1.conv2.weight", "bn.running_mean", "linear.bias"):
+        assert key in keys
+    keys = WideResNet(10, 2).state_dict().keys()
+    for key in ("conv1.weight", "block1.layer.0.bn1.weight", "block1.layer.0.convShortcut.weight", "bn1.bias",
+                "fc.weight"):
+        assert key in keys
+
+
+def test_a_blocks_shortcut_convolution_reads_the_activated_input_and_an_identity_the_raw_one():
+    torch.manual_seed(0)
+    x = torch.randn(2, 4, 8, 8)
+    block = preactresnet.PreActBlock(4, 8, 2).eval()
+    nn.init.zeros_(block.conv2.weight)
+    torch.testing.assert_close(block(x), block.shortcut(torch.relu(block.bn1(x))))
+    block = preactresnet.PreActBlock(4, 4, 1).eval()
+    nn.init.zeros_(block.conv2.weight)
+    assert torch.equal(block(x), x)

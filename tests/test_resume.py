@@ -1,0 +1,223 @@
+"""Runs that go on: the same bits as a run never stopped, from every place a run can go on from."""
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, assert_same, assert_same_run, epochs_of
+from test_scripts import one_line
+
+import run
+
+THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-schedule=cyclic", "--lr-max=0.1"]
+ATTACK_FLAGS = ["--attack=fgsm", "--attack=fgsm --fgsm-init=zero", "--attack=zerograd --zero-qval=0.7 --zero-iters=2",
+                "--attack=multigrad", "--attack=multigrad --multi-parallel --multi-th=2", "--attack=pgd --pgd-iters=2"]
+
+
+def interrupt(monkeypatch, at: int, number=signal.SIGTERM) -> None:
+    """Have the signal arrive during the run's step `at`, counted over epochs; later calls let it be."""
+    after_step, count = run.Run.after_step, 0
+
+    def spy(self):
+        nonlocal count
+        count += 1
+        if count == at:
+            self.signals.received = signal.Signals(number)
+        after_step(self)
+
+    monkeypatch.setattr(run.Run, "after_step", spy)
+
+
+@pytest.mark.parametrize("attack", ATTACK_FLAGS)
+def test_resume_n_and_auto_end_with_the_bits_of_an_unbroken_run(attack, tmp_path, call, small_dummy, monkeypatch):
+    flags = [*THREE, *attack.split()]
+    whole = tmp_path / "whole"
+    assert call("train_cifar100.py", *flags, "--fname", whole)[0] == 0
+    for n in (1, 2):
+        part = tmp_path / f"from_{n}"
+        part.mkdir()
+        for name in (f"model_{n - 1}.pth", f"opt_{n - 1}.pth"):
+            shutil.copy(whole / name, part)
+        assert call("train_cifar100.py", *flags, "--fname", part, "--resume", n)[0] == 0
+        assert_same(torch.load(part / "state.pth", weights_only=True), torch.load(whole / "state.pth", weights_only=True))
+        assert [record["epoch"] for record in epochs_of(part)] == list(range(n, 3))
+    for at in (2, 3, 7):  # inside the first epoch, at its end, inside the third
+        part = tmp_path / f"stopped_{at}"
+        with monkeypatch.context() as patch:
+            interrupt(patch, at)
+            status, _, error = call("train_cifar100.py", *flags, "--fname", part)
+        assert status == 128 + signal.SIGTERM and error.count("\n") == 1 and "--resume auto" in error
+        status, output, _ = call("train_cifar100.py", *flags, "--fname", part, "--resume", "auto")
+        assert status == 0 and f"# resumed at epoch {(at - 1) // 3}, step {(at - 1) % 3 + 1} from" in output
+        assert "# resumed" in (part / "output.log").read_text()
+        assert_same_run(part, whole)
+
+
+def test_svhn_goes_on_with_its_best_score(tmp_path, call, small_dummy, monkeypatch):
+    assert call("train_svhn.py", *THREE, "--fname", tmp_path / "whole")[0] == 0
+    interrupt(monkeypatch, 5)
+    assert call("train_svhn.py", *THREE, "--fname", tmp_path / "part")[0] == 128 + signal.SIGTERM
+    assert call("train_svhn.py", *THREE, "--fname", tmp_path / "part", "--resume=auto")[0] == 0
+    assert_same_run(tmp_path / "part", tmp_path / "whole")
+
+
+def test_a_run_stopped_in_an_evaluation_or_in_the_closing_attack_goes_on(tmp_path, call, small_dummy, monkeypatch):
+    assert call("train_cifar.py", *THREE, "--fname", tmp_path / "whole")[0] == 0
+    for at in (1, 3, 5):  # after the first epoch, in the last evaluation, in the closing attack
+        part, obey, count = tmp_path / f"part_{at}", run.Run.obey, 0
+
+        def spy(self, obey=obey, at=at):
+            nonlocal count
+            count += sys._getframe(1).f_code.co_name != "after_step"
+            if count == at:
+                self.signals.received = signal.SIGINT
+            obey(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(run.Run, "obey", spy)
+            assert call("train_cifar.py", *THREE, "--fname", part)[0] == 128 + signal.SIGINT
+        assert call("train_cifar.py", *THREE, "--fname", part, "--resume=auto")[0] == 0
+        assert_same_run(part, tmp_path / "whole")
+
+
+def test_auto_starts_where_there_is_nothing_and_is_done_where_all_is_there(tmp_path, call, small_dummy):
+    flags = [*THREE, "--fname", tmp_path / "run", "--resume=auto"]
+    assert call("train_cifar.py", *flags)[0] == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    status, output, _ = call("train_cifar.py", *flags)
+    assert status == 0 and "complete" in output
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    status, output, _ = call("train_cifar.py", *flags, "--final-iters=3")
+    assert status == 0 and "PGD3" in output and len(epochs_of(tmp_path / "run")) == 3
+
+
+def test_auto_falls_back_to_the_newest_complete_pair(tmp_path, call, small_dummy):
+    for name in ("whole", "part"):
+        assert call("train_cifar.py", *THREE, "--fname", tmp_path / name)[0] == 0
+    part = tmp_path / "part"
+    for damaged in ("state.pth", "opt_2.pth"):
+        (part / damaged).write_bytes((part / damaged).read_bytes()[:-1000])
+    (part / "model_1.pth").unlink()
+    status, output, _ = call("train_cifar.py", *THREE, "--fname", part, "--resume=auto")
+    assert status == 0 and "resumed at epoch 1, step 0" in output and "model_0.pth" in output
+    assert_same_run(part, tmp_path / "whole")
+    for path in part.glob("*.pth"):
+        path.write_bytes(b"not a checkpoint")
+    one_line(call("train_cifar.py", *THREE, "--fname", part, "--resume=auto"), "state.pth")
+
+
+def test_resume_n_keeps_what_later_epochs_left(tmp_path, call, small_dummy):
+    folder = tmp_path / "run"
+    assert call("train_cifar.py", *THREE, "--fname", folder)[0] == 0
+    log = (folder / "output.log").read_text()
+    model = (folder / "model_2.pth").read_bytes()
+    status, output, _ = call("train_cifar.py", *THREE, "--lr-max=0.2", "--allow-changes", "--fname", folder, "--resume=1")
+    assert status == 0 and "earlier_1" in output
+    assert (folder / "earlier_1" / "output.log").read_text() == log
+    assert (folder / "earlier_1" / "model_2.pth").read_bytes() == model
+    assert [record["epoch"] for record in epochs_of(folder)] == [0, 1, 2]
+    assert (folder / "model_2.pth").read_bytes() != model
+
+
+@pytest.mark.parametrize("change, named", [("--lr-max=0.3", "--lr-max"), ("--zero-qval=0.2", "--zero-qval"),
+                                           ("--seed=9", "--seed"), ("--batch-size=16", "--batch-size")])
+def test_a_run_does_not_go_on_with_other_flags_unless_told_to(change, named, tmp_path, call, small_dummy):
+    folder = tmp_path / "run"
+    assert call("train_cifar.py", *THREE, "--epochs=3", "--fname", folder)[0] == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    one_line(call("train_cifar.py", *THREE, change, "--fname", folder, "--resume=2"), named)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert call("train_cifar.py", *THREE, change, "--fname", folder, "--resume=2", "--allow-changes")[0] == 0
+
+
+@pytest.mark.parametrize("damage", ["missing model", "missing opt", "cut model", "cut opt", "empty", "text", "list",
+                                    "width", "classes", "pickle", "optimizer"])
+def test_a_checkpoint_that_does_not_fit_is_named(damage, tmp_path, call, small_dummy):
+    folder = tmp_path / "run"
+    assert call("train_cifar.py", *SMALL, "--chkpt-iters=1", "--fname", folder)[0] == 0
+    model, opt = folder / "model_0.pth", folder / "opt_0.pth"
+    flags, script_name, named = [], "train_cifar.py", "model_0.pth"
+    if damage == "missing model":
+        model.unlink()
+    elif damage == "missing opt":
+        opt.unlink()
+        named = "opt_0.pth"
+    elif damage == "cut model":
+        model.write_bytes(model.read_bytes()[:-500])
+    elif damage == "cut opt":
+        opt.write_bytes(opt.read_bytes()[: len(opt.read_bytes()) // 2])
+        named = "opt_0.pth"
+    elif damage == "empty":
+        model.write_bytes(b"")
+    elif damage == "text":
+        model.write_text("weights")
+    elif damage == "list":
+        torch.save([1, 2], model)
+    elif damage == "width":
+        flags = ["--base-width=8"]
+    elif damage == "classes":
+        script_name = "train_cifar100.py"
+    elif damage == "pickle":
+        model.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
+    elif damage == "optimizer":
+        torch.save({"state": {0: 1}, "param_groups": []}, opt)
+        named = "opt_0.pth"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    one_line(call(script_name, *SMALL, *flags, "--fname", folder, "--resume=1"), named)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and not (tmp_path / "owned").exists()
+
+
+def test_published_style_files_load(tmp_path, call, small_dummy):
+    """Keys under `module.`, as DataParallel leaves them, and an optimizer's state with nothing else."""
+    call("train_cifar.py", *THREE, "--fname", tmp_path / "whole")
+    part = tmp_path / "part"
+    part.mkdir()
+    state = torch.load(tmp_path / "whole" / "model_1.pth", weights_only=True)
+    torch.save({f"module.{key}": value for key, value in state.items()}, part / "model_1.pth")
+    optimizer = torch.load(tmp_path / "whole" / "opt_1.pth", weights_only=True)
+    torch.save({key: optimizer[key] for key in ("state", "param_groups")}, part / "opt_1.pth")
+    assert call("train_cifar.py", *THREE, "--fname", part, "--resume=2")[0] == 0
+    last = [torch.load(folder / "model_2.pth", weights_only=True) for folder in (tmp_path / "whole", part)]
+    assert_same(*last)
+    assert call("train_cifar.py", *THREE, "--fname", part, "--resume=2", "--eval")[0] == 0
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_20_random_moments_ends_with_the_bits_of_an_unbroken_one(tmp_path):
+    """SIGKILL, again and again at moments that differ from machine to machine, until the run gets through."""
+    flags = [*SMALL, "--epochs=4", "--chkpt-iters=2", "--chkpt-steps=2", "--train-samples=320", "--attack=zerograd",
+             "--lr-schedule=cyclic", "--resume=auto"]
+
+    def begin(name):
+        return subprocess.Popen([sys.executable, str(ROOT / "train_cifar.py"), *flags, "--fname", str(tmp_path / name)],
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+    began = time.monotonic()
+    process = begin("whole")
+    assert process.wait() == 0
+    whole = time.monotonic() - began
+    generator = torch.Generator().manual_seed(torch.initial_seed() % 2**32)
+    kills = 0
+    while kills < 20:
+        process = begin("part")
+        # A start takes most of a short run: aim at where it trains, evaluates and writes.
+        moment = whole * (0.3 + 0.4 * torch.rand(1, generator=generator).item())
+        try:
+            _, error = process.communicate(timeout=moment)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+            continue
+        assert process.returncode == 0, error
+        if kills < 20:
+            assert_same_run(tmp_path / "part", tmp_path / "whole")
+            shutil.rmtree(tmp_path / "part")
+    process = begin("part")
+    assert process.wait() == 0
+    assert_same_run(tmp_path / "part", tmp_path / "whole")
+    assert not list((tmp_path / "part").glob("*.part")) and json.loads((tmp_path / "part" / "final.json").read_text())

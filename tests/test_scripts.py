@@ -1,0 +1,252 @@
+"""The scripts as a user runs them: the paper's commands, the files they leave, and every bad input."""
+import json
+import os
+import re
+import shlex
+
+import pytest
+import torch
+from conftest import DATASETS, ROOT, SMALL, SmallNet, assert_same_run, epochs_of, script
+from test_data import write_cifar10, write_svhn
+
+import options
+from preactresnet import PreActResNet18
+
+# Each script's defaults as published.
+PUBLISHED = {
+    "train_cifar.py": dict(data_dir="../cifar-data", epochs=52, lr_schedule="onedrop", lr_max=0.1, zero_qval=0.35,
+                           fname="cifar_model"),
+    "train_cifar100.py": dict(data_dir="../cifar100-data", epochs=52, lr_schedule="onedrop", lr_max=0.1, zero_qval=0.45,
+                              fname="cifar100_model"),
+    "train_svhn.py": dict(data_dir="../svhn-data", epochs=15, lr_schedule="cyclic", lr_max=0.01, zero_qval=0.7,
+                          fname="svhn_model"),
+}
+COMMON = dict(model="PreActResNet18", batch_size=128, lr_drop=50, attack="multigrad", epsilon=8, pgd_alpha=2, fgsm_alpha=2,
+              multi_samps=3, multi_th=-1, multi_parallel=False, zero_iters=1, fgsm_init="random", seed=0, width_factor=10,
+              full_test=False, test_iters=10, test_restarts=1, resume=0, eval=False, chkpt_iters=10,
+              device="auto", base_width=64, pgd_iters=10, train_samples=None, val_size=0, final_iters=50,
+              final_restarts=10, final_samples=None, amp=False, amp_dtype="bfloat16", amp_impl="native", dummy=False)
+
+
+def paper_commands() -> list[str]:
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"^python (train_\w+\.py .*--attack=(?:zerograd|multigrad) .*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_defaults_are_the_published_ones(name):
+    args = vars(options.parser(DATASETS[name], None).parse_args([]))
+    for flag, value in {**COMMON, **PUBLISHED[name]}.items():
+        assert args[flag] == value, flag
+
+
+@pytest.mark.parametrize("name", DATASETS)
+def test_help_names_every_flag_in_groups(name):
+    done = script(name, "--help")
+    assert done.returncode == 0 and not done.stderr
+    for flag in {**COMMON, **PUBLISHED[name]}:
+        assert "--" + flag.replace("_", "-") in done.stdout
+    for group in ("data:", "model:", "training:", "attack to train on:", "evaluation:", "files:", "machine:"):
+        assert group in done.stdout
+
+
+@pytest.mark.parametrize("i", range(6))
+def test_the_papers_commands_run_to_the_end(i, tmp_path):
+    commands = paper_commands()
+    assert len(commands) == 6
+    name, *flags = shlex.split(commands[i])
+    done = script(name, *flags, *SMALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / PUBLISHED[name]["fname"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "args.json", "final.json", "metrics.jsonl", "model_1.pth", "model_best.pth", "opt_1.pth", "output.log", "state.pth"]
+    header, *lines, last = (folder / "output.log").read_text().splitlines()
+    titles = ["Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
+              "Test Robust Loss", "Test Robust Acc"] + ["Val Robust Acc"] * (name == "train_svhn.py") + [
+              "Defence Mean", "Attack Mean"]
+    assert header.split("\t") == titles and len(lines) == 2
+    assert done.stdout.splitlines() == [header, *lines, last] and not done.stderr
+    assert re.fullmatch(r"PGD2\ttime: [\d.]+\tclean loss: [\d.]+\tclean acc: [\d.]+\trobust loss: [\d.]+\trobust acc: "
+                        r"[\d.]+", last)
+    for epoch, (line, record) in enumerate(zip(lines, epochs_of(folder), strict=True)):
+        cells = dict(zip(titles, line.split("\t"), strict=True))
+        assert int(cells["Epoch"]) == record["epoch"] == epoch
+        for title in titles[1:]:
+            assert float(cells[title]) == pytest.approx(record[title.lower().replace(" ", "_")], abs=0.06)
+        assert record["train_images"] == 80 and 0 < record["defence_mean"] <= 8.0001
+    svhn = name == "train_svhn.py"
+    assert [record["test_images"] for record in epochs_of(folder)] == [512 if svhn else 64, 512]
+    network = PreActResNet18(base_width=4, num_classes=DATASETS[name].classes)
+    network.load_state_dict(torch.load(folder / "model_1.pth", weights_only=True))
+    network.load_state_dict(torch.load(folder / "model_best.pth", weights_only=True))
+    final = json.loads((folder / "final.json").read_text())
+    assert final["images"] == 48 and final["model"] == ("best" if svhn else "last")
+    assert json.loads((folder / "args.json").read_text())["args"]["attack"] in " ".join(flags)
+
+
+def test_dummy_images_are_learnt(tmp_path, call):
+    status, output, _ = call("train_cifar.py", "--dummy", "--device=cpu", "--base-width=8", "--epochs=3", "--batch-size=64",
+                             "--train-samples=1024", "--lr-schedule=cyclic", "--lr-max=0.2", "--attack=zerograd",
+                             "--final-iters=5", "--final-restarts=1", "--final-samples=100", "--fname", tmp_path / "run")
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    assert status == 0 and final["clean_acc"] > 0.9 and 0.5 < final["robust_acc"] <= final["clean_acc"]
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--zero-qval=1.5", "--zero-qval"), ("--zero-qval=-0.1", "--zero-qval"), ("--zero-qval=nan", "--zero-qval"),
+    ("--zero-qval=much", "--zero-qval"), ("--multi-samps=0", "--multi-samps"), ("--multi-samps=1.5", "--multi-samps"),
+    ("--multi-th=4", "--multi-th"), ("--multi-th=0", "--multi-th"), ("--multi-samps=5 --multi-th=6", "--multi-th"),
+    ("--multi-th=-2", "--multi-th"), ("--epsilon=-1", "--epsilon"), ("--epsilon=inf", "--epsilon"),
+    ("--fgsm-alpha=-1", "--fgsm-alpha"), ("--pgd-alpha=-0.5", "--pgd-alpha"), ("--epochs=0", "--epochs"),
+    ("--batch-size=0", "--batch-size"), ("--batch-size=-5", "--batch-size"), ("--model=ResNet", "--model"),
+    ("--attack=cw", "--attack"), ("--lr-max=-1", "--lr-max"), ("--lr-schedule=flat", "--lr-schedule"),
+    ("--fgsm-init=ones", "--fgsm-init"), ("--device=abacus", "--device"), ("--device=cuda:99", "--device"),
+    ("--device=cpu:3", "--device"), ("--train-samples=0", "--train-samples"), ("--train-samples=99999999", "--train-samples"),
+    ("--val-size=99999999", "--val-size"), ("--val-size=2040 --train-samples=9", "--train-samples"), ("--seed=-1", "--seed"),
+    ("--resume=5", "--resume"), ("--resume=1", "model_0.pth"), ("--resume=last", "--resume"), ("--eval", "--resume"),
+    ("--eval --resume=auto", "--fname"), ("--amp --amp-impl=apex", "--amp-impl native"), ("--sync-bn", "--sync-bn"),
+    ("--amp --amp-dtype=int8", "--amp-dtype"), ("--zero-iters=0", "--zero-iters"), ("--chkpt-iters=0", "--chkpt-iters"),
+    ("--no-such-flag", "--no-such-flag"), ("--final-restarts=0", "--final-restarts"), ("--base-width=0", "--base-width"),
+])
+def test_a_bad_flag_gives_one_line_and_touches_nothing(flags, named, tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = flags.split()
+    kept = [flag for flag in SMALL if flag.split("=")[0] not in {flag.split("=")[0] for flag in given}]
+    one_line(call("train_cifar.py", *kept, *given), named)
+    assert not list(tmp_path.iterdir())
+
+
+def one_line(result, named: str) -> None:
+    status, output, error = result
+    assert status == 2 and not output
+    assert error.startswith("train_") or error.startswith(os.path.basename(error.split(":")[0]))
+    assert error.count("\n") == 1 and error.endswith("\n") and named in error and "Traceback" not in error, error
+
+
+def test_a_bad_flag_gives_one_line_from_the_shell_too(tmp_path):
+    done = script("train_svhn.py", "--zero-qval=7", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "") and not list(tmp_path.iterdir())
+    assert done.stderr == "train_svhn.py: error: argument --zero-qval: must be a number, from 0 to 1, not 7\n"
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, call, small_dummy):
+    (tmp_path / "file").write_text("mine")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        one_line(call("train_cifar.py", *SMALL, "--fname", place), str(place))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_data_that_is_missing_cut_short_or_altered_is_named(tmp_path, call, monkeypatch):
+    small = ["--base-width=4", "--batch-size=4", "--train-samples=8", "--epochs=1", "--test-iters=1", "--final-iters=1",
+             "--final-restarts=1", "--device=cpu", "--data-dir", tmp_path / "data"]
+    folder, _ = write_cifar10(tmp_path / "data", monkeypatch)
+    assert call("train_cifar.py", *small, "--fname", tmp_path / "good")[0] == 0
+    whole = (folder / "data_batch_3").read_bytes()
+    for damaged in (whole[:-100], b"", whole[:500] + b"x" + whole[501:], b"cos\nsystem\n(S'touch owned'\ntR."):
+        (folder / "data_batch_3").write_bytes(damaged)
+        one_line(call("train_cifar.py", *small, "--fname", tmp_path / "bad"), "data_batch_3")
+    (folder / "data_batch_3").unlink()
+    one_line(call("train_cifar.py", *small, "--fname", tmp_path / "bad"), "data_batch_3")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_svhn_trains_from_its_files_and_a_damaged_one_is_named(tmp_path, call, monkeypatch):
+    small = ["--base-width=4", "--batch-size=4", "--epochs=1", "--test-iters=1", "--final-iters=1", "--final-restarts=1",
+             "--device=cpu", "--data-dir", tmp_path / "data"]
+    write_svhn(tmp_path / "data", monkeypatch)
+    assert call("train_svhn.py", *small, "--fname", tmp_path / "good")[0] == 0
+    path = tmp_path / "data" / "test_32x32.mat"
+    path.write_bytes(path.read_bytes()[:-50])
+    one_line(call("train_svhn.py", *small, "--fname", tmp_path / "bad"), "test_32x32.mat")
+    assert not (tmp_path / "bad").exists()
+
+
+def test_data_that_cannot_be_downloaded_is_one_line(tmp_path, call, monkeypatch):
+    import torchvision.datasets.utils as downloads
+    from torchvision.datasets import cifar
+
+    def offline(*args, **kwargs):
+        raise OSError("no route to host")
+
+    for module in (downloads, cifar):
+        monkeypatch.setattr(module, "download_and_extract_archive", offline)
+    one_line(call("train_cifar.py", "--data-dir", tmp_path / "none", "--fname", tmp_path / "run"), "--data-dir")
+
+
+def test_apex_is_used_as_its_o1_where_it_still_is(monkeypatch):
+    import sys
+    import types
+
+    from precision import Precision
+    from utils import UsageError
+
+    with pytest.raises(UsageError, match="--amp-impl native"):
+        Precision(True, "float16", "apex", torch.device("cuda"))
+    calls = []
+    amp = types.SimpleNamespace(initialize=lambda model, optimizer, **options: calls.append(options))
+    monkeypatch.setitem(sys.modules, "apex", types.SimpleNamespace(amp=amp))
+    model = SmallNet()
+    Precision(True, "float16", "apex", torch.device("cuda")).prepare(model, None)
+    assert calls[0]["opt_level"] == "O1"
+    with pytest.raises(UsageError, match="--amp-dtype float16"):
+        Precision(True, "bfloat16", "apex", torch.device("cuda"))
+
+
+def test_a_fresh_start_sets_an_earlier_run_aside(tmp_path, call, small_dummy):
+    folder = tmp_path / "run"
+    call("train_cifar.py", *SMALL, "--fname", folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "notes.txt").write_text("mine")
+    status, output, _ = call("train_cifar.py", *SMALL, "--attack=fgsm", "--fname", folder)
+    assert status == 0 and "earlier_1" in output
+    assert {path.name: path.read_bytes() for path in (folder / "earlier_1").iterdir()} == before
+    assert (folder / "notes.txt").read_text() == "mine" and len(epochs_of(folder)) == 2
+    call("train_cifar.py", *SMALL, "--fname", folder)
+    assert_same_run(folder, folder / "earlier_1")
+    assert (folder / "earlier_2").is_dir()
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, call, small_dummy):
+    for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+        assert call("train_cifar100.py", *SMALL, "--attack=zerograd", "--seed", seed, "--fname", tmp_path / name)[0] == 0
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+    assert epochs_of(tmp_path / "a")[0]["train_robust_loss"] != epochs_of(tmp_path / "c")[0]["train_robust_loss"]
+
+
+def test_val_size_chooses_the_best_checkpoint_on_images_never_trained_on(tmp_path, call, small_dummy, monkeypatch):
+    import run
+    seen = {}
+    original = run.evaluate
+
+    def spy(model, images, *rest):
+        seen[rest[3][2]] = images
+        return original(model, images, *rest)
+
+    monkeypatch.setattr(run, "evaluate", spy)
+    flags = [flag for flag in SMALL if not flag.startswith("--train-samples")]
+    status, output, _ = call("train_cifar.py", *flags, "--val-size=24", "--fname", tmp_path / "run")
+    assert status == 0 and "Val Robust Acc" in output.splitlines()[0]
+    assert len(seen[1]) == 24 and [record["val_images"] for record in epochs_of(tmp_path / "run")] == [24, 24]
+    assert epochs_of(tmp_path / "run")[0]["train_images"] == 72
+
+
+def test_eval_writes_its_own_log_and_changes_nothing_else(tmp_path, call, small_dummy):
+    for name in ("train_cifar.py", "train_svhn.py"):
+        folder = tmp_path / name
+        call(name, *SMALL, "--fname", folder)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        status, output, error = call(name, *SMALL, "--fname", folder, "--eval", "--resume=2")
+        assert (status, error) == (0, "")
+        header, line, last = (folder / "eval.log").read_text().splitlines()
+        assert output.splitlines() == [header, line, last]
+        cells = dict(zip(header.split("\t"), line.split("\t"), strict=True))
+        assert cells["Epoch"] == "1" and cells["LR"] == "nan" and last.startswith("PGD2\t")
+        trained = epochs_of(folder)[1]
+        assert float(cells["Test Acc"]) == pytest.approx(trained["test_acc"], abs=1e-4)
+        assert float(cells["Test Robust Acc"]) == pytest.approx(trained["test_robust_acc"], abs=1e-4)
+        evaluated = json.loads((folder / "eval.json").read_text())
+        if name == "train_cifar.py":
+            assert evaluated["robust_loss"] == json.loads(before["final.json"])["robust_loss"]
+        for path in folder.iterdir():
+            if path.name not in ("eval.log", "eval.json"):
+                assert path.read_bytes() == before[path.name]
