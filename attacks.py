@@ -192,7 +192,7 @@ def _threshold(value: int, args) -> int:
 
 ALPHA = Flag("--fgsm-alpha", "alpha", dict(type=number(float, 0), default=2.0, help="step of the single-step attacks, "
              "in epsilons"), lambda value, args: value * args.epsilon / 255)
-INIT = Flag("--fgsm-init", "init", dict(choices=("zero", "random"), default="random", help="start of fgsm and zerograd"))
+INIT = Flag("--fgsm-init", "init", dict(choices=("zero", "random"), default="random", help="start of fgsm, zerograd"))
 
 # The attacks to train on. A new one needs its function above and its line here; the command line follows from it.
 ATTACKS: dict[str, tuple[Callable[..., Tensor], tuple[Flag, ...]]] = {
@@ -204,7 +204,7 @@ ATTACKS: dict[str, tuple[Callable[..., Tensor], tuple[Flag, ...]]] = {
         Flag("--multi-parallel", "parallel", dict(action="store_true", help="all starts as one batch")))),
     "zerograd": (zerograd, (
         ALPHA, INIT,
-        Flag("--zero-qval", "q", dict(type=number(float, 0, 1), help="fraction of the gradient that ZeroGrad zeroes")),
+        Flag("--zero-qval", "q", dict(type=number(float, 0, 1), help="fraction of an image's gradient to zero")),
         Flag("--zero-iters", "steps", dict(type=number(int, 1), default=1, help="ZeroGrad's steps")))),
     "fgsm": (fgsm, (ALPHA, INIT)),
     "pgd": (pgd, (

@@ -144,7 +144,7 @@ def load(dataset: DataSet, args) -> tuple[Images, Images, Images]:
     if args.dummy:
         train, test = (dummy(dataset.classes, train) for train in (True, False))
     else:
-        train, test = (_images(*dataset.read(args.data_dir, train)) for train in (True, False))
+        train, test = (_images(dataset, args.data_dir, train) for train in (True, False))
     most = len(train) - args.val_size
     if most < 1:
         raise UsageError(f"--val-size must leave images to train on: {len(train) - 1} or less, not {args.val_size}")
@@ -205,8 +205,13 @@ def _verified(files: dict[Path, str], data_dir: str, source: Callable):
         raise UsageError(f"--data-dir {data_dir}: its files cannot be read ({_one_line(error)})") from None
 
 
-def _images(pixels: np.ndarray, labels) -> Images:
-    return Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.as_tensor(labels, dtype=torch.long))
+def _images(dataset: DataSet, data_dir: str, train: bool) -> Images:
+    pixels, labels = (np.asarray(part) for part in dataset.read(data_dir, train))
+    if pixels.dtype != np.uint8 or pixels.shape != (len(pixels), SIZE, SIZE, 3) or not len(pixels) or \
+            labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or \
+            labels.min() < 0 or labels.max() >= dataset.classes:
+        raise UsageError(f"--data-dir {data_dir} does not hold {dataset.name}: its files have other images or labels")
+    return Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)))
 
 
 def _one_line(error: Exception) -> str:

@@ -8,11 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks import input_gradient, pgd_step, start
+from attacks import input_gradient, pgd_step
 from data import Augmentation, Images
 from distributed import World
 from precision import Precision
 from utils import seed_everything
+
+ALONE = World()
 
 # What random numbers are drawn for; the first part of every key that they are seeded with.
 ORDER, STEP, EVALUATION, CLOSING = range(4)
@@ -114,7 +116,7 @@ def require_finite(progress: Progress, world: World) -> None:
 
 
 def evaluate(model: nn.Module, images: Images, attack: Callable[[nn.Module, Tensor, Tensor], Tensor], restarts: int,
-             batch_size: int, key: tuple[int, ...], precision: Precision, world: World = World(),
+             batch_size: int, key: tuple[int, ...], precision: Precision, world: World = ALONE,
              between: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Loss and accuracy of `model` on `images`, clean and under `restarts` runs of `attack` (one restart each).
 
@@ -148,7 +150,7 @@ def evaluate(model: nn.Module, images: Images, attack: Callable[[nn.Module, Tens
 
 
 def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: float, steps: int, restarts: int,
-                   batch_size: int, seed: int, precision: Precision, world: World = World(),
+                   batch_size: int, seed: int, precision: Precision, world: World = ALONE,
                    progress: Callable[[int], None] = lambda images_done: None) -> dict[str, float]:
     """Clean accuracy, and robust accuracy under l_inf PGD with early stop and restarts (PGD-50-10).
 

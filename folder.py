@@ -174,7 +174,8 @@ class RunFolder:
             self._write_text(self.log, "".join(line + "\n" for line in [header, *kept]))
         if self._metrics.exists():
             lines = self._metrics.read_text().splitlines()
-            self._write_text(self._metrics, "".join(line + "\n" for line in lines if json.loads(line)["epoch"] < epoch))
+            kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
+            self._write_text(self._metrics, "".join(line + "\n" for line in kept))
         return aside
 
     def _names(self) -> list[str]:
@@ -261,9 +262,10 @@ def load_training_state(optimizer, precision: Precision, state: dict, source: st
         precision.load_state_dict(run.get("precision", {}))
         args = dict(run.get("args", {}))
         progress = Progress(**{name: run[name] for name in asdict(Progress()) if name in run})
+        least = {"epoch": 0, "step": 0, "seconds": 0, "best": -1}
         if (progress.sums.shape, progress.first_fault.shape) != ((4,), ()) or not all(
-                isinstance(value, (int, float)) and value >= low
-                for value, low in ((progress.epoch, 0), (progress.step, 0), (progress.seconds, 0), (progress.best, -1))):
+                isinstance(getattr(progress, name), (int, float)) and getattr(progress, name) >= low
+                for name, low in least.items()):
             raise ValueError
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
         raise UsageError(f"--resume: {source} holds no optimizer state for this network") from None
@@ -274,5 +276,5 @@ def require_same_run(before: dict, args, flag_of: dict[str, str]) -> None:
     """Raise UsageError at the first flag that differs from the run's; `flag_of` maps arguments to their flags."""
     for name, value in vars(args).items():
         if name in before and name not in FREE and before[name] != value:
-            raise UsageError(f"--resume: the run in --fname {args.fname} has {flag_of[name]} {before[name]}, not {value}; "
-                             f"repeat its flags, take another --fname, or add --allow-changes")
+            raise UsageError(f"--resume: the run in --fname {args.fname} has {flag_of[name]} {before[name]}, not "
+                             f"{value}; repeat its flags, take another --fname, or add --allow-changes")

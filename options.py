@@ -26,6 +26,13 @@ SCHEDULES = {
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line and no usage text."""
 
+    def parse_args(self, *args, **kwargs):
+        parsed = super().parse_args(*args, **kwargs)
+        for name, value in vars(parsed).items():
+            if isinstance(value, list):  # argparse leaves an unchecked list where a flag's value is "--"
+                self.error(f"argument --{name.replace('_', '-')}: expected one argument")
+        return parsed
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
@@ -52,8 +59,8 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
 
     group = p.add_argument_group("model")
     add(group, "--model", choices=MODELS, default="PreActResNet18", help="PreActResNet by depth, or WideResNet-34")
-    add(group, "--base-width", type=number(int, 1), default=64, help="width of PreActResNet's stem")
-    add(group, "--width-factor", type=number(int, 1), default=10, help="width of WideResNet")
+    add(group, "--base-width", type=number(int, 1, 1024), default=64, help="width of PreActResNet's stem")
+    add(group, "--width-factor", type=number(int, 1, 64), default=10, help="width of WideResNet")
 
     group = p.add_argument_group("training")
     add(group, "--epochs", type=number(int, 1), help="passes over the training images")

@@ -42,12 +42,15 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
             work.evaluate_only()
         else:
             work.train()
+        world.wait()  # one that leaves early would break the others' connections
     except UsageError as error:
         parser.error(str(error))
     except Stopped:
         parser.exit(128 + signals.received, f"{parser.prog}: stopped by {signals.received.name}; "
                                             f"--resume auto goes on from here\n")
-    except torch.OutOfMemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
         parser.exit(1, f"{parser.prog}: error: out of memory: lower --batch-size (now {args.batch_size})\n")
     except NotFinite as fault:
         parser.exit(1, f"{parser.prog}: error: {work.explain(fault)}\n")
@@ -55,6 +58,11 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
         parser.exit(1, f"{parser.prog}: error: {error.filename or args.fname}: {error.strerror or error}\n")
     finally:
         world.leave()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out on the device or, for which PyTorch has no class of its own, on the CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)
 
 
 class Stopped(Exception):
@@ -90,7 +98,7 @@ class Run:
         if world.first:
             world.wait()
         if (len(train) - 1) % args.batch_size + 1 < world.size:
-            raise UsageError(f"--train-samples leaves the last batch less than an image for each of {world.size} processes")
+            raise UsageError(f"--train-samples leaves fewer images in the last batch than the {world.size} processes")
         layout = memory_format(args, device)
         train, held_out, self.test = (images.to(device, layout) for images in (train, held_out, test))
         self.validation = held_out if args.val_size else first_batches(train, args.batch_size, 50)
@@ -105,6 +113,8 @@ class Run:
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr_max, momentum=0.9, weight_decay=5e-4, fused=True)
         self.precision.prepare(model, self.optimizer)
         self.source = self.resume(flag_of)
+        if args.eval and self.source is None:
+            raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
         if args.compile or (args.compile is None and device.type == "cuda"):
             torch._dynamo.config.recompile_limit = 64  # train, eval, attack and judge, each with its last short batch
             model.compile()
@@ -129,7 +139,8 @@ class Run:
         if epoch is not None:
             self.progress.epoch, self.progress.step = epoch, 0
         if self.progress.epoch > self.args.epochs:
-            raise UsageError(f"--resume: {source} is of epoch {self.progress.epoch}, beyond --epochs {self.args.epochs}")
+            raise UsageError(f"--resume: {source} has {self.progress.epoch} epochs behind it, more than --epochs "
+                             f"{self.args.epochs}")
         if not self.args.eval and not self.args.allow_changes:
             require_same_run(before, self.args, flag_of)
         if not self.world.first:
@@ -166,11 +177,9 @@ class Run:
             aside = self.folder.set_aside()
         else:
             aside = self.folder.rewind(self.progress.epoch, keep_files=self.args.resume == "auto")
-            note = f"# resumed at epoch {self.progress.epoch}, step {self.progress.step} from {self.source}"
-            self.folder.add_line(note)
-            self.say(note)
+            self.note(f"# resumed at epoch {self.progress.epoch}, step {self.progress.step} from {self.source}")
         if aside:
-            self.say(f"# files of an earlier run are now in {aside}")
+            self.note(f"# files of an earlier run are now in {aside}")
         self.folder.write_json("args.json", {"data_set": self.dataset.name, "args": vars(self.args),
                                              **describe_machine(self.device, self.world)})
 
@@ -215,18 +224,17 @@ class Run:
         metrics["best"] = score > progress.best
         progress.best = max(progress.best, score)
         progress.next_epoch()
-        if not self.world.first:
-            return
-        line = self.folder.add_epoch(metrics)
-        self.say(line)
-        if metrics["best"]:
-            self.folder.save_model("best", self.model)
-        if progress.epoch % args.chkpt_iters == 0 or progress.epoch == args.epochs:
-            self.folder.save_model(progress.epoch - 1, self.model)
-            self.folder.save_optimizer(progress.epoch - 1, self.optimizer, self.precision, progress, args)
+        if self.world.first:
+            self.say(self.folder.add_epoch(metrics))
+            if metrics["best"]:
+                self.folder.save_model("best", self.model)
+            if progress.epoch % args.chkpt_iters == 0 or progress.epoch == args.epochs:
+                self.folder.save_model(progress.epoch - 1, self.model)
+                self.folder.save_optimizer(progress.epoch - 1, self.optimizer, self.precision, progress, args)
         self.save_state()
 
     def save_state(self) -> None:
+        """Save all that --resume auto needs to go on from here. All processes have to call it together."""
         require_finite(self.progress, self.world)
         progress = replace(self.progress, sums=self.world.total(self.progress.sums))
         if self.world.first:
@@ -261,13 +269,12 @@ class Run:
         self.say(line)
         if self.world.first:
             self.folder.add_line(line)
-            self.folder.write_json(name, {"model": model, "iters": args.final_iters, "restarts": args.final_restarts,
-                                          "alpha": args.pgd_alpha, "epsilon": args.epsilon, "seconds": seconds, **result})
+            self.folder.write_json(name, {
+                "model": model, "iters": args.final_iters, "restarts": args.final_restarts, "alpha": args.pgd_alpha,
+                "epsilon": args.epsilon, "seconds": seconds, **result})
 
     def evaluate_only(self) -> None:
         """What --eval does: the evaluation of an epoch on the whole test set, then the closing attack."""
-        if self.source is None:
-            raise UsageError(f"--eval: --fname {self.args.fname} holds no model to evaluate")
         self.progress.epoch = max(self.progress.epoch - 1, 0)
         self.say("\t".join(self.folder.titles))
         untrained = dict.fromkeys(("train_time", "lr", "train_robust_loss", "train_robust_acc", "defence_mean"))
@@ -280,6 +287,11 @@ class Run:
         good = self.folder.state_file
         return (f"the loss or a gradient is no longer finite at epoch {self.progress.epoch}, step {fault.step}; "
                 f"{f'the last good state is {good}' if good.exists() else 'no state was saved before'}: lower --lr-max")
+
+    def note(self, text: str) -> None:
+        """Say something that belongs into the log, too, between its lines."""
+        self.folder.add_line(text)
+        self.say(text)
 
     def say(self, text: str) -> None:
         if self.world.first:

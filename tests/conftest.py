@@ -72,7 +72,8 @@ def epochs_of(folder: Path) -> list[dict]:
 
 def without_times(folder: Path) -> tuple[list[dict], list[list[str]], dict]:
     """All that a run's logs say but for how long it took and that it was resumed."""
-    records = [{key: value for key, value in record.items() if not key.endswith("_time")} for record in epochs_of(folder)]
+    records = [{key: value for key, value in record.items() if not key.endswith("_time")}
+               for record in epochs_of(folder)]
     lines = [line.split("\t") for line in (folder / "output.log").read_text().splitlines() if not line.startswith("#")]
     rows = [[cell for i, cell in enumerate(line) if i not in (1, 2) and not cell.startswith("time")] for line in lines]
     final = json.loads((folder / "final.json").read_text())

@@ -25,7 +25,8 @@ EPSILON = 8 / 255
 
 
 def test_cyclic_schedule_at_its_corners():
-    for dataset, epochs, peak in ((train_cifar.DATASET, 30, 15), (train_svhn.DATASET, 15, 6), (train_cifar.DATASET, 5, 2)):
+    cifar, svhn = train_cifar.DATASET, train_svhn.DATASET
+    for dataset, epochs, peak in ((cifar, 30, 15), (svhn, 15, 6), (cifar, 5, 2), (svhn, 5, 2)):
         assert dataset.peak(epochs) == peak
         lr = partial(cyclic_lr, lr_max=0.2, peak=peak, epochs=epochs)
         assert lr(0) == 0 and lr(epochs) == 0 and lr(peak) == 0.2
@@ -76,9 +77,9 @@ def grey(values, labels) -> Images:
 
 
 # Value, label, right without a perturbation, right under every perturbation of at most 8.
-GREY = [(140, 1, True, True), (136, 1, True, True), (135, 1, True, False), (128, 1, True, False), (127, 1, False, False),
-        (60, 0, True, True), (119, 0, True, True), (120, 0, True, False), (127, 0, True, False), (200, 0, False, False),
-        (255, 1, True, True), (0, 0, True, True)]
+GREY = [(140, 1, True, True), (136, 1, True, True), (135, 1, True, False), (128, 1, True, False),
+        (127, 1, False, False), (60, 0, True, True), (119, 0, True, True), (120, 0, True, False), (127, 0, True, False),
+        (200, 0, False, False), (255, 1, True, True), (0, 0, True, True)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 12, 100])
@@ -264,8 +265,8 @@ def test_low_precision_trains_nearly_alike_and_is_judged_in_float32(dtype):
     for kind in (FLOAT32, precision):
         with torch.no_grad():
             model.linear.weight.copy_(start)
-        metrics = train_epoch(small_trainer(model, images, partial(fgsm, epsilon=EPSILON, alpha=EPSILON), precision=kind),
-                              Progress())
+        attack = partial(fgsm, epsilon=EPSILON, alpha=EPSILON)
+        metrics = train_epoch(small_trainer(model, images, attack, precision=kind), Progress())
         trained[kind] = metrics["train_robust_loss"]
     assert trained[precision] == pytest.approx(trained[FLOAT32], rel=0.05)
     low = getattr(torch, dtype)

@@ -43,7 +43,7 @@ def test_resume_n_and_auto_end_with_the_bits_of_an_unbroken_run(attack, tmp_path
         for name in (f"model_{n - 1}.pth", f"opt_{n - 1}.pth"):
             shutil.copy(whole / name, part)
         assert call("train_cifar100.py", *flags, "--fname", part, "--resume", n)[0] == 0
-        assert_same(torch.load(part / "state.pth", weights_only=True), torch.load(whole / "state.pth", weights_only=True))
+        assert_same(*(torch.load(folder / "state.pth", weights_only=True) for folder in (part, whole)))
         assert [record["epoch"] for record in epochs_of(part)] == list(range(n, 3))
     for at in (2, 3, 7):  # inside the first epoch, at its end, inside the third
         part = tmp_path / f"stopped_{at}"
@@ -115,7 +115,8 @@ def test_resume_n_keeps_what_later_epochs_left(tmp_path, call, small_dummy):
     assert call("train_cifar.py", *THREE, "--fname", folder)[0] == 0
     log = (folder / "output.log").read_text()
     model = (folder / "model_2.pth").read_bytes()
-    status, output, _ = call("train_cifar.py", *THREE, "--lr-max=0.2", "--allow-changes", "--fname", folder, "--resume=1")
+    flags = [*THREE, "--lr-max=0.2", "--allow-changes", "--fname", folder, "--resume=1"]
+    status, output, _ = call("train_cifar.py", *flags)
     assert status == 0 and "earlier_1" in output
     assert (folder / "earlier_1" / "output.log").read_text() == log
     assert (folder / "earlier_1" / "model_2.pth").read_bytes() == model

@@ -21,9 +21,9 @@ PUBLISHED = {
     "train_svhn.py": dict(data_dir="../svhn-data", epochs=15, lr_schedule="cyclic", lr_max=0.01, zero_qval=0.7,
                           fname="svhn_model"),
 }
-COMMON = dict(model="PreActResNet18", batch_size=128, lr_drop=50, attack="multigrad", epsilon=8, pgd_alpha=2, fgsm_alpha=2,
-              multi_samps=3, multi_th=-1, multi_parallel=False, zero_iters=1, fgsm_init="random", seed=0, width_factor=10,
-              full_test=False, test_iters=10, test_restarts=1, resume=0, eval=False, chkpt_iters=10,
+COMMON = dict(model="PreActResNet18", batch_size=128, lr_drop=50, attack="multigrad", epsilon=8, pgd_alpha=2,
+              fgsm_alpha=2, multi_samps=3, multi_th=-1, multi_parallel=False, zero_iters=1, fgsm_init="random", seed=0,
+              width_factor=10, full_test=False, test_iters=10, test_restarts=1, resume=0, eval=False, chkpt_iters=10,
               device="auto", base_width=64, pgd_iters=10, train_samples=None, val_size=0, final_iters=50,
               final_restarts=10, final_samples=None, amp=False, amp_dtype="bfloat16", amp_impl="native", dummy=False)
 
@@ -59,11 +59,12 @@ def test_the_papers_commands_run_to_the_end(i, tmp_path):
     assert done.returncode == 0, done.stderr
     folder = tmp_path / PUBLISHED[name]["fname"]
     assert sorted(path.name for path in folder.iterdir()) == [
-        "args.json", "final.json", "metrics.jsonl", "model_1.pth", "model_best.pth", "opt_1.pth", "output.log", "state.pth"]
+        "args.json", "final.json", "metrics.jsonl", "model_1.pth", "model_best.pth", "opt_1.pth", "output.log",
+        "state.pth"]
     header, *lines, last = (folder / "output.log").read_text().splitlines()
-    titles = ["Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
-              "Test Robust Loss", "Test Robust Acc"] + ["Val Robust Acc"] * (name == "train_svhn.py") + [
-              "Defence Mean", "Attack Mean"]
+    titles = ["Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss",
+              "Test Acc", "Test Robust Loss", "Test Robust Acc"]
+    titles += ["Val Robust Acc"] * (name == "train_svhn.py") + ["Defence Mean", "Attack Mean"]
     assert header.split("\t") == titles and len(lines) == 2
     assert done.stdout.splitlines() == [header, *lines, last] and not done.stderr
     assert re.fullmatch(r"PGD2\ttime: [\d.]+\tclean loss: [\d.]+\tclean acc: [\d.]+\trobust loss: [\d.]+\trobust acc: "
@@ -85,11 +86,12 @@ def test_the_papers_commands_run_to_the_end(i, tmp_path):
 
 
 def test_dummy_images_are_learnt(tmp_path, call):
-    status, output, _ = call("train_cifar.py", "--dummy", "--device=cpu", "--base-width=8", "--epochs=3", "--batch-size=64",
-                             "--train-samples=1024", "--lr-schedule=cyclic", "--lr-max=0.2", "--attack=zerograd",
-                             "--final-iters=5", "--final-restarts=1", "--final-samples=100", "--fname", tmp_path / "run")
+    status, _, _ = call("train_cifar.py", "--dummy", "--device=cpu", "--base-width=8", "--epochs=4", "--batch-size=32",
+                        "--train-samples=768", "--lr-schedule=cyclic", "--lr-max=0.2", "--attack=zerograd",
+                        "--test-iters=1", "--final-iters=5", "--final-restarts=1", "--final-samples=100", "--fname",
+                        tmp_path / "run")
     final = json.loads((tmp_path / "run" / "final.json").read_text())
-    assert status == 0 and final["clean_acc"] > 0.9 and 0.5 < final["robust_acc"] <= final["clean_acc"]
+    assert status == 0 and final["clean_acc"] > 0.8 and 0.4 < final["robust_acc"] <= final["clean_acc"]
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -101,12 +103,14 @@ def test_dummy_images_are_learnt(tmp_path, call):
     ("--batch-size=0", "--batch-size"), ("--batch-size=-5", "--batch-size"), ("--model=ResNet", "--model"),
     ("--attack=cw", "--attack"), ("--lr-max=-1", "--lr-max"), ("--lr-schedule=flat", "--lr-schedule"),
     ("--fgsm-init=ones", "--fgsm-init"), ("--device=abacus", "--device"), ("--device=cuda:99", "--device"),
-    ("--device=cpu:3", "--device"), ("--train-samples=0", "--train-samples"), ("--train-samples=99999999", "--train-samples"),
-    ("--val-size=99999999", "--val-size"), ("--val-size=2040 --train-samples=9", "--train-samples"), ("--seed=-1", "--seed"),
-    ("--resume=5", "--resume"), ("--resume=1", "model_0.pth"), ("--resume=last", "--resume"), ("--eval", "--resume"),
+    ("--device=cpu:3", "--device"), ("--train-samples=0", "--train-samples"), ("--seed=-1", "--seed"),
+    ("--train-samples=99999999", "--train-samples"), ("--val-size=99999999", "--val-size"),
+    ("--val-size=2040 --train-samples=9", "--train-samples"), ("--resume=5", "--resume"), ("--eval", "--resume"),
+    ("--resume=1", "model_0.pth"), ("--resume=last", "--resume"),
     ("--eval --resume=auto", "--fname"), ("--amp --amp-impl=apex", "--amp-impl native"), ("--sync-bn", "--sync-bn"),
     ("--amp --amp-dtype=int8", "--amp-dtype"), ("--zero-iters=0", "--zero-iters"), ("--chkpt-iters=0", "--chkpt-iters"),
-    ("--no-such-flag", "--no-such-flag"), ("--final-restarts=0", "--final-restarts"), ("--base-width=0", "--base-width"),
+    ("--no-such-flag", "--no-such-flag"), ("--final-restarts=0", "--final-restarts"),
+    ("--base-width=0", "--base-width"), ("--width-factor=9999", "--width-factor"),
 ])
 def test_a_bad_flag_gives_one_line_and_touches_nothing(flags, named, tmp_path, call, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -151,8 +155,8 @@ def test_data_that_is_missing_cut_short_or_altered_is_named(tmp_path, call, monk
 
 
 def test_svhn_trains_from_its_files_and_a_damaged_one_is_named(tmp_path, call, monkeypatch):
-    small = ["--base-width=4", "--batch-size=4", "--epochs=1", "--test-iters=1", "--final-iters=1", "--final-restarts=1",
-             "--device=cpu", "--data-dir", tmp_path / "data"]
+    small = ["--base-width=4", "--batch-size=4", "--epochs=1", "--test-iters=1", "--final-iters=1",
+             "--final-restarts=1", "--device=cpu", "--data-dir", tmp_path / "data"]
     write_svhn(tmp_path / "data", monkeypatch)
     assert call("train_svhn.py", *small, "--fname", tmp_path / "good")[0] == 0
     path = tmp_path / "data" / "test_32x32.mat"
@@ -208,7 +212,8 @@ def test_a_fresh_start_sets_an_earlier_run_aside(tmp_path, call, small_dummy):
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, call, small_dummy):
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        assert call("train_cifar100.py", *SMALL, "--attack=zerograd", "--seed", seed, "--fname", tmp_path / name)[0] == 0
+        flags = [*SMALL, "--attack=zerograd", "--seed", seed, "--fname", tmp_path / name]
+        assert call("train_cifar100.py", *flags)[0] == 0
     assert_same_run(tmp_path / "a", tmp_path / "b")
     assert epochs_of(tmp_path / "a")[0]["train_robust_loss"] != epochs_of(tmp_path / "c")[0]["train_robust_loss"]
 

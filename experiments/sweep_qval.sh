@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# ZeroGrad over its quantile, one run after another. Call it again after an interruption: finished runs are kept, a cut
+# off one goes on. Flags given to it are passed on: experiments/sweep_qval.sh --data-dir ~/data --base-width 16
+set -euo pipefail
+cd "$(dirname "$0")/.."
+for q in 0 0.2 0.35 0.5 0.7 0.9; do
+    python train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --zero-qval="$q" \
+        --resume=auto --fname="runs/zerograd_q$q" "$@"
+done

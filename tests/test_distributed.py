@@ -1,0 +1,123 @@
+"""Two gloo processes under torchrun, on this machine, against one."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, assert_same_run, epochs_of, script
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+
+
+def torchrun(name: str, *flags: str, launcher: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
+    return subprocess.run([*TORCHRUN, *launcher, name, *map(str, flags)], capture_output=True, text=True, timeout=280,
+                          cwd=ROOT, **options)
+
+
+def test_training_in_two_processes_is_near_to_one_and_an_evaluation_is_the_same(tmp_path):
+    flags = [*SMALL, "--train-samples=480", "--epochs=3", "--lr-schedule=cyclic", "--lr-max=0.1", "--attack=multigrad",
+             "--multi-parallel", "--full-test"]
+    for count, start in (("one", script), ("two", torchrun)):
+        done = start("train_cifar.py", *flags, "--fname", tmp_path / count)
+        assert done.returncode == 0, done.stderr
+    one, two = (epochs_of(tmp_path / count) for count in ("one", "two"))
+    assert len(two) == 3 and [record["train_images"] for record in two] == [480] * 3
+    assert json.loads((tmp_path / "two" / "args.json").read_text())["processes"] == 2
+    for left, right in zip(one, two):
+        assert left["test_images"] == right["test_images"] == 512 and left["lr"] == right["lr"]
+    assert abs(one[-1]["train_robust_loss"] - two[-1]["train_robust_loss"]) < 0.25
+    # One process evaluates what two have trained, and finds the very counts that they found.
+    done = script("train_cifar.py", *flags, "--fname", tmp_path / "two", "--eval", "--resume=auto")
+    assert done.returncode == 0, done.stderr
+    alone, together = (json.loads((tmp_path / "two" / name).read_text()) for name in ("eval.json", "final.json"))
+    assert (alone["clean_acc"], alone["robust_acc"]) == (together["clean_acc"], together["robust_acc"])
+    cells = (tmp_path / "two" / "eval.log").read_text().splitlines()[1].split("\t")
+    assert cells[7] == f"{two[-1]['test_acc']:.4f}" and cells[9] == f"{two[-1]['test_robust_acc']:.4f}"
+
+
+GRADIENTS = """
+import sys, torch
+from functools import partial
+from torch import nn
+from attacks import fgsm
+from data import Augmentation, Images
+from distributed import World
+from engine import Progress, Trainer, closing_attack, evaluate, train_epoch
+from precision import Precision
+from preactresnet import PreActResNet18
+
+world = World.join(cuda=False)
+torch.manual_seed(0)
+model = PreActResNet18(base_width=4)
+model.train = lambda mode=True: model  # BatchNorm stays in eval mode
+model.eval()
+pixels, labels = torch.randint(256, (27, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (27,))
+images = Images(pixels, labels, torch.contiguous_format)
+forward = nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+attack = partial(fgsm, epsilon=8 / 255, alpha=8 / 255, init="zero")
+precision = Precision(False, "bfloat16", "native", torch.device("cpu"))
+trainer = Trainer(model, forward, optimizer, attack, lambda t: 0.01, images, Augmentation(), 12, 0, precision, world)
+metrics = train_epoch(trainer, Progress())
+counts = evaluate(model, images, attack, 2, 5, (0,), precision, world)
+closing = closing_attack(model, images, 1 / 255, 0.5 / 255, 3, 3, 4, 0, precision, world)
+if world.first:
+    del metrics["train_time"]
+    torch.save({"model": model.state_dict(), "metrics": metrics, "counts": counts, "closing": closing}, sys.argv[1])
+world.wait()
+world.leave()
+"""
+
+
+def test_gradients_are_averaged_over_shards_of_unequal_size(tmp_path):
+    """An epoch of batches of 12, 12 and 3, BatchNorm in eval mode: one process and two agree to rounding."""
+    program = tmp_path / "program.py"
+    program.write_text(GRADIENTS)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, program, tmp_path / "one.pt"], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    done = torchrun(str(program), tmp_path / "two.pt", env=env)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
+    for key, value in one["model"].items():
+        torch.testing.assert_close(two["model"][key], value, rtol=1e-4, atol=1e-5, msg=key)
+    for part in ("metrics", "counts", "closing"):
+        for key, value in one[part].items():
+            assert two[part][key] == pytest.approx(value, rel=1e-4), key
+
+
+def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tmp_path):
+    """One of two processes is killed in the second epoch; torchrun starts both again, from the newest state."""
+    program = tmp_path / "dying.py"
+    program.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import run, train_cifar\n"
+        "after_step = run.Run.after_step\n"
+        "def dying(self):\n"
+        "    after_step(self)\n"
+        "    first_life = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
+        "    if first_life and self.world.rank == 1 and self.progress.epoch == 1 and self.progress.step == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run.Run.after_step = dying\n"
+        "run.main(train_cifar.DATASET)\n")
+    flags = [*SMALL, "--epochs=3", "--attack=fgsm", "--resume=auto"]
+    whole = torchrun("train_cifar.py", *flags, "--fname", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    died = torchrun(str(program), *flags, "--fname", tmp_path / "part")
+    assert died.returncode != 0 and "SIGKILL" in died.stderr
+    # Without this setting torchrun's new processes may read the dead ones' addresses from a store that they share.
+    env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    flags += ["--fname", tmp_path / "restarted"]
+    again = torchrun(str(program), *flags, launcher=("--max-restarts=1",), env=env)
+    assert again.returncode == 0, again.stderr
+    assert "# resumed at epoch 1, step 0" in again.stdout
+    assert_same_run(tmp_path / "restarted", tmp_path / "whole")
+
+
+def test_a_last_batch_too_small_for_the_processes_is_one_line(tmp_path):
+    done = torchrun("train_cifar.py", *SMALL, "--train-samples=65", "--fname", tmp_path / "run")
+    assert done.returncode != 0 and "error: --train-samples leaves fewer images" in done.stderr
+    assert not (tmp_path / "run").exists()
