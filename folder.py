@@ -50,8 +50,11 @@ class RunFolder:
             raise UsageError(f"--fname {self.path} cannot be written: it must be a folder, or a place for a new one")
 
     def make(self) -> None:
+        """Create the folder, or clear an old one of what a killed run was just writing."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            for unfinished in self.path.glob(".*.part"):
+                unfinished.unlink()
         except OSError as error:
             raise UsageError(f"--fname {self.path} cannot be written ({error.strerror})") from None
 

@@ -24,10 +24,14 @@ class PreActBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(x))
-        shortcut = x if self.shortcut is None else self.shortcut(out)
+        skip = self.skip(x, out)
         out = self.conv1(out)
         out = self.conv2(F.relu(self.bn2(out)))
-        return out + shortcut
+        return out + skip
+
+    def skip(self, x: Tensor, activated: Tensor) -> Tensor:
+        """What is added to the convolutions' output: the raw input, or a convolution of the activated one."""
+        return x if self.shortcut is None else self.shortcut(activated)
 
 
 class PreActBottleneck(nn.Module):

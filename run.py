@@ -38,6 +38,7 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
         device = choose_device(args)
         world = World.join(device.type == "cuda")
         work = Run(dataset, args, options.flag_of(parser), device, world, signals)
+        signals.listen()
         if args.eval:
             work.evaluate_only()
         else:
@@ -46,8 +47,10 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
     except UsageError as error:
         parser.error(str(error))
     except Stopped:
-        parser.exit(128 + signals.received, f"{parser.prog}: stopped by {signals.received.name}; "
-                                            f"--resume auto goes on from here\n")
+        how = "" if args.eval else "; --resume auto goes on from here"
+        parser.exit(128 + signals.received, f"{parser.prog}: stopped by {signals.received.name}{how}\n")
+    except KeyboardInterrupt:  # before there was anything to save
+        parser.exit(128 + signal.SIGINT, f"{parser.prog}: stopped by SIGINT\n")
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -74,6 +77,8 @@ class StopSignals:
 
     def __init__(self):
         self.received: signal.Signals | None = None
+
+    def listen(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._note)
 

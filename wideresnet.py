@@ -5,24 +5,20 @@ The parameter names are those of the checkpoints in exchange (`conv1`, `block1.l
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from preactresnet import PreActBlock
 from utils import Normalize
 
 
-class WideBlock(nn.Module):
-    """Two 3x3 convolutions, each behind BatchNorm and ReLU; (B, in_planes, H, W) -> (B, planes, H/stride, W/stride)."""
+class WideBlock(PreActBlock):
+    """The same block under the names of wide networks' checkpoints, where its shortcut is `convShortcut`."""
 
     def __init__(self, in_planes: int, planes: int, stride: int):
-        super().__init__()
-        self.bn1 = nn.BatchNorm2d(in_planes)
-        self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(planes)
-        self.conv2 = nn.Conv2d(planes, planes, 3, padding=1, bias=False)
-        self.convShortcut = nn.Conv2d(in_planes, planes, 1, stride, bias=False) if in_planes != planes else None
+        super().__init__(in_planes, planes, stride)
+        shortcut, self.shortcut = self.shortcut, None
+        self.convShortcut = None if shortcut is None else shortcut[0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(x))
-        shortcut = x if self.convShortcut is None else self.convShortcut(out)
-        return self.conv2(F.relu(self.bn2(self.conv1(out)))) + shortcut
+    def skip(self, x: Tensor, activated: Tensor) -> Tensor:
+        return x if self.convShortcut is None else self.convShortcut(activated)
 
 
 class WideStage(nn.Module):

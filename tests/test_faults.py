@@ -135,9 +135,9 @@ def test_mutated_command_lines_end_in_success_or_one_line(tmp_path, call, monkey
     assert outcomes.count(0) > 20 and outcomes.count(2) > 200
 
 
-def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_a_new_one(tmp_path):
+def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_a_new_one(tmp_path, call):
     flags = [*SMALL, "--chkpt-iters=1", "--attack=fgsm", "--fname", tmp_path / "run"]
-    assert script("train_cifar.py", *flags, "--epochs=3").returncode == 0
+    assert call("train_cifar.py", *flags, "--epochs=3")[0] == 0
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "run", whole)
     for name in ("final.json", "state.pth", "model_2.pth", "opt_2.pth"):
@@ -150,7 +150,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_a_new_one(tmp_path
     after = files(tmp_path / "run")
     assert all(after[name] == before[name] for name in ("model_1.pth", "opt_1.pth", "model_0.pth", "opt_0.pth"))
     assert not list((tmp_path / "run").glob(".*.part"))
-    assert script("train_cifar.py", *flags, "--epochs=3", "--resume=auto").returncode == 0
+    assert call("train_cifar.py", *flags, "--epochs=3", "--resume=auto")[0] == 0
     for name in ("state.pth", "model_2.pth"):
         assert_same(torch.load(tmp_path / "run" / name, weights_only=True), torch.load(whole / name, weights_only=True))
     assert [record["epoch"] for record in epochs_of(tmp_path / "run")] == [0, 1, 2]
