@@ -21,9 +21,6 @@ from torch import Tensor, nn
 
 from utils import UsageError, number
 
-# A power of two changes no bit of a gradient but keeps those of float16 networks from vanishing.
-LOSS_SCALE = 1024.0
-
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, init: str = "random") -> Tensor:
     """One step of alpha along the gradient's sign, from zero or (FGSM-RS) from a uniform start."""
@@ -128,8 +125,9 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> tup
     with frozen(model), torch.enable_grad():
         logits = model(x + delta)
         loss = F.cross_entropy(logits, y)
-        grad, = torch.autograd.grad(loss * LOSS_SCALE, delta)
-    return grad / LOSS_SCALE, logits.detach()
+        scale = 8 * 2 ** (len(x) - 1).bit_length()  # a power of two: exact, and float16 gradients do not vanish
+        grad, = torch.autograd.grad(loss * scale, delta)
+    return grad / scale, logits.detach()
 
 
 def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") -> Tensor:
@@ -198,7 +196,7 @@ INIT = Flag("--fgsm-init", "init", dict(choices=("zero", "random"), default="ran
 ATTACKS: dict[str, tuple[Callable[..., Tensor], tuple[Flag, ...]]] = {
     "multigrad": (multigrad, (
         ALPHA,
-        Flag("--multi-samps", "samples", dict(type=number(int, 1), default=3, help="MultiGrad's random starts")),
+        Flag("--multi-samps", "samples", dict(type=number(int, 1, 1000), default=3, help="MultiGrad's random starts")),
         Flag("--multi-th", "threshold", dict(type=number(int, 1, also=(-1,)), default=-1, help="how many of them must "
              "agree on a sign; -1: all"), _threshold),
         Flag("--multi-parallel", "parallel", dict(action="store_true", help="all starts as one batch")))),

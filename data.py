@@ -187,18 +187,27 @@ def svhn(source: type) -> Callable[[str, bool], tuple[np.ndarray, Any]]:
 
 def _verified(files: dict[Path, str], data_dir: str, source: Callable):
     """`source()`, torchvision's data set, once all its files are there with the right sums; downloads if none is."""
-    if not any(file.exists() for file in files):
+    try:
+        missing = not any(file.exists() for file in files)
+    except (OSError, ValueError):  # a name that is no name to the system
+        raise UsageError(f"--data-dir {data_dir} cannot be read") from None
+    if missing:
+        there = Path(data_dir).exists()
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 return source(download=True)
         except (OSError, RuntimeError, urllib.error.URLError) as error:
+            if not there:
+                with contextlib.suppress(OSError):
+                    Path(data_dir).rmdir()  # torchvision makes it before it tries
             raise UsageError(f"--data-dir {data_dir} has no {next(iter(files))}, and the download failed "
                              f"({_one_line(error)}): put the files there, or use --dummy") from None
     for file, md5 in files.items():
         if not file.exists():
             raise UsageError(f"--data-dir {data_dir} lacks {file}: put it there, or delete {file.parent} to download")
         if not check_integrity(str(file), md5):
-            raise UsageError(f"--data-dir {data_dir}: {file} is cut short or altered (its MD5 sum should be {md5})")
+            raise UsageError(f"--data-dir {data_dir}: {file} is cut short or altered (its MD5 sum should be {md5}): "
+                             f"replace it, or delete it to have it downloaded")
     try:
         return source()
     except Exception as error:  # whatever a parser raises at a file that it cannot read

@@ -40,8 +40,11 @@ class Progress:
     first_fault: Tensor = field(default_factory=lambda: torch.tensor(math.inf))
 
     def next_epoch(self) -> None:
-        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
-        self.sums = torch.zeros_like(self.sums)
+        self.epoch += 1
+        self.restart_epoch()
+
+    def restart_epoch(self) -> None:
+        self.step, self.seconds, self.sums = 0, 0.0, torch.zeros_like(self.sums)
 
 
 @dataclass(frozen=True)
@@ -176,7 +179,7 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
     progress(int((~robust[mine]).sum()))
     for restart in range(restarts):
         queue = mine[robust[mine]]
-        starts = _starts(images, epsilon, seed, restart)
+        starts = _starts(images, epsilon, seed, restart).to(device)
         index, taken = queue[:0], queue[:0]  # the images in the batch, and the steps that each has taken
         x, y = images.batch(index)
         delta = torch.zeros_like(x)
@@ -186,7 +189,7 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
             if len(entering):
                 x_new, y_new = images.batch(entering)
                 x, y = torch.cat([x, x_new]), torch.cat([y, y_new])
-                delta = torch.cat([delta, starts[entering].to(device).clamp(-x_new, 1 - x_new)])
+                delta = torch.cat([delta, starts[entering].clamp(-x_new, 1 - x_new)])
                 index, taken = torch.cat([index, entering]), torch.cat([taken, torch.zeros_like(entering)])
             with precision.lowered():
                 grad, logits = input_gradient(model, x, y, delta)
@@ -215,7 +218,7 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
 
 
 def _starts(images: Images, epsilon: float, seed: int, restart: int) -> Tensor:
-    """Uniform starts for all `images` (N, 3, 32, 32), on the CPU: drawn whole, so that they depend on nothing else."""
+    """Uniform starts for all `images`, (N, 3, 32, 32), drawn on the CPU and whole, to depend on nothing else."""
     seed_everything(CLOSING, seed, restart)
     n, height, width, channels = images.pixels.shape
     return torch.empty(n, height, width, channels).uniform_(-epsilon, epsilon).permute(0, 3, 1, 2)

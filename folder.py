@@ -44,17 +44,23 @@ class RunFolder:
     def require_writable(self) -> None:
         """Raise UsageError where no such folder could be written to; writes nothing itself."""
         there = self.path
-        while not there.exists() and there != there.parent:
-            there = there.parent
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        try:
+            while not there.exists() and there != there.parent:
+                there = there.parent
+            writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        except (OSError, ValueError):  # a name that is no name to the system
+            writable = False
+        if not writable:
             raise UsageError(f"--fname {self.path} cannot be written: it must be a folder, or a place for a new one")
 
+    def clear_unfinished(self) -> None:
+        """Remove what a killed run was just writing."""
+        for unfinished in self.path.glob(".*.part"):
+            unfinished.unlink(missing_ok=True)
+
     def make(self) -> None:
-        """Create the folder, or clear an old one of what a killed run was just writing."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.path.glob(".*.part"):
-                unfinished.unlink()
         except OSError as error:
             raise UsageError(f"--fname {self.path} cannot be written ({error.strerror})") from None
 
@@ -80,6 +86,17 @@ class RunFolder:
     def read_json(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         return json.loads(path.read_text()) if path.exists() else None
+
+    def require_readable_logs(self) -> None:
+        """Raise UsageError where what a run that goes on has to read of its logs makes no sense."""
+        for path, read in ((self.log, lambda text: text.splitlines()[0]),
+                           (self._metrics, lambda text: [json.loads(line)["epoch"] + 0 for line in text.splitlines()]),
+                           (self.path / "final.json", lambda text: dict(json.loads(text)))):
+            try:
+                if path.exists():
+                    read(path.read_text())
+            except (ValueError, KeyError, IndexError, TypeError):
+                raise UsageError(f"--resume: {path} is damaged: mend it, or move it away") from None
 
     @property
     def _metrics(self) -> Path:
@@ -154,7 +171,7 @@ class RunFolder:
     def set_aside(self) -> Path | None:
         """Move every file of an earlier run into a new folder beside them; returns it, None if there was nothing."""
         return self._move_aside([name for name in self._names() if re.fullmatch(
-            r"(output|eval)\.log|metrics\.jsonl|(args|final)\.json|state\.pth|(model|opt)_(\d+|best)\.pth", name)])
+            r"(output|eval)\.log|metrics\.jsonl|(args|final|eval)\.json|state\.pth|(model|opt)_(\d+|best)\.pth", name)])
 
     def rewind(self, epoch: int, keep_files: bool) -> Path | None:
         """Make the logs end before `epoch`, as a run has to that goes on there.
@@ -167,6 +184,8 @@ class RunFolder:
             later = [name for name in self._names() if (match := re.fullmatch(r"(?:model|opt)_(\d+)\.pth", name))
                      and int(match[1]) >= epoch]
             later += [name for name in ("state.pth", "final.json") if (self.path / name).exists()]
+            if self._best_epoch() >= epoch:
+                later.append(self.model_file("best").name)
             aside = self._move_aside(later)
             for log in (self.path / "output.log", self._metrics):
                 if aside and log.exists():
@@ -180,6 +199,13 @@ class RunFolder:
             kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
             self._write_text(self._metrics, "".join(line + "\n" for line in kept))
         return aside
+
+    def _best_epoch(self) -> int:
+        """The epoch that model_best.pth is of, as far as it and the log are there; else -1."""
+        if not (self._metrics.exists() and self.model_file("best").exists()):
+            return -1
+        records = map(json.loads, self._metrics.read_text().splitlines())
+        return max((record["epoch"] for record in records if record.get("best")), default=-1)
 
     def _names(self) -> list[str]:
         return sorted(os.listdir(self.path)) if self.path.is_dir() else []
@@ -256,8 +282,11 @@ def load_model(model: nn.Module, state: dict, source: str) -> None:
 def load_training_state(optimizer, precision: Precision, state: dict, source: str) -> tuple[Progress, dict]:
     """Load what `_training_state` gave, or a bare optimizer's state dict; returns the progress and the arguments."""
     run = state.get("run", {})
+    kernels = [{name: group[name] for name in ("fused", "foreach")} for group in optimizer.param_groups]
     try:
         optimizer.load_state_dict({name: state[name] for name in ("state", "param_groups")})
+        for group, kernel in zip(optimizer.param_groups, kernels):  # how it computes is this run's, not the file's
+            group.update(kernel)
         for parameter, buffers in optimizer.state.items():
             momentum = buffers.get("momentum_buffer")
             if momentum is not None and momentum.shape != parameter.shape:
@@ -279,5 +308,5 @@ def require_same_run(before: dict, args, flag_of: dict[str, str]) -> None:
     """Raise UsageError at the first flag that differs from the run's; `flag_of` maps arguments to their flags."""
     for name, value in vars(args).items():
         if name in before and name not in FREE and before[name] != value:
-            raise UsageError(f"--resume: the run in --fname {args.fname} has {flag_of[name]} {before[name]}, not "
-                             f"{value}; repeat its flags, take another --fname, or add --allow-changes")
+            raise UsageError(f"--resume: the run in --fname {args.fname} has {flag_of.get(name, name)} {before[name]}, "
+                             f"not {value}; repeat its flags, take another --fname, or add --allow-changes")

@@ -1,5 +1,6 @@
 """The command line: every flag of every script, grouped, with its default, its unit and the values it may have."""
 import argparse
+import os
 from typing import NoReturn
 
 import preactresnet
@@ -40,6 +41,7 @@ class Parser(argparse.ArgumentParser):
 def parser(dataset: DataSet, description: str | None) -> Parser:
     """The command line of the script that trains on `dataset`."""
     p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.set_defaults(data_set=dataset.name)
 
     def add(group, flag: str, **options) -> None:
         name = flag[2:].replace("-", "_")
@@ -51,7 +53,7 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
         group.add_argument(flag, **options)
 
     group = p.add_argument_group("data")
-    add(group, "--data-dir", help="torchvision's root; what is missing is downloaded")
+    add(group, "--data-dir", type=os.path.expanduser, help="torchvision's root; what is missing is downloaded")
     add(group, "--dummy", action="store_true", help="learnable synthetic images instead: no files, no network")
     add(group, "--train-samples", type=number(int, 1), metavar="N", help="the first N training images only")
     add(group, "--val-size", type=number(int, 0), default=0, metavar="N",
@@ -63,8 +65,8 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
     add(group, "--width-factor", type=number(int, 1, 64), default=10, help="width of WideResNet")
 
     group = p.add_argument_group("training")
-    add(group, "--epochs", type=number(int, 1), help="passes over the training images")
-    add(group, "--batch-size", type=number(int, 1), default=128, help="images a step, over all processes")
+    add(group, "--epochs", type=number(int, 1, 10**6), help="passes over the training images")
+    add(group, "--batch-size", type=number(int, 1, 10**6), default=128, help="images a step, over all processes")
     add(group, "--lr-schedule", choices=SCHEDULES, help="cyclic: up and down; onedrop: constant, then a tenth")
     add(group, "--lr-max", type=number(float, 0), help="the highest learning rate")
     add(group, "--lr-drop", type=number(float, 0), default=50, help="the epoch of onedrop's drop")
@@ -88,7 +90,7 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
     add(group, "--eval", action="store_true", help="evaluate the resumed model and stop")
 
     group = p.add_argument_group("files")
-    add(group, "--fname", help="folder of the logs and checkpoints")
+    add(group, "--fname", type=os.path.expanduser, help="folder of the logs and checkpoints")
     add(group, "--resume", type=number(int, 0, also=("auto",)), default=0, metavar="N",
         help="go on from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest complete state, if there is one")
     add(group, "--allow-changes", action="store_true", help="go on although flags differ from the run's")
@@ -117,6 +119,6 @@ def check(args) -> None:
     from_args(args)
     if args.eval and args.resume == 0:
         raise UsageError("--eval needs a model: --resume N for model_{N-1}.pth, or --resume auto")
-    if isinstance(args.resume, int) and args.resume > args.epochs:
+    if isinstance(args.resume, int) and args.resume > args.epochs and not args.eval:
         raise UsageError(f"--resume must be from 0 to --epochs ({args.epochs}), or auto, not {args.resume}")
 

@@ -68,6 +68,17 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
+def prepare_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Start SGD's momentum at 0, as it is meant to.
+
+    PyTorch makes the buffers at the first step, and where float16's scaler has the fused kernel skip that one, they
+    stay uninitialized.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
 def _apex():
     try:
         from apex import amp

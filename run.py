@@ -22,10 +22,11 @@ from data import DataSet, Images, load
 from distributed import World
 from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, require_finite, train_epoch
 from folder import RunFolder, load_model, load_training_state, read_checkpoint, require_same_run
-from precision import Precision
-from utils import UsageError, seed_everything
+from precision import Precision, prepare_momentum
+from utils import UsageError, hardware, seed_everything
 
-STOP_CHECK = 20  # many processes agree on whether to stop once in so many steps
+STOP_CHECK = 20  # many processes agree on whether to stop once in so many steps, and at an epoch's last
+ORDER_FLAGS = ("batch_size", "seed", "train_samples", "val_size")  # they decide which images a step is on
 
 
 def main(dataset: DataSet, description: str | None = None, argv: list[str] | None = None) -> None:
@@ -97,13 +98,21 @@ class Run:
         self.folder = RunFolder(args.fname, args.eval, self.validated)
         self.folder.require_writable()
         self.precision = Precision(args.amp, args.amp_dtype, args.amp_impl, device)
+        if args.sync_bn and (world.size == 1 or device.type != "cuda"):
+            raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
+        found = self.folder.find(args.resume) if args.resume else None
+        if args.eval and found is None:
+            raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
+        if found:
+            self.folder.require_readable_logs()
         if not world.first:
             world.wait()  # while the first process downloads what is missing
         train, held_out, test = load(dataset, args)
         if world.first:
             world.wait()
         if (len(train) - 1) % args.batch_size + 1 < world.size:
-            raise UsageError(f"--train-samples leaves fewer images in the last batch than the {world.size} processes")
+            raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
+                             f"{world.size} processes")
         layout = memory_format(args, device)
         train, held_out, self.test = (images.to(device, layout) for images in (train, held_out, test))
         self.validation = held_out if args.val_size else first_batches(train, args.batch_size, 50)
@@ -111,15 +120,13 @@ class Run:
         seed_everything(args.seed)
         model = options.MODELS[args.model](args, num_classes=dataset.classes, mean=dataset.mean, std=dataset.std)
         if args.sync_bn:
-            if world.size == 1 or device.type != "cuda":
-                raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = forward = model.to(device, memory_format=layout)
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr_max, momentum=0.9, weight_decay=5e-4, fused=True)
+        prepare_momentum(self.optimizer)
         self.precision.prepare(model, self.optimizer)
-        self.source = self.resume(flag_of)
-        if args.eval and self.source is None:
-            raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
+        self.progress = Progress()
+        self.source = self.resume(found, flag_of) if found else None
         if args.compile or (args.compile is None and device.type == "cuda"):
             torch._dynamo.config.recompile_limit = 64  # train, eval, attack and judge, each with its last short batch
             model.compile()
@@ -132,22 +139,23 @@ class Run:
         if world.first:
             self.folder.make()
 
-    def resume(self, flag_of: dict[str, str]) -> str | None:
-        """Load what --resume asks for; returns the files it came from."""
-        self.progress = Progress()
-        found = self.folder.find(self.args.resume) if self.args.resume else None
-        if found is None:
-            return None
+    def resume(self, found: tuple[dict, dict, int | None, str], flag_of: dict[str, str]) -> str:
+        """Load the checkpoint that `RunFolder.find` found; returns the files it came from."""
+        args = self.args
         model_state, training_state, epoch, source = found
         load_model(self.model, model_state, source)
         self.progress, before = load_training_state(self.optimizer, self.precision, training_state, source)
         if epoch is not None:
             self.progress.epoch, self.progress.step = epoch, 0
-        if self.progress.epoch > self.args.epochs:
+        if self.progress.epoch > args.epochs and not args.eval:
             raise UsageError(f"--resume: {source} has {self.progress.epoch} epochs behind it, more than --epochs "
-                             f"{self.args.epochs}")
-        if not self.args.eval and not self.args.allow_changes:
-            require_same_run(before, self.args, flag_of)
+                             f"{args.epochs}")
+        if before.get("data_set", args.data_set) != args.data_set:
+            raise UsageError(f"--resume: {source} is of a run on {before['data_set']}, not {args.data_set}")
+        if not args.eval and not args.allow_changes:
+            require_same_run(before, args, flag_of)
+        if any(before.get(name, vars(args)[name]) != vars(args)[name] for name in ORDER_FLAGS):
+            self.progress.restart_epoch()
         if not self.world.first:
             self.progress.sums.zero_()  # the saved sums are those of all processes
         return source
@@ -171,17 +179,17 @@ class Run:
                 except Stopped:
                     self.save_state()
                     raise
-        if self.dataset.final_model == "best":
-            self.world.wait()
-            load_model(self.model, read_checkpoint(self.folder.model_file("best")), "model_best.pth")
-        self.close("final.json", self.dataset.final_model)
+        self.close("final.json")
 
     def open(self) -> None:
         """Prepare the folder for the epochs to come, and write down what is about to run."""
+        self.folder.clear_unfinished()
         if self.source is None:
             aside = self.folder.set_aside()
         else:
             aside = self.folder.rewind(self.progress.epoch, keep_files=self.args.resume == "auto")
+            if not self.folder.model_file("best").exists():
+                self.progress.best = Progress().best
             self.note(f"# resumed at epoch {self.progress.epoch}, step {self.progress.step} from {self.source}")
         if aside:
             self.note(f"# files of an earlier run are now in {aside}")
@@ -194,7 +202,9 @@ class Run:
             self.save_state()
         if self.world.size == 1:
             self.obey()
-        elif self.progress.step % STOP_CHECK == 0 and self.world.any(self.signals.received is not None, self.device):
+            return
+        due = self.progress.step % STOP_CHECK == 0 or self.progress.step == self.trainer.steps
+        if due and self.world.any(self.signals.received is not None, self.device):
             self.signals.received = self.signals.received or signal.SIGTERM
             raise Stopped
 
@@ -248,16 +258,22 @@ class Run:
     def closed(self) -> bool:
         """Whether the closing attack that the arguments ask for has been made."""
         final = self.folder.read_json("final.json") or {}
-        asked = {"iters": self.args.final_iters, "restarts": self.args.final_restarts, "images": self.final_images}
+        args = self.args
+        asked = {"iters": args.final_iters, "restarts": args.final_restarts, "images": self.final_images,
+                 "alpha": args.pgd_alpha, "epsilon": args.epsilon}
         return asked.items() <= final.items()
 
     @property
     def final_images(self) -> int:
         return min(self.args.final_samples or len(self.test), len(self.test))
 
-    def close(self, name: str, model: str) -> None:
-        """Attack the model with restarts (PGD-50-10), log the line and write the file `name`."""
-        args, began = self.args, time.perf_counter()
+    def close(self, name: str) -> None:
+        """Attack the last or, on SVHN, the best model with restarts (PGD-50-10), log it and write the file `name`."""
+        args, which, began = self.args, "last", time.perf_counter()
+        self.world.wait()  # for the first process to have written the best model
+        if self.dataset.final_model == "best" and self.folder.model_file("best").exists():
+            which = "best"
+            load_model(self.model, read_checkpoint(self.folder.model_file("best")), "model_best.pth")
         with tqdm(total=self.final_images, desc=f"PGD-{args.final_iters}-{args.final_restarts}", unit="image",
                   disable=None if self.world.first else True, dynamic_ncols=True) as bar:
             def progress(images_done: int) -> None:
@@ -275,7 +291,7 @@ class Run:
         if self.world.first:
             self.folder.add_line(line)
             self.folder.write_json(name, {
-                "model": model, "iters": args.final_iters, "restarts": args.final_restarts, "alpha": args.pgd_alpha,
+                "model": which, "iters": args.final_iters, "restarts": args.final_restarts, "alpha": args.pgd_alpha,
                 "epsilon": args.epsilon, "seconds": seconds, **result})
 
     def evaluate_only(self) -> None:
@@ -286,7 +302,7 @@ class Run:
         metrics = {"epoch": self.progress.epoch, **untrained, **self.measure()}
         if self.world.first:
             self.say(self.folder.add_epoch(metrics))
-        self.close("eval.json", self.source)
+        self.close("eval.json")
 
     def explain(self, fault: NotFinite) -> str:
         good = self.folder.state_file
@@ -317,9 +333,12 @@ def choose_device(args) -> torch.device:
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {name}")
     if device.type == "cpu":
         return device
+    if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UsageError(f"--device {name} is one for all processes: under torchrun, use --device cuda")
     index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
     if index >= count:
-        raise UsageError(f"--device {name} is not there: this machine has {count} CUDA devices; use --device cpu")
+        raise UsageError(f"--device {name} is not there: cuda:{index} is asked for, and this machine has {count} CUDA "
+                         f"devices; use --device cpu")
     torch.cuda.set_device(index)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     torch.backends.cudnn.benchmark = not args.deterministic
@@ -346,9 +365,12 @@ def first_batches(images: Images, batch_size: int, part: int) -> Images:
 def describe_machine(device: torch.device, world: World) -> dict[str, Any]:
     """What a figure has to stand with: versions, hardware and the commit of this code."""
     here = Path(__file__).resolve().parent
-    commit = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True,
-                            text=True).stdout.strip() or None
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, text=True,
+                                   capture_output=True)
+        commit = described.stdout.strip() or None
+    except OSError:  # there is no git
+        commit = None
     return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__,
-            "torchvision": torchvision.__version__, "device": name, "threads": torch.get_num_threads(),
+            "torchvision": torchvision.__version__, "device": hardware(device), "threads": torch.get_num_threads(),
             "processes": world.size, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}

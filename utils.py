@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import os
+import platform
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ class UsageError(Exception):
 def number(kind: type, low: float, high: float = float("inf"), also: tuple = ()) -> Callable[[str], float]:
     """An argparse type: a finite `kind` (int or float) from `low` to `high`, or one of the values in `also`."""
     noun = "a whole number" if kind is int else "a number"
-    span = f"{low:g} or more" if high == float("inf") else f"from {low:g} to {high:g}"
+    span = f"{low} or more" if high == float("inf") else f"from {low} to {high}"
     rule = f"must be {noun}, {span}" + "".join(f", or {value}" for value in also)
 
     def parse(text: str):
@@ -59,6 +60,17 @@ def seed_everything(*key: int) -> None:
     random.seed(int(state[0]))
     np.random.seed(state[0])
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def hardware(device: torch.device) -> str:
+    """The name of the GPU or of the processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 class Normalize(nn.Module):

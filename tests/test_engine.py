@@ -16,7 +16,7 @@ from attacks import fgsm, pgd, zerograd
 from data import Augmentation, Images
 from distributed import World
 from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, train_epoch
-from precision import Precision
+from precision import Precision, prepare_momentum
 from run import first_batches
 from utils import cyclic_lr, onedrop_lr, seed_everything
 
@@ -229,6 +229,18 @@ def test_the_attack_sees_the_model_in_training_mode_and_unaugmented_delta_is_cou
     metrics = train_epoch(small_trainer(Wavy(), wavy_images(40), attack), Progress())
     assert seen == [(True, 16), (True, 16), (True, 8)]
     assert metrics["defence_mean"] == pytest.approx(3)
+
+
+def test_a_first_step_that_float16_skips_leaves_no_trace():
+    """PyTorch's fused SGD would otherwise leave the momentum of such a step uninitialized."""
+    precision = Precision(True, "float16", "native", torch.device("cpu"))
+    model = nn.Linear(4, 2)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
+    prepare_momentum(optimizer)
+    precision.descend(model(torch.full((1, 4), 1e38)).sum() * 1e38, optimizer)
+    assert torch.equal(model.weight, before)
+    assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
 
 
 def test_a_loss_that_is_not_finite_stops_the_epoch_and_names_the_first_step():

@@ -64,6 +64,51 @@ def test_svhn_goes_on_with_its_best_score(tmp_path, call, small_dummy, monkeypat
     assert_same_run(tmp_path / "part", tmp_path / "whole")
 
 
+def test_svhn_goes_on_where_its_best_model_is_missing_or_of_an_abandoned_epoch(tmp_path, call, small_dummy):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    assert call("train_svhn.py", *THREE, "--fname", whole)[0] == 0
+    part.mkdir()
+    for name in ("model_1.pth", "opt_1.pth"):
+        shutil.copy(whole / name, part)
+    two = [*THREE, "--epochs=2", "--allow-changes", "--fname", part, "--resume=2"]
+    assert call("train_svhn.py", *two)[0] == 0
+    assert json.loads((part / "final.json").read_text())["model"] == "last"
+    best = max(record["epoch"] for record in epochs_of(whole) if record["best"])
+    changed = [*THREE, "--lr-max=0.001", "--allow-changes", "--fname", whole, f"--resume={best or 1}"]
+    assert call("train_svhn.py", *changed)[0] == 0
+    assert (whole / "earlier_1" / "model_best.pth").exists() == (best > 0)
+    assert (whole / "model_best.pth").exists()
+
+
+def test_a_run_does_not_go_on_with_another_data_set(tmp_path, call, small_dummy):
+    assert call("train_cifar.py", *SMALL, "--fname", tmp_path / "run")[0] == 0
+    for more in ([], ["--eval"], ["--allow-changes"]):
+        one_line(call("train_svhn.py", *SMALL, "--fname", tmp_path / "run", "--resume=2", *more), "CIFAR-10")
+
+
+def test_damaged_logs_are_named_before_anything_moves(tmp_path, call, small_dummy):
+    folder = tmp_path / "run"
+    assert call("train_cifar.py", *SMALL, "--chkpt-iters=1", "--fname", folder)[0] == 0
+    for name, text in (("metrics.jsonl", "{"), ("metrics.jsonl", "[1]"), ("output.log", ""), ("final.json", "")):
+        kept = (folder / name).read_text()
+        (folder / name).write_text(text)
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        for resume in ("--resume=1", "--resume=auto"):
+            one_line(call("train_cifar.py", *SMALL, "--fname", folder, resume), name)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+        (folder / name).write_text(kept)
+
+
+def test_evaluating_leaves_alone_what_a_run_is_writing(tmp_path, call, small_dummy):
+    folder = tmp_path / "run"
+    assert call("train_cifar.py", *SMALL, "--fname", folder)[0] == 0
+    (folder / ".state.pth.123.part").write_bytes(b"half")
+    assert call("train_cifar.py", *SMALL, "--fname", folder, "--resume=auto", "--eval")[0] == 0
+    assert (folder / ".state.pth.123.part").exists()
+    assert call("train_cifar.py", *SMALL, "--fname", folder)[0] == 0
+    assert not (folder / ".state.pth.123.part").exists()
+
+
 def test_a_run_stopped_in_an_evaluation_or_in_the_closing_attack_goes_on(tmp_path, call, small_dummy, monkeypatch):
     assert call("train_cifar.py", *THREE, "--fname", tmp_path / "whole")[0] == 0
     for at in (1, 3, 5):  # after the first epoch, in the last evaluation, in the closing attack
@@ -231,6 +276,7 @@ print(kills, finished)
 """
 
 
+@pytest.mark.slow
 def test_runs_killed_at_20_random_moments_end_with_the_bits_of_an_unbroken_one(tmp_path):
     """SIGKILL, again and again at moments that differ from day to day; each run that gets through is compared."""
     flags = [*SMALL, "--epochs=4", "--chkpt-iters=2", "--chkpt-steps=2", "--train-samples=320", "--attack=zerograd",

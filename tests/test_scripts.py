@@ -136,7 +136,7 @@ def test_a_bad_flag_gives_one_line_from_the_shell_too(tmp_path):
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, call, small_dummy):
     (tmp_path / "file").write_text("mine")
-    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+    for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / ("long" * 100)):
         one_line(call("train_cifar.py", *SMALL, "--fname", place), str(place))
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -176,6 +176,7 @@ def test_data_that_cannot_be_downloaded_is_one_line(tmp_path, call, monkeypatch)
     for module in (downloads, cifar):
         monkeypatch.setattr(module, "download_and_extract_archive", offline)
     one_line(call("train_cifar.py", "--data-dir", tmp_path / "none", "--fname", tmp_path / "run"), "--data-dir")
+    assert not (tmp_path / "none").exists()
 
 
 def test_apex_is_used_as_its_o1_where_it_still_is(monkeypatch):
@@ -209,6 +210,12 @@ def test_a_fresh_start_sets_an_earlier_run_aside(tmp_path, call, small_dummy):
     call("train_cifar.py", *SMALL, "--fname", folder)
     assert_same_run(folder, folder / "earlier_1")
     assert (folder / "earlier_2").is_dir()
+
+
+def test_a_machine_without_git_trains_too(tmp_path, call, small_dummy, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert call("train_cifar.py", *SMALL, "--fname", tmp_path / "run")[0] == 0
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["commit"] is None
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, call, small_dummy):

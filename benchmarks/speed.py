@@ -1,0 +1,194 @@
+"""How fast the training step, the data and the closing attack are, beside the published way, in one process.
+
+    python benchmarks/speed.py                                         # float32, full width
+    python benchmarks/speed.py --amp --json benchmarks/results/gpu.json
+    python benchmarks/speed.py --rounds 3 --eval-iters 10 --eval-restarts 2 --eval-images 64    # on a CPU
+
+The two sides take turns, so that a machine whose speed drifts slows both; a ratio is the median over the rounds. The
+peak is that of a matrix product of the same precision, measured here; the work of a step is counted, not assumed.
+"""
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import published_style as published
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import attacks
+from data import Augmentation, Images
+from distributed import World
+from engine import Progress, Trainer, closing_attack, train_epoch
+from preactresnet import PreActResNet18
+from precision import Precision
+from utils import hardware
+
+EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
+NORMALIZATION = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
+
+# Attack by name: ours, the published way's.
+ATTACKS = {
+    "fgsm": (partial(attacks.fgsm, epsilon=EPSILON, alpha=2 * EPSILON),
+             partial(published.fgsm, epsilon=EPSILON, alpha=2 * EPSILON)),
+    "zerograd": (partial(attacks.zerograd, epsilon=EPSILON, alpha=2 * EPSILON, q=0.35),
+                 partial(published.zerograd, epsilon=EPSILON, alpha=2 * EPSILON, q=0.35)),
+    "multigrad": (partial(attacks.multigrad, epsilon=EPSILON, alpha=2 * EPSILON),
+                  partial(published.multigrad, epsilon=EPSILON, alpha=2 * EPSILON, samples=3, parallel=False)),
+    "multigrad parallel": (
+        partial(attacks.multigrad, epsilon=EPSILON, alpha=2 * EPSILON, parallel=True),
+        partial(published.multigrad, epsilon=EPSILON, alpha=2 * EPSILON, samples=3, parallel=True)),
+    "pgd-10": (partial(attacks.pgd, epsilon=EPSILON, alpha=PGD_ALPHA, steps=10),
+               partial(published.pgd, epsilon=EPSILON, alpha=PGD_ALPHA, steps=10)),
+}
+
+
+def seconds(work, device) -> float:
+    """Wall-clock time of `work()`, the device's part included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def side_by_side(ours, theirs, device, rounds: int) -> tuple[float, float, float]:
+    """Median seconds of each, and the median ratio theirs / ours over the rounds, after one that is not counted."""
+    pairs = [(seconds(ours, device), seconds(theirs, device)) for _ in range(rounds + 1)][1:]
+    return (*(statistics.median(side) for side in zip(*pairs)), statistics.median(b / a for a, b in pairs))
+
+
+def peak_flops(dtype: torch.dtype, device) -> float:
+    """The best of a few large matrix products, in operations a second."""
+    n = 8192 if device.type == "cuda" else 3072
+    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    a @ b
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--amp", action="store_true", help="our side in bfloat16")
+    p.add_argument("--compile", action="store_true", help="our side under torch.compile")
+    p.add_argument("--base-width", type=int, default=64)
+    p.add_argument("--batch-size", type=int, default=128)
+    p.add_argument("--rounds", type=int, default=5)
+    p.add_argument("--steps", type=int, default=0, help="steps a round (default: 20 on CUDA, 1 on CPU)")
+    p.add_argument("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS))
+    p.add_argument("--eval-iters", type=int, default=50)
+    p.add_argument("--eval-restarts", type=int, default=10)
+    p.add_argument("--eval-images", type=int, default=1024, help="0: no evaluation")
+    p.add_argument("--json", help="also write the figures here")
+    args = p.parse_args()
+
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    precision = Precision(args.amp, "bfloat16", "native", device)
+    b, steps = args.batch_size, args.steps or (20 if device.type == "cuda" else 1)
+    augmentation = Augmentation(4, "reflect", True)
+    pixels, labels = torch.randint(256, (b * steps, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (b * steps,))
+    images = Images(pixels, labels).to(device)
+    padded, plain_labels = np.pad(pixels.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect"), labels.numpy()
+
+    def network(**options):
+        return PreActResNet18(base_width=args.base_width, **NORMALIZATION).to(device, **options).train()
+
+    ours, theirs = network(memory_format=torch.channels_last), network()
+    if args.compile:
+        ours.compile()
+    our_optimizer = torch.optim.SGD(ours.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    their_optimizer = torch.optim.SGD(theirs.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    peak = peak_flops(precision.dtype, device)
+    result = {"device": hardware(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
+              "dtype": str(precision.dtype), "compile": args.compile, "base_width": args.base_width, "batch_size": b,
+              "rounds": args.rounds, "peak_tflops": peak / 1e12, "step": {}}
+    print(f"{result['device']}, {result['threads']} threads, torch {torch.__version__}, {precision.dtype}, "
+          f"width {args.base_width}, batch {b}; matrix product {peak / 1e12:.3g} TFLOP/s\n")
+    print(f"{'step with data':20s} {'images/s':>9s} {'published':>9s} {'ratio':>6s} {'GFLOP/image':>11s}  of peak")
+    for attack in args.attacks:
+        mine, published_attack = ATTACKS[attack]
+        trainer = Trainer(ours, ours, our_optimizer, mine, lambda t: 0.01, images, augmentation, b, 0, precision,
+                          World())
+
+        def our_steps(trainer=trainer):
+            train_epoch(trainer, Progress())
+
+        def their_steps(attack=published_attack):
+            for step in range(steps):
+                x, y = published.batch(padded, plain_labels, np.arange(step * b, (step + 1) * b), device)
+                published.train_step(theirs, their_optimizer, attack, x, y)
+
+        with FlopCounterMode(display=False) as counter:
+            our_steps()
+        work = counter.get_total_flops() / (b * steps)
+        mine_s, theirs_s, ratio = side_by_side(our_steps, their_steps, device, args.rounds)
+        speed = b * steps / mine_s
+        result["step"][attack] = {"images_per_second": speed, "published": b * steps / theirs_s, "ratio": ratio,
+                                  "gflop_per_image": work / 1e9, "share_of_peak": speed * work / peak}
+        print(f"{attack:20s} {speed:9.1f} {b * steps / theirs_s:9.1f} {ratio:6.2f} {work / 1e9:11.2f} "
+              f"{speed * work / peak:8.1%}", flush=True)
+        if attack == "zerograd":
+            step_s = mine_s / steps
+
+    if "zerograd" in args.attacks:
+        index = torch.randperm(len(images))[:b].to(device)
+        drawn = {key: value.to(device) for key, value in augmentation.draw(b).items()}
+        data_s = min(seconds(lambda: images.batch(index, augmentation, drawn), device) for _ in range(10))
+        result["data_share_of_zerograd_step"] = data_s / step_s
+        print(f"\ndata and augmentation: {1e3 * data_s:.2f} ms a batch, {data_s / step_s:.2%} of a ZeroGrad step")
+
+    if args.eval_images:
+        evaluation(args, ours, theirs, device, precision, result)
+    if device.type == "cuda":
+        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        print(f"peak memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB")
+    if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def evaluation(args, ours, theirs, device, precision, result) -> None:
+    """The closing attack on an untrained network, at the epsilon at which about half of its images break."""
+    ours.load_state_dict(theirs.eval().state_dict())
+    ours.eval()
+    images = Images(torch.randint(256, (args.eval_images, 32, 32, 3), dtype=torch.uint8),
+                    torch.zeros(args.eval_images, dtype=torch.long)).to(device)
+    x, _ = images.batch(slice(None))
+    with torch.no_grad():
+        images.labels = torch.cat([theirs(part).argmax(dim=1) for part in x.split(args.batch_size)])
+    low, high = 1e-6, 0.1
+    for _ in range(8):
+        epsilon = math.sqrt(low * high)
+        robust = closing_attack(ours, images[:64], epsilon, epsilon / 4, 5, 1, args.batch_size, 0, precision)
+        low, high = (epsilon, high) if robust["robust_acc"] > 0.5 else (low, epsilon)
+    found = {}
+
+    def our_attack():
+        found["ours"] = closing_attack(ours, images, epsilon, epsilon / 4, args.eval_iters, args.eval_restarts,
+                                       args.batch_size, 0, precision)["robust_acc"]
+
+    def their_attack():
+        found["published"] = published.evaluate(theirs, x.contiguous(), images.labels, epsilon, epsilon / 4,
+                                                args.eval_iters, args.eval_restarts, args.batch_size)
+
+    mine_s, theirs_s = seconds(our_attack, device), seconds(their_attack, device)
+    name = f"pgd-{args.eval_iters}-{args.eval_restarts}"
+    result[name] = {"seconds": mine_s, "published": theirs_s, "ratio": theirs_s / mine_s, "images": args.eval_images,
+                    "robust": found}
+    print(f"{name} on {args.eval_images} images, {1 - found['ours']:.0%} of which break: {mine_s:.1f} s, published "
+          f"{theirs_s:.1f} s, ratio {theirs_s / mine_s:.2f}")
+
+
+if __name__ == "__main__":
+    main()
