@@ -277,6 +277,8 @@ def load_model(model: nn.Module, state: dict, source: str) -> None:
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError):
         raise UsageError(f"--resume: {source} holds values that are no tensors") from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise UsageError(f"--resume: {source} holds weights that are not finite")
 
 
 def load_training_state(optimizer, precision: Precision, state: dict, source: str) -> tuple[Progress, dict]:
@@ -289,7 +291,7 @@ def load_training_state(optimizer, precision: Precision, state: dict, source: st
             group.update(kernel)
         for parameter, buffers in optimizer.state.items():
             momentum = buffers.get("momentum_buffer")
-            if momentum is not None and momentum.shape != parameter.shape:
+            if momentum is not None and not (momentum.shape == parameter.shape and momentum.isfinite().all()):
                 raise ValueError
         precision.load_state_dict(run.get("precision", {}))
         args = dict(run.get("args", {}))

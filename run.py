@@ -175,6 +175,8 @@ class Run:
                 self.bar.set_description(f"epoch {self.progress.epoch}")
                 try:
                     trained = train_epoch(self.trainer, self.progress, self.after_step)
+                    if self.world.size > 1:
+                        self.save_state()  # many processes do not stop within an evaluation
                     self.finish_epoch({"epoch": self.progress.epoch, **trained, **self.measure()})
                 except Stopped:
                     self.save_state()

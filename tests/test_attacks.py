@@ -228,6 +228,7 @@ def test_sign_consensus_counts_votes(signs, data):
     assert sign_consensus(grads, threshold).item() == expected
 
 
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 ALL = {
     "fgsm zero": lambda *a: fgsm(*a, alpha=1.5 * a[-1], init="zero"),
     "fgsm random": lambda *a: fgsm(*a, alpha=2 * a[-1]),
@@ -242,14 +243,15 @@ ALL = {
 
 @settings(max_examples=60, deadline=None)
 @given(name=st.sampled_from(sorted(ALL)), batch=st.integers(1, 5), channels=st.integers(1, 3), side=st.integers(1, 6),
-       dtype=st.sampled_from((torch.float32, torch.float64)), train=st.booleans(), scale=st.sampled_from((1.0, 1e4)),
-       epsilon=st.sampled_from((0.0, 1 / 255, 8 / 255, 0.5, 1.0)), corner=st.booleans(), seed=st.integers(0, 2**31))
-def test_every_attack_stays_inside_and_leaves_the_model_alone(name, batch, channels, side, dtype, train, scale, epsilon,
-                                                              corner, seed):
+       dtype=st.sampled_from((torch.float32, torch.float64, torch.bfloat16)), device=st.sampled_from(DEVICES),
+       train=st.booleans(), scale=st.sampled_from((1.0, 1e4)), epsilon=st.sampled_from((0.0, 1 / 255, 0.03, 0.5, 1.0)),
+       corner=st.booleans(), seed=st.integers(0, 2**31))
+def test_every_attack_stays_inside_and_leaves_the_model_alone(name, batch, channels, side, dtype, device, train, scale,
+                                                              epsilon, corner, seed):
     torch.manual_seed(seed)
     if train and batch * side * side == 1:
         batch = 2  # BatchNorm itself refuses to normalize one value
-    model = SmallNet(channels).to(dtype).train(train)
+    model = SmallNet(channels).to(device, dtype).train(train)
     with torch.no_grad():
         model.linear.weight *= scale  # at 1e4 the logits saturate and gradients vanish
     for parameter in model.parameters():
@@ -258,10 +260,10 @@ def test_every_attack_stays_inside_and_leaves_the_model_alone(name, batch, chann
     before = {key: value.grad.clone() for key, value in model.named_parameters()}
     wanted = {key: value.requires_grad for key, value in model.named_parameters()}
     weights = {key: value.clone() for key, value in model.named_parameters()}
-    x = torch.rand(batch, channels, side, side, dtype=dtype)
+    x = torch.rand(batch, channels, side, side, dtype=dtype, device=device)
     if corner:
         x = x.round()
-    y = torch.randint(4, (batch,))
+    y = torch.randint(4, (batch,), device=device)
     delta = ALL[name](model, x, y, epsilon)
     rounding = 4 * torch.finfo(dtype).eps
     assert delta.shape == x.shape and delta.dtype == dtype and not delta.requires_grad and delta.isfinite().all()

@@ -16,18 +16,20 @@ def torchrun(name: str, *flags: str, launcher: tuple[str, ...] = (), **options) 
                           cwd=ROOT, **options)
 
 
-def test_training_in_two_processes_is_near_to_one_and_an_evaluation_is_the_same(tmp_path):
-    flags = [*SMALL, "--train-samples=480", "--epochs=3", "--lr-schedule=cyclic", "--lr-max=0.1", "--attack=multigrad",
-             "--multi-parallel", "--full-test"]
+def test_two_processes_train_about_as_well_as_one_and_evaluate_alike(tmp_path):
+    flags = [*SMALL, "--train-samples=768", "--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.2", "--base-width=8",
+             "--attack=multigrad", "--multi-parallel"]
     for count, start in (("one", script), ("two", torchrun)):
         done = start("train_cifar.py", *flags, "--fname", tmp_path / count)
         assert done.returncode == 0, done.stderr
     one, two = (epochs_of(tmp_path / count) for count in ("one", "two"))
-    assert len(two) == 3 and [record["train_images"] for record in two] == [480] * 3
+    assert len(two) == 4 and [record["train_images"] for record in two] == [768] * 4
     assert json.loads((tmp_path / "two" / "args.json").read_text())["processes"] == 2
     for left, right in zip(one, two):
-        assert left["test_images"] == right["test_images"] == 512 and left["lr"] == right["lr"]
-    assert abs(one[-1]["train_robust_loss"] - two[-1]["train_robust_loss"]) < 0.25
+        assert left["test_images"] == right["test_images"] and left["lr"] == right["lr"]
+    assert one[-1]["test_images"] == 512 and min(one[-1]["test_acc"], two[-1]["test_acc"]) > 0.8
+    for name in ("test_acc", "test_robust_acc", "train_robust_acc"):
+        assert abs(one[-1][name] - two[-1][name]) < 0.1, name
     # One process evaluates what two have trained, and finds the very counts that they found.
     done = script("train_cifar.py", *flags, "--fname", tmp_path / "two", "--eval", "--resume=auto")
     assert done.returncode == 0, done.stderr
