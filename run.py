@@ -114,6 +114,8 @@ class Run:
             raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
                              f"{world.size} processes")
         layout = memory_format(args, device)
+        if args.compile and layout == torch.contiguous_format:  # the compiler would choose channels_last by itself
+            raise UsageError("--compile on a CPU needs --base-width 16 or more")
         train, held_out, self.test = (images.to(device, layout) for images in (train, held_out, test))
         self.validation = held_out if args.val_size else first_batches(train, args.batch_size, 50)
 

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -109,6 +110,7 @@ def test_dummy_images_are_learnt(tmp_path, call):
     ("--val-size=2040 --train-samples=9", "--train-samples"), ("--resume=5", "--resume"), ("--eval", "--resume"),
     ("--resume=1", "model_0.pth"), ("--resume=last", "--resume"),
     ("--eval --resume=auto", "--fname"), ("--amp --amp-impl=apex", "--amp-impl native"), ("--sync-bn", "--sync-bn"),
+    ("--compile", "--base-width"),
     ("--amp --amp-dtype=int8", "--amp-dtype"), ("--zero-iters=0", "--zero-iters"), ("--chkpt-iters=0", "--chkpt-iters"),
     ("--no-such-flag", "--no-such-flag"), ("--final-restarts=0", "--final-restarts"),
     ("--base-width=0", "--base-width"), ("--width-factor=9999", "--width-factor"),
@@ -263,3 +265,16 @@ def test_eval_writes_its_own_log_and_changes_nothing_else(tmp_path, call, small_
         for path in folder.iterdir():
             if path.name not in ("eval.log", "eval.json"):
                 assert path.read_bytes() == before[path.name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_training_is_near_to_eager(tmp_path, call, small_dummy):
+    flags = [*SMALL, "--epochs=1", "--train-samples=64", "--attack=zerograd", "--final-samples=16",
+             "--base-width=16"]
+    for name in ("--compile", "--no-compile"):
+        assert call("train_cifar.py", *flags, name, "--fname", tmp_path / name)[0] == 0
+    compiled, eager = (epochs_of(tmp_path / name)[0] for name in ("--compile", "--no-compile"))
+    for key in ("train_robust_loss", "test_loss", "test_robust_loss", "defence_mean"):
+        assert compiled[key] == pytest.approx(eager[key], rel=0.02), key
+    assert json.loads((tmp_path / "--compile" / "final.json").read_text())["images"] == 16
