@@ -130,5 +130,5 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tmp_path):
 
 def test_a_last_batch_too_small_for_the_processes_is_one_line(tmp_path):
     done = torchrun("train_cifar.py", *SMALL, "--train-samples=65", "--fname", tmp_path / "run")
-    assert done.returncode != 0 and "error: --train-samples leaves fewer images" in done.stderr
+    assert done.returncode != 0 and "error: --train-samples or --batch-size leaves fewer" in done.stderr
     assert not (tmp_path / "run").exists()
