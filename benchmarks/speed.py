@@ -170,7 +170,7 @@ def evaluation(args, ours, theirs, device, precision, result) -> None:
     low, high = 1e-6, 0.1
     for _ in range(8):
         epsilon = math.sqrt(low * high)
-        robust = closing_attack(ours, images[:64], epsilon, epsilon / 4, 5, 1, args.batch_size, 0, precision)
+        robust = closing_attack(ours, images[:64], epsilon, epsilon / 4, 10, 3, args.batch_size, 0, precision)
         low, high = (epsilon, high) if robust["robust_acc"] > 0.5 else (low, epsilon)
     found = {}
 
