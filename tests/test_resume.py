@@ -39,7 +39,7 @@ def test_resume_n_and_auto_end_with_the_bits_of_an_unbroken_run(attack, tmp_path
     for n in (1, 2):
         part = tmp_path / f"from_{n}"
         part.mkdir()
-        for name in (f"model_{n - 1}.pth", f"opt_{n - 1}.pth"):
+        for name in (f"model_{n - 1}.pth", f"opt_{n - 1}.pth", "model_best.pth"):
             shutil.copy(whole / name, part)
         assert call("train_cifar100.py", *flags, "--fname", part, "--resume", n)[0] == 0
         assert_same(*(torch.load(folder / "state.pth", weights_only=True) for folder in (part, whole)))
