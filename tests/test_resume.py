@@ -231,6 +231,22 @@ def test_published_style_files_load(tmp_path, call, small_dummy):
     assert call("train_cifar.py", *THREE, "--fname", part, "--resume=2", "--eval")[0] == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_real_signal_saves_the_state_first(number, tmp_path, call):
+    flags = [*SMALL, "--attack=fgsm", "--epochs=300", "--fname", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_cifar.py"), *flags], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    epoch = int(process.stdout.readline().split("\t")[0])
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert error == f"train_cifar.py: stopped by {number.name}; --resume auto goes on from here\n"
+    progress = torch.load(tmp_path / "run" / "state.pth", weights_only=True)["opt"]["run"]
+    assert (progress["epoch"], progress["step"]) > (epoch, 0)
+    assert len(epochs_of(tmp_path / "run")) == progress["epoch"]
+
+
 KILLER = """
 import os, random, shutil, signal, sys, time
 import train_cifar
