@@ -91,26 +91,23 @@ def same_draws(attack, reference):
 problems = pytest.mark.parametrize("kind, batch", [("smooth", 4), ("tied", 4), ("smooth", 1), ("tied", 1)])
 
 
-@problems
-@pytest.mark.parametrize("init", ["zero", "random"])
-@pytest.mark.parametrize("alpha", [1.0, 1.25, 2.0])
-def test_fgsm_is_the_formula(kind, batch, init, alpha):
-    model, x, y = problem(kind, batch)
-    found, expected = same_draws(
-        lambda: fgsm(model, x, y, EPSILON, alpha * EPSILON, init),
-        lambda: reference_zerograd(model, x, y, EPSILON, alpha * EPSILON, 0.0, 1, init))
-    assert torch.equal(found, expected)
+# Name: the attack, and the quantile and steps at which ZeroGrad's formula gives it.
+SINGLE_STEP = {
+    **{f"fgsm {alpha}": (fgsm, alpha, {}, 0.0, 1) for alpha in (1.0, 1.25, 2.0)},
+    **{f"zerograd {q} {steps}": (zerograd, 2.0, {"q": q, "steps": steps}, q, steps)
+       for q in (0.0, 0.35, 0.7, 1.0) for steps in (1, 3)},
+}
 
 
 @problems
 @pytest.mark.parametrize("init", ["zero", "random"])
-@pytest.mark.parametrize("q", [0.0, 0.35, 0.7, 1.0])
-@pytest.mark.parametrize("steps", [1, 3])
-def test_zerograd_is_the_formula(kind, batch, init, q, steps):
+@pytest.mark.parametrize("name", SINGLE_STEP)
+def test_fgsm_and_zerograd_are_the_formula(kind, batch, init, name):
+    attack, alpha, options, q, steps = SINGLE_STEP[name]
     model, x, y = problem(kind, batch)
     found, expected = same_draws(
-        lambda: zerograd(model, x, y, EPSILON, 2 * EPSILON, q, steps, init),
-        lambda: reference_zerograd(model, x, y, EPSILON, 2 * EPSILON, q, steps, init))
+        lambda: attack(model, x, y, EPSILON, alpha * EPSILON, init=init, **options),
+        lambda: reference_zerograd(model, x, y, EPSILON, alpha * EPSILON, q, steps, init))
     assert torch.equal(found, expected)
 
 
