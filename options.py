@@ -99,9 +99,11 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
 
     group = p.add_argument_group("machine")
     add(group, "--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add(group, "--amp", action="store_true", help="mixed precision in training and in attacks")
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False,
+                       help="mixed precision in training and in attacks (default: off)")
     add(group, "--amp-dtype", choices=DTYPES, default="bfloat16", help="its lower precision")
     add(group, "--amp-impl", choices=("native", "apex"), default="native", help="whose: torch.amp or apex.amp")
+    add(group, "--tf32", action="store_true", help="on CUDA, float32 products in training and in attacks as TF32")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                        help="torch.compile the network (default: on CUDA)")
     add(group, "--deterministic", action="store_true", help="on CUDA, too: same seed, same bits; slower")

@@ -1,5 +1,6 @@
-"""Where float32 gives way: automatic mixed precision, by PyTorch (`native`) or by NVIDIA's apex."""
+"""Where float32 gives way: automatic mixed precision, by PyTorch (`native`) or by NVIDIA's apex, and TF32."""
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +13,15 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class Precision:
     """The precision of a run's attacks and training steps; `full()` is float32 again, in which accuracy is judged."""
 
-    def __init__(self, amp: bool, dtype: str, implementation: str, device: torch.device):
-        self.device = device
+    def __init__(self, amp: bool, dtype: str, implementation: str, device: torch.device, tf32: bool = False):
+        self.device, self.tf32 = device, tf32
         self.dtype = DTYPES[dtype] if amp else torch.float32
         self.apex = _apex() if amp and implementation == "apex" else None
         if self.apex and (self.dtype is not torch.float16 or device.type != "cuda"):
             raise UsageError("--amp-impl apex needs --amp-dtype float16 and a CUDA --device; or use --amp-impl native")
         scaled = self.dtype is torch.float16 and not self.apex
         self.scaler = torch.amp.GradScaler(device.type, enabled=scaled)
+        allow_tf32(tf32)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self.apex:
@@ -30,13 +32,19 @@ class Precision:
         native = self.dtype is not torch.float32 and not self.apex
         return torch.autocast(self.device.type, self.dtype, enabled=native)
 
-    def full(self) -> contextlib.AbstractContextManager:
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
         """Forward passes in here are in float32, also inside `lowered()`."""
-        return self.apex.disable_casts() if self.apex else torch.autocast(self.device.type, enabled=False)
+        with self.apex.disable_casts() if self.apex else torch.autocast(self.device.type, enabled=False):
+            allow_tf32(False)
+            try:
+                yield
+            finally:
+                allow_tf32(self.tf32)
 
     @property
     def is_full(self) -> bool:
-        return self.dtype is torch.float32
+        return self.dtype is torch.float32 and not self.tf32
 
     def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         """One step of the optimizer down `loss`. Returns whether loss and gradient were finite, as a tensor.
@@ -66,6 +74,11 @@ class Precision:
             self.apex.load_state_dict(state)
         elif state and self.scaler.is_enabled():
             self.scaler.load_state_dict(state)
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether CUDA may round the factors of float32 products to TF32's 10 bits."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def prepare_momentum(optimizer: torch.optim.Optimizer) -> None:

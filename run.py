@@ -97,7 +97,7 @@ class Run:
         self.validated = dataset.validate or args.val_size > 0
         self.folder = RunFolder(args.fname, args.eval, self.validated)
         self.folder.require_writable()
-        self.precision = Precision(args.amp, args.amp_dtype, args.amp_impl, device)
+        self.precision = Precision(args.amp, args.amp_dtype, args.amp_impl, device, args.tf32)
         if args.sync_bn and (world.size == 1 or device.type != "cuda"):
             raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
         found = self.folder.find(args.resume) if args.resume else None
@@ -344,7 +344,6 @@ def choose_device(args) -> torch.device:
         raise UsageError(f"--device {name} is not there: cuda:{index} is asked for, and this machine has {count} CUDA "
                          f"devices; use --device cpu")
     torch.cuda.set_device(index)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

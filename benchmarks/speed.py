@@ -93,7 +93,6 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     precision = Precision(args.amp, "bfloat16", "native", device)
     b, steps = args.batch_size, args.steps or (20 if device.type == "cuda" else 1)
     augmentation = Augmentation(4, "reflect", True)

@@ -286,3 +286,16 @@ def test_low_precision_trains_nearly_alike_and_is_judged_in_float32(dtype):
     evaluate(model, images, partial(pgd, epsilon=EPSILON, alpha=EPSILON, steps=2), 1, 16, (0,), precision)
     assert {kind for kind, attacking in seen if attacking} == {low}
     assert {kind for kind, attacking in seen if not attacking} == {torch.float32}
+
+
+def test_tf32_is_on_only_where_it_is_asked_for_and_never_where_accuracy_is_judged():
+    def allowed():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    for asked in (True, False):
+        precision = Precision(False, "bfloat16", "native", torch.device("cpu"), tf32=asked)
+        assert allowed() == (asked, asked) and precision.is_full != asked
+        with pytest.raises(KeyError), precision.full():
+            assert allowed() == (False, False)
+            raise KeyError
+        assert allowed() == (asked, asked)
