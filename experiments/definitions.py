@@ -1,0 +1,152 @@
+"""Which runs make each table, at which scale.
+
+A run is the command of its data set with, in this order, the flags of the scale, of the table's row, and a seed; a
+later flag overrides an earlier one, and a run that stands in two tables is made once. To add a table, add it to TABLES:
+`reproduce.py` makes its runs, and `report.py` shows them.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The paper's commands, up to the attack.
+DATASETS = {
+    "cifar10": "train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2",
+    "cifar100": "train_cifar100.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2",
+    "svhn": "train_svhn.py --epochs=15 --lr-schedule=cyclic --lr-max=0.01 --full-test",
+}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the runs are: `flags` for every one, and the seeds of each."""
+
+    about: str
+    flags: str
+    seeds: tuple[int, ...]
+
+
+SCALES = {
+    "paper": Scale("the paper's commands, in bfloat16, for a GPU", "--amp", (0, 1, 2)),
+    "cpu": Scale("a quarter of the network's width and half the epochs, for two CPU cores; the whole training set",
+                 "--base-width=16 --epochs=15 --final-iters=10 --final-restarts=1 --final-samples=1000", (0,)),
+    "smoke": Scale("seconds a run on synthetic images: only to see that everything works",
+                   "--dummy --device=cpu --base-width=4 --epochs=2 --batch-size=32 --train-samples=96 --test-iters=2 "
+                   "--final-iters=2 --final-restarts=1 --final-samples=64", (0,)),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a row is called, a cell for each column of its table; its data set and flags; figures of others' runs."""
+
+    cells: tuple[str, ...]
+    dataset: str
+    flags: str
+    published: str = ""
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+METHODS = {
+    "FGSM": "--attack=fgsm --fgsm-init=zero --fgsm-alpha=1",
+    "FGSM-RS": "--attack=fgsm --fgsm-alpha=1.25",
+    "ZeroGrad, q = 0.35": "--attack=zerograd --zero-qval=0.35",
+    "ZeroGrad, q = 0.7": "--attack=zerograd --zero-qval=0.7",
+    "MultiGrad": "--attack=multigrad --multi-samps=3",
+    "PGD-10": "--attack=pgd",
+}
+CIFAR100_METHODS = {**{name: METHODS[name] for name in ("FGSM", "FGSM-RS")},
+                    "ZeroGrad, q = 0.45": "--attack=zerograd --zero-qval=0.45",
+                    **{name: METHODS[name] for name in ("ZeroGrad, q = 0.7", "MultiGrad", "PGD-10")}}
+SVHN_METHODS = {name: METHODS[name] for name in ("FGSM", "FGSM-RS", "ZeroGrad, q = 0.7", "MultiGrad", "PGD-10")}
+PARALLEL = {"MultiGrad, parallel": "--attack=multigrad --multi-samps=3 --multi-parallel"}
+ZEROGRAD = METHODS["ZeroGrad, q = 0.35"]
+
+# Clean / PGD-50-10 accuracy as its authors report it, or / AutoAttack; read in the model cards of RobustBench.
+PUBLISHED = {
+    ("cifar10", "FGSM-RS"): "83.34 / 46.06, Wong2020Fast",
+    ("cifar100", "PGD-10"): "53.83 / 18.95 (AutoAttack), Rice2020Overfitting",
+}
+
+
+def _methods(dataset: str, methods: dict[str, str]) -> tuple[Row, ...]:
+    return tuple(Row((name,), dataset, flags, PUBLISHED.get((dataset, name), "")) for name, flags in methods.items())
+
+
+def _epsilon(value: int) -> str:
+    return "" if value == 8 else f" --epsilon={value}"  # 8 is the default: those runs are in other tables, too
+
+
+def _threshold(samples: int, agree: int) -> str:
+    return "" if agree == samples else f" --multi-th={agree}"  # likewise
+
+
+# In order of worth: where time is short, the first are made first.
+TABLES = {
+    "cifar10": Table("CIFAR-10, epsilon 8/255", ("trained on",), _methods("cifar10", {**METHODS, **PARALLEL})),
+    "quantile": Table("CIFAR-10: ZeroGrad over q", ("q",), tuple(
+        Row((q,), "cifar10", f"--attack=zerograd --zero-qval={q}") for q in ("0", "0.2", "0.35", "0.5", "0.7", "0.9"))),
+    "cifar100": Table("CIFAR-100, epsilon 8/255", ("trained on",), _methods("cifar100", CIFAR100_METHODS)),
+    "epsilon": Table("CIFAR-10: epsilon in 1/255, in training and in evaluation", ("epsilon", "trained on"), tuple(
+        Row((str(value), name), "cifar10", flags + _epsilon(value))
+        for value in (4, 8, 12, 16, 2) for name, flags in METHODS.items())),
+    "multigrad": Table("CIFAR-10: MultiGrad over its samples and how many must agree", ("samples", "agree"), tuple(
+        Row((str(n), str(agree)), "cifar10", f"--attack=multigrad --multi-samps={n}{_threshold(n, agree)}")
+        for n, agree in ((2, 2), (3, 3), (3, 2), (5, 5), (5, 4), (5, 3)))),
+    "precision": Table("CIFAR-10: the cost of a lower precision, ZeroGrad, q = 0.35", ("precision",), (
+        Row(("float32",), "cifar10", f"{ZEROGRAD} --no-amp"),
+        Row(("TF32",), "cifar10", f"{ZEROGRAD} --no-amp --tf32"),
+        Row(("bfloat16",), "cifar10", f"{ZEROGRAD} --amp"))),
+    "svhn": Table("SVHN, epsilon 8/255", ("trained on",), _methods("svhn", SVHN_METHODS)),
+    "collapse": Table("CIFAR-10: what decides whether ZeroGrad with q = 0.35 holds", ("changed",), (
+        Row(("nothing",), "cifar10", ZEROGRAD),
+        Row(("step of 1.25 epsilon, not 2",), "cifar10", f"{ZEROGRAD} --fgsm-alpha=1.25"),
+        Row(("start from zero",), "cifar10", f"{ZEROGRAD} --fgsm-init=zero"),
+        Row(("highest learning rate 0.05, not 0.2",), "cifar10", f"{ZEROGRAD} --lr-max=0.05"),
+        Row(("base width 32",), "cifar10", f"{ZEROGRAD} --base-width=32"))),
+}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One run of a row at a scale. `name` is that of its folder and of its result."""
+
+    scale: str
+    dataset: str
+    flags: str
+    seed: int
+
+    @classmethod
+    def of(cls, row: Row, scale: str, seed: int) -> "Experiment":
+        """The run of a row, without those of its flags that hold at this scale anyway."""
+        given = SCALES[scale].flags.split()
+        implied = given if "--amp" in given else [*given, "--no-amp"]
+        return cls(scale, row.dataset, " ".join(flag for flag in row.flags.split() if flag not in implied), seed)
+
+    @property
+    def name(self) -> str:
+        words = [word.removeprefix("--").removeprefix("attack=") for word in self.flags.split()]
+        return "_".join([self.dataset, *words, f"seed={self.seed}"])
+
+    @property
+    def command(self) -> list[str]:
+        """The script and its flags, each once, but for those that say where files are."""
+        script, *flags = DATASETS[self.dataset].split()
+        flags += [*SCALES[self.scale].flags.split(), *self.flags.split(), f"--seed={self.seed}"]
+        return [script, *{flag.split("=")[0].replace("--no-", "--"): flag for flag in flags}.values()]
+
+    @property
+    def epochs(self) -> int:
+        return next(int(flag.split("=")[1]) for flag in self.command if flag.startswith("--epochs="))
+
+
+def experiments(tables: list[str], scale: str, seeds: tuple[int, ...]) -> list[Experiment]:
+    """The runs of `tables`, each once: table by table, within it seed by seed, so that all its rows come early."""
+    return list(dict.fromkeys(Experiment.of(row, scale, seed)
+                              for table in tables for seed in seeds for row in TABLES[table].rows))

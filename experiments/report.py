@@ -1,0 +1,236 @@
+"""Turn results into tables and figures.
+
+    python experiments/report.py --scale=cpu
+
+reads experiments/results/SCALE/*.json, as reproduce.py writes them, and writes experiments/report/SCALE.md with every
+table, and the figures SCALE_*.png. A cell that was not measured stays empty.
+"""
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+from definitions import ROOT, SCALES, TABLES, Experiment, Row, Table
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
+
+sys.path.insert(0, str(ROOT))
+from utils import whole_file
+
+COLOURS = {"FGSM": "#d62728", "FGSM-RS": "#ff7f0e", "ZeroGrad, q = 0.35": "#9467bd", "ZeroGrad, q = 0.45": "#9467bd",
+           "ZeroGrad, q = 0.7": "#1f77b4", "MultiGrad": "#2ca02c", "MultiGrad, parallel": "#17becf",
+           "PGD-10": "#444444"}
+plt.rcParams.update({"figure.dpi": 110, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+                     "axes.spines.right": False, "legend.frameon": False})
+
+Record = dict  # a result as reproduce.py writes it
+PGD, CLEAN, TRAINING = "test_robust_acc", "test_acc", "train_robust_acc"
+
+
+class Results:
+    """The results of a scale, by row."""
+
+    def __init__(self, folder: Path, scale: str):
+        self.scale = scale
+        records = [json.loads(path.read_text()) for path in sorted((folder / scale).glob("*.json"))]
+        self.by_name: dict[str, Record] = {record["name"]: record for record in records}
+
+    def of(self, row: Row) -> dict[int, Record]:
+        """The results of a row by seed."""
+        stem = Experiment.of(row, self.scale, 0).name.removesuffix("0")
+        found = {int(name.removeprefix(stem)): record for name, record in self.by_name.items() if name.startswith(stem)}
+        return dict(sorted(found.items()))
+
+
+def last(key: str) -> Callable[[Record], float]:
+    return lambda record: 100 * record["epochs"][-1][key]
+
+
+def best(record: Record) -> float:
+    return 100 * max(epoch[PGD] for epoch in record["epochs"])
+
+
+def closing(record: Record) -> float:
+    return 100 * record["final"]["robust_acc"]
+
+
+def seconds(record: Record) -> float:
+    return statistics.mean(epoch["train_time"] for epoch in record["epochs"])
+
+
+def mean_and_deviation(values: list[float]) -> str:
+    """As a table shows them: the mean, and from two values on the sample's standard deviation."""
+    if not values:
+        return ""
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{deviation}"
+
+
+def size(row: Row) -> float:
+    """What a row is sorted by: the number in its first cell, if it is one."""
+    try:
+        return float(row.cells[0])
+    except ValueError:
+        return 0.0
+
+
+def table_text(table: Table, results: Results) -> str:
+    """The table in Markdown; accuracies in %, as means over the seeds with their standard deviation."""
+    rows = sorted(table.rows, key=size)
+    found = [results.of(row) for row in rows]
+    records = [record for by_seed in found for record in by_seed.values()]
+    if not records:
+        return "None of its runs has been made yet.\n"
+    final, epoch = records[0]["final"], records[0]["epochs"][-1]
+    flags = SCALES[results.scale].flags.split()
+    steps = next((flag.split("=")[1] for flag in flags if flag.startswith("--test-iters=")), 10)
+    images = f"{epoch['test_images']:,} images"
+    columns: dict[str, Callable[[Record], float]] = {
+        f"clean, {images}": last(CLEAN),
+        f"PGD-{steps}, {images}": last(PGD),
+        f"PGD-{steps}, its best epoch": best,
+        f"PGD-{final['iters']}-{final['restarts']}, {final['images']:,} images": closing,
+        "training, s an epoch": seconds,
+    }
+    published = any(row.published for row in table.rows) and results.scale == "paper"
+    heads = [*table.columns, *columns, "seeds"] + (["published, clean / robust"] if published else [])
+    lines = [heads, ["---"] * len(heads)]
+    for row, by_seed in zip(rows, found):
+        cells = [mean_and_deviation([value(record) for record in by_seed.values()]) for value in columns.values()]
+        lines.append([*row.cells, *cells, ", ".join(map(str, by_seed))] + ([row.published] if published else []))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def run_list(results: Results) -> str:
+    """Every run that the numbers come from: its command, commit and machine."""
+    lines = ["| command | commit | machine | PyTorch |\n| --- | --- | --- | --- |\n"]
+    for record in results.by_name.values():
+        lines.append(f"| `{record['command']}` | {record['commit']} | {record['device']}, {record['threads']} of its "
+                     f"cores | {record['torch']} |\n")
+    return "".join(lines)
+
+
+def lines_over_epochs(axes, rows: list[Row], results: Results, key: str) -> None:
+    """A line a row: the mean over the seeds, and each seed thinly behind it."""
+    for row in rows:
+        curves = [[100 * epoch[key] for epoch in record["epochs"]] for record in results.of(row).values()]
+        epochs = range(1, len(curves[0]) + 1)
+        colour = COLOURS.get(row.cells[0])
+        for curve in curves:
+            axes.plot(epochs, curve, color=colour, alpha=0.3, linewidth=0.8)
+        axes.plot(epochs, [statistics.mean(values) for values in zip(*curves)], color=colour, marker="o", markersize=3,
+                  label=row.cells[0])
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+
+
+def points(axes, x: list[float], found: list[dict[int, Record]], value: Callable[[Record], float], **style) -> None:
+    """A line through the means over the seeds, with the standard deviation as bars."""
+    values = [[value(record) for record in by_seed.values()] for by_seed in found]
+    axes.errorbar(x, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
+                  marker="o", markersize=4, capsize=2, **style)
+    axes.set_ylim(bottom=0)
+
+
+def measured(table: Table, results: Results) -> list[Row]:
+    return [row for row in table.rows if results.of(row)]
+
+
+def figure_of_epochs(name: str, results: Results) -> plt.Figure | None:
+    """PGD accuracy over epochs, in which a collapse shows, beside the accuracy on what is trained on."""
+    rows = measured(TABLES[name], results)
+    if not rows:
+        return None
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    lines_over_epochs(left, rows, results, PGD)
+    lines_over_epochs(right, rows, results, TRAINING)
+    left.set_title("test images under PGD")
+    right.set_title("training images under the attack trained on")
+    left.set_ylabel("accuracy, %")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    figure.suptitle(f"{TABLES[name].title}, scale {results.scale}")
+    return figure
+
+
+def figure_of_quantiles(name: str, results: Results) -> plt.Figure | None:
+    rows = measured(TABLES[name], results)
+    if len(rows) < 2:
+        return None
+    figure, axes = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    x, found = [size(row) for row in rows], [results.of(row) for row in rows]
+    points(axes, x, found, last(CLEAN), label="clean", color="#888888")
+    points(axes, x, found, last(PGD), label="PGD, last epoch", color="#1f77b4")
+    points(axes, x, found, best, label="PGD, best epoch", color="#1f77b4", linestyle=":")
+    axes.set_xlabel("q, the fraction of each image's gradient that is zeroed")
+    axes.set_ylabel("accuracy on test images, %")
+    axes.set_title(f"{TABLES[name].title}, scale {results.scale}")
+    axes.legend()
+    return figure
+
+
+def figure_of_epsilons(name: str, results: Results) -> plt.Figure | None:
+    rows = measured(TABLES[name], results)
+    if len({row.cells[0] for row in rows}) < 2:
+        return None
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    for axes, value, title in zip(panels, (last(CLEAN), last(PGD)), ("clean", "under PGD, last epoch")):
+        for method in dict.fromkeys(row.cells[1] for row in rows):
+            own = sorted((row for row in rows if row.cells[1] == method), key=size)
+            points(axes, [size(row) for row in own], [results.of(row) for row in own], value, label=method,
+                   color=COLOURS.get(method))
+        axes.set_xlabel("epsilon, 1/255")
+        axes.set_title(f"test images, {title}")
+    panels[0].set_ylabel("accuracy, %")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    figure.suptitle(f"{TABLES[name].title}, scale {results.scale}")
+    return figure
+
+
+# The figure of a table, where it has one.
+FIGURES = {"cifar10": figure_of_epochs, "cifar100": figure_of_epochs, "svhn": figure_of_epochs,
+           "collapse": figure_of_epochs, "quantile": figure_of_quantiles, "epsilon": figure_of_epsilons}
+
+
+def write_report(results: Results, out: Path) -> Path:
+    """Write the tables and figures; returns the Markdown file."""
+    out.mkdir(parents=True, exist_ok=True)
+    scale = SCALES[results.scale]
+    text = [f"# Results at the scale `{results.scale}`\n\n{scale.about[0].upper() + scale.about[1:]}: `{scale.flags}`. "
+            f"Accuracies are in % on test images, with the standard deviation over the seeds where there are several. "
+            f"Written by `python experiments/report.py --scale={results.scale}`.\n"]
+    for name, table in TABLES.items():
+        text.append(f"\n## {table.title}\n\n{table_text(table, results)}")
+        figure = FIGURES[name](name, results) if name in FIGURES else None
+        if figure:
+            image = f"{results.scale}_{name}.png"
+            with whole_file(out / image) as file:
+                figure.savefig(file, format="png", metadata={"Software": None})
+            plt.close(figure)
+            text.append(f"\n![{table.title}]({image})\n")
+    text.append(f"\n## The runs\n\n{run_list(results)}")
+    path = out / f"{results.scale}.md"
+    with whole_file(path) as file:
+        file.write("".join(text).encode())
+    return path
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--scale", choices=SCALES, default="paper", help="(default: paper)")
+    p.add_argument("--results", type=Path, default=ROOT / "experiments/results", help="(default: experiments/results)")
+    p.add_argument("--out", type=Path, default=ROOT / "experiments/report", help="(default: experiments/report)")
+    args = p.parse_args()
+    results = Results(args.results, args.scale)
+    if not results.by_name:
+        p.exit(2, f"{p.prog}: error: {args.results / args.scale} holds no results: reproduce.py makes them\n")
+    print(write_report(results, args.out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""The tables: their definitions, the runner as a user runs it, and what the report says of results known beforehand."""
+import fcntl
+import json
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import DATASETS, ROOT, script
+
+import options
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import report
+from definitions import SCALES, TABLES, Experiment, experiments
+
+
+def reproduce(tmp_path, *flags: str) -> subprocess.CompletedProcess:
+    return script("experiments/reproduce.py", *flags, *places(tmp_path))
+
+
+def places(tmp_path) -> list[str]:
+    return ["--scale=smoke", f"--runs={tmp_path / 'runs'}", f"--results={tmp_path / 'results'}"]
+
+
+def results_of(tmp_path) -> dict[str, dict]:
+    """What was found, but for how long it took."""
+    def timeless(record):
+        if isinstance(record, dict):
+            return {key: timeless(value) for key, value in record.items() if key not in ("seconds",) and
+                    not key.endswith("_time")}
+        return [timeless(value) for value in record] if isinstance(record, list) else record
+    return {path.stem: timeless(json.loads(path.read_text())) for path in (tmp_path / "results/smoke").glob("*.json")}
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_every_command_of_every_table_is_one_that_its_script_takes(scale):
+    runs = experiments(list(TABLES), scale, (0, 1))
+    assert len({run.name for run in runs}) == len(runs) > 80
+    meant = {}
+    for run in runs:
+        name, *flags = run.command
+        args = options.parser(DATASETS[name], None).parse_args(flags)
+        options.check(args)
+        assert args.epochs == run.epochs
+        assert meant.setdefault(tuple(sorted((k, str(v)) for k, v in vars(args).items())), run.name) == run.name
+    assert run.seed == 1 and {run.scale for run in runs} == {scale}
+
+
+def test_a_later_flag_overrides_an_earlier_one():
+    run = Experiment("paper", "cifar10", "--attack=fgsm --no-amp --lr-max=0.05", 3)
+    assert run.command == ["train_cifar.py", "--epochs=30", "--lr-schedule=cyclic", "--lr-max=0.05", "--no-amp",
+                           "--attack=fgsm", "--seed=3"]
+    assert run.name == "cifar10_fgsm_no-amp_lr-max=0.05_seed=3"
+
+
+def test_the_runs_of_the_first_table_come_first_and_one_seed_of_all_before_the_next():
+    runs = experiments(["cifar10", "quantile"], "paper", (0, 1))
+    first = len(TABLES["cifar10"].rows)
+    assert [run.seed for run in runs[:2 * first]] == [0] * first + [1] * first
+    assert len(runs) == 2 * first + 2 * (len(TABLES["quantile"].rows) - 2)  # two of its rows are in the first table
+
+
+@pytest.mark.slow
+def test_the_runner_makes_what_is_missing_and_makes_it_again_with_the_same_bits(tmp_path):
+    flags = ["quantile", "--only=zero-qval=0_", "--seeds=2", "--jobs=2"]
+    done = reproduce(tmp_path, *flags)
+    assert done.returncode == 0, done.stderr
+    first = results_of(tmp_path)
+    assert len(first) == 2
+    record = first["cifar10_zerograd_zero-qval=0_seed=1"]
+    assert record["command"].startswith("python train_cifar.py --epochs=2 ") and "--seed=1" in record["command"]
+    assert [epoch["epoch"] for epoch in record["epochs"]] == [0, 1] and record["final"]["images"] == 64
+    assert str(tmp_path) not in json.dumps(record)
+    assert "2 of 2 runs are there" in reproduce(tmp_path, *flags).stdout
+    for path in (tmp_path / "results/smoke").iterdir():
+        path.unlink()
+    shutil.rmtree(tmp_path / "runs/smoke/cifar10_zerograd_zero-qval=0_seed=0")  # one run anew, one result from its run
+    assert reproduce(tmp_path, *flags).returncode == 0
+    assert results_of(tmp_path) == first
+    made = script("experiments/report.py", "--scale=smoke", "--results", tmp_path / "results", "--out",
+                  tmp_path / "report")
+    assert made.returncode == 0 and "zero-qval=0 --seed=1" in (tmp_path / "report/smoke.md").read_text()
+    run = tmp_path / "runs/smoke/cifar10_zerograd_zero-qval=0_seed=0"
+    drawn = script("experiments/sheet.py", run, "--images=2", "--out", tmp_path / "sheet.png")
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
+    names = [f"cifar10_zerograd_zero-qval={q}_seed=0" for q in ("0.2", "0.5", "0.9")]
+    folders = [tmp_path / "runs/smoke" / name for name in names]
+    folders[0].mkdir(parents=True)
+    (folders[0] / "state.pth").write_text("no checkpoint")
+    folders[1].mkdir()
+    flags = ["quantile", "--only=zero-qval=0.", "--jobs=5"]
+    with open(folders[1] / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = reproduce(tmp_path, *flags)
+    assert done.returncode == 1
+    assert f"failed: {names[0]}" in done.stderr and "state.pth is cut short" in done.stdout
+    assert f"{names[1]} is being made by another process" in done.stdout and "Traceback" not in done.stderr
+    assert names[0] not in results_of(tmp_path) and names[1] not in results_of(tmp_path)
+    assert names[2] in results_of(tmp_path) and len(results_of(tmp_path)) == 3
+
+    (folders[0] / "state.pth").unlink()
+    started = subprocess.Popen([sys.executable, ROOT / "experiments/reproduce.py", "quantile", "--only=zero-qval=0.",
+                                *places(tmp_path)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(folders[0] / "args.json")
+    started.send_signal(signal.SIGINT)
+    output, error = started.communicate(timeout=120)
+    assert started.returncode == 130, error
+    assert "stopped by SIGINT: 0 runs made, 2 left" in output and "Traceback" not in error
+    with open(folders[0] / ".lock", "w") as lock:  # no run goes on behind the runner's back
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    assert "stopped by SIGTERM" in (folders[0] / "console.log").read_text()
+    done = reproduce(tmp_path, *flags)
+    assert done.returncode == 0 and len(results_of(tmp_path)) == 5
+    assert "# resumed" in (folders[0] / "output.log").read_text()
+
+
+def wait_for(path) -> None:
+    until = time.monotonic() + 120
+    while not path.exists():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_a_spent_budget_stops_the_runner(tmp_path):
+    done = reproduce(tmp_path, "cifar10", "--budget=0")
+    assert done.returncode == 0 and "the budget is spent: 0 runs made" in done.stdout and not results_of(tmp_path)
+
+
+def test_mistakes_are_one_line(tmp_path):
+    for name, flags, named in (("reproduce.py", ["tabel"], "tabel"), ("sheet.py", [tmp_path], "args.json"),
+                               ("report.py", ["--results", tmp_path], "paper holds no results")):
+        done = script(f"experiments/{name}", *flags)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr and not done.stdout
+
+
+def write_known(folder, flags: str, seed: int, accuracies: list[float]) -> None:
+    run = Experiment("cpu", "cifar10", flags, seed)
+    epochs = [{"test_acc": 2 * acc, "test_robust_acc": acc, "train_robust_acc": acc, "train_time": 10.0,
+               "test_images": 10000} for acc in accuracies]
+    (folder / "cpu").mkdir(exist_ok=True)
+    (folder / "cpu" / f"{run.name}.json").write_text(json.dumps({
+        "name": run.name, "command": "python train_cifar.py", "commit": "abc", "device": "CPU", "threads": 1,
+        "torch": "2.7", "final": {"robust_acc": accuracies[-1], "iters": 10, "restarts": 1, "images": 1000},
+        "epochs": epochs}))
+
+
+def test_the_report_gives_means_deviations_and_empty_cells(tmp_path):
+    for seed, last in enumerate((0.1, 0.2, 0.3)):
+        write_known(tmp_path, "--attack=zerograd --zero-qval=0.35", seed, [0.4, last])
+    write_known(tmp_path, "--attack=zerograd --zero-qval=0.7", 0, [0.2, 0.45])
+    path = report.write_report(report.Results(tmp_path, "cpu"), tmp_path / "out")
+    text = path.read_text()
+    assert statistics.stdev((10, 20, 30)) == 10
+    row = "| 40.0 ± 20.0 | 20.0 ± 10.0 | 40.0 ± 0.0 | 20.0 ± 10.0 | 10.0 ± 0.0 | 0, 1, 2 |"
+    assert f"| ZeroGrad, q = 0.35 {row}" in text
+    assert "| ZeroGrad, q = 0.7 | 90.0 | 45.0 | 45.0 | 45.0 | 10.0 | 0 |" in text
+    assert "| FGSM-RS |  |  |  |  |  |  |" in text and "None of its runs" in text
+    quantiles = text.index("over q")
+    assert text.index("| 0.35 | 40.0", quantiles) < text.index("| 0.7 | 90.0", quantiles)
+    for name in ("cifar10", "quantile"):
+        assert (tmp_path / f"out/cpu_{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out/cpu_epsilon.png").exists()  # one epsilon makes no curve
+
+
+def test_the_committed_reports_are_those_of_the_committed_results(tmp_path):
+    folder = ROOT / "experiments/results"
+    scales = [path.name for path in folder.glob("*/") if path.is_dir()]
+    for scale in scales:
+        text = report.write_report(report.Results(folder, scale), tmp_path).read_text()
+        assert text == (ROOT / f"experiments/report/{scale}.md").read_text()
