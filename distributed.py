@@ -42,6 +42,8 @@ class World:
 
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether `flag` is set in any process."""
+        if self.size == 1:
+            return flag
         return bool(self._reduced(torch.tensor(float(flag), device=device), dist.ReduceOp.MAX))
 
     def _reduced(self, values: Tensor, operation) -> Tensor:

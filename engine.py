@@ -125,12 +125,16 @@ def evaluate(model: nn.Module, images: Images, attack: Callable[[nn.Module, Tens
 
     An image counts as robust if it is classified rightly at the end of every run; its robust loss is the highest.
     Batches are dealt out to the processes, and what is drawn depends on `key` and the batch: any number of processes
-    finds the same counts. Accuracy is judged in float32.
+    finds the same counts. Accuracy is judged in float32. All processes call `between` equally often.
     """
     model.eval()
     world.share_buffers(model)
     sums = torch.zeros(6, dtype=torch.float64, device=images.labels.device)
-    for i in range(world.rank, math.ceil(len(images) / batch_size), world.size):
+    for dealt in range(0, math.ceil(len(images) / batch_size), world.size):
+        i = dealt + world.rank
+        between()
+        if i * batch_size >= len(images):
+            break
         seed_everything(EVALUATION, *key, i)
         x, y = images.batch(slice(i * batch_size, (i + 1) * batch_size))
         clean = judge(model, x, precision)
@@ -145,7 +149,6 @@ def evaluate(model: nn.Module, images: Images, attack: Callable[[nn.Module, Tens
         sums += torch.stack([value.double() for value in (
             F.cross_entropy(clean, y, reduction="sum"), (clean.argmax(dim=1) == y).sum(), worst.sum(), robust.sum(),
             magnitude, torch.ones_like(y).sum())])
-        between()
     *values, n = world.total(sums).tolist()
     names = ("test_loss", "test_acc", "test_robust_loss", "test_robust_acc", "attack_mean")
     metrics = {name: value / n for name, value in zip(names, values)}
@@ -154,14 +157,16 @@ def evaluate(model: nn.Module, images: Images, attack: Callable[[nn.Module, Tens
 
 def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: float, steps: int, restarts: int,
                    batch_size: int, seed: int, precision: Precision, world: World = ALONE,
-                   progress: Callable[[int], None] = lambda images_done: None) -> dict[str, float]:
+                   progress: Callable[[int], None] = lambda images_done: None,
+                   between: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Clean accuracy, and robust accuracy under l_inf PGD with early stop and restarts (PGD-50-10).
 
     An image is robust only if it is right without a perturbation and after every step of every restart: once wrong,
     it leaves, and the next one takes its place in the batch, so that batches stay full while the work shrinks. Its
     robust loss is that at which it broke, or the highest at the end of a restart. A random start depends on `seed`,
     the restart and the image alone, so the batch size and the number of processes change no count. Attacks run in the
-    run's precision; an image is broken or robust by a float32 forward pass only.
+    run's precision; an image is broken or robust by a float32 forward pass only. `progress` is told of images that are
+    done with, after every step; `between` is called before every restart, by all processes.
     """
     model.eval()
     world.share_buffers(model)
@@ -178,6 +183,7 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
     robust_loss[~robust] = clean_loss[~robust]
     progress(int((~robust[mine]).sum()))
     for restart in range(restarts):
+        between()
         queue = mine[robust[mine]]
         starts = _starts(images, epsilon, seed, restart).to(device)
         index, taken = queue[:0], queue[:0]  # the images in the batch, and the steps that each has taken

@@ -25,7 +25,7 @@ from folder import RunFolder, load_model, load_training_state, read_checkpoint, 
 from precision import Precision, prepare_momentum
 from utils import UsageError, hardware, seed_everything
 
-STOP_CHECK = 20  # many processes agree on whether to stop once in so many steps, and at an epoch's last
+STOP_CHECK = 20  # in training, many processes agree on whether to stop once in so many steps, and at an epoch's last
 ORDER_FLAGS = ("batch_size", "seed", "train_samples", "val_size")  # they decide which images a step is on
 
 
@@ -177,8 +177,6 @@ class Run:
                 self.bar.set_description(f"epoch {self.progress.epoch}")
                 try:
                     trained = train_epoch(self.trainer, self.progress, self.after_step)
-                    if self.world.size > 1:
-                        self.save_state()  # many processes do not stop within an evaluation
                     self.finish_epoch({"epoch": self.progress.epoch, **trained, **self.measure()})
                 except Stopped:
                     self.save_state()
@@ -204,16 +202,13 @@ class Run:
         self.bar.update()
         if self.args.chkpt_steps and self.progress.step % self.args.chkpt_steps == 0:
             self.save_state()
-        if self.world.size == 1:
+        if self.world.size == 1 or self.progress.step % STOP_CHECK == 0 or self.progress.step == self.trainer.steps:
             self.obey()
-            return
-        due = self.progress.step % STOP_CHECK == 0 or self.progress.step == self.trainer.steps
-        if due and self.world.any(self.signals.received is not None, self.device):
-            self.signals.received = self.signals.received or signal.SIGTERM
-            raise Stopped
 
     def obey(self) -> None:
-        if self.world.size == 1 and self.signals.received:
+        """Stop if a signal came, to whichever process. All processes have to call it together."""
+        if self.world.any(self.signals.received is not None, self.device):
+            self.signals.received = self.signals.received or signal.SIGTERM
             raise Stopped
 
     def measure(self) -> dict[str, Any]:
@@ -282,11 +277,12 @@ class Run:
                   disable=None if self.world.first else True, dynamic_ncols=True) as bar:
             def progress(images_done: int) -> None:
                 bar.update(images_done)
-                self.obey()
+                if self.world.size == 1:  # many are not at the same step
+                    self.obey()
 
             result = closing_attack(self.model, self.test[:self.final_images], args.epsilon / 255, args.pgd_alpha / 255,
                                     args.final_iters, args.final_restarts, args.batch_size, args.seed, self.precision,
-                                    self.world, progress)
+                                    self.world, progress, self.obey)
         seconds = time.perf_counter() - began
         line = "\t".join([f"PGD{args.final_iters}", f"time: {seconds:.1f}",
                           *(f"{key.replace('_', ' ')}: {result[key]:.4f}" for key in

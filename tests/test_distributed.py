@@ -128,6 +128,35 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tmp_path):
     assert_same_run(tmp_path / "restarted", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("during, slow, goes_on", [
+    ("train_epoch", ["--attack=pgd", "--pgd-iters=20", "--train-samples=2048"], "# resumed at epoch 0, step "),
+    ("evaluate", ["--test-iters=100"], "# resumed at epoch 0, step 3 "),
+    ("closing_attack", ["--final-iters=1", "--final-restarts=100000"], "# resumed at epoch 1, step 0 "),
+])
+def test_sigterm_to_one_process_stops_both_and_the_run_goes_on(during, slow, goes_on, tmp_path):
+    program = tmp_path / "told.py"
+    program.write_text(
+        "import os, signal, sys, threading\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import run, train_cifar\n"
+        f"original = run.{during}\n"
+        "def told(*args, **kwargs):\n"
+        "    if os.environ['RANK'] == '1':\n"
+        "        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
+        "    return original(*args, **kwargs)\n"
+        f"run.{during} = told\n"
+        "run.main(train_cifar.DATASET)\n")
+    flags = [*SMALL, "--epochs=1", "--resume=auto", "--fname", tmp_path / "run", *slow]
+    stopped = torchrun(str(program), *flags)
+    assert stopped.returncode != 0 and "stopped by SIGTERM; --resume auto" in stopped.stderr
+    assert not (tmp_path / "run" / "final.json").exists()
+    fast = ["--pgd-iters=1", "--test-iters=1", "--final-restarts=1", "--allow-changes"]
+    again = torchrun("train_cifar.py", *flags, *fast)
+    assert again.returncode == 0, again.stderr
+    assert goes_on in (tmp_path / "run" / "output.log").read_text()
+    assert [record["epoch"] for record in epochs_of(tmp_path / "run")] == [0]
+
+
 def test_a_last_batch_too_small_for_the_processes_is_one_line(tmp_path):
     done = torchrun("train_cifar.py", *SMALL, "--train-samples=65", "--fname", tmp_path / "run")
     assert done.returncode != 0 and "error: --train-samples or --batch-size leaves fewer" in done.stderr
