@@ -10,6 +10,7 @@ peak is that of a matrix product of the same precision, measured here; the work 
 import argparse
 import json
 import math
+import resource
 import statistics
 import sys
 import time
@@ -25,9 +26,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attacks
 from data import Augmentation, Images
 from distributed import World
-from engine import Progress, Trainer, closing_attack, train_epoch
+from engine import Progress, Trainer, closing_attack, judge, train_epoch
 from preactresnet import PreActResNet18
 from precision import Precision
+from run import memory_format
 from utils import hardware
 
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
@@ -74,6 +76,13 @@ def peak_flops(dtype: torch.dtype, device) -> float:
     return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
 
 
+def peak_memory(device) -> int:
+    """The most bytes that were in use at once so far: on the GPU, or by this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -87,6 +96,7 @@ def main() -> None:
     p.add_argument("--eval-iters", type=int, default=50)
     p.add_argument("--eval-restarts", type=int, default=10)
     p.add_argument("--eval-images", type=int, default=1024, help="0: no evaluation")
+    p.add_argument("--eval-rounds", type=int, default=1)
     p.add_argument("--json", help="also write the figures here")
     args = p.parse_args()
 
@@ -97,13 +107,14 @@ def main() -> None:
     b, steps = args.batch_size, args.steps or (20 if device.type == "cuda" else 1)
     augmentation = Augmentation(4, "reflect", True)
     pixels, labels = torch.randint(256, (b * steps, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (b * steps,))
-    images = Images(pixels, labels).to(device)
     padded, plain_labels = np.pad(pixels.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect"), labels.numpy()
 
     def network(**options):
         return PreActResNet18(base_width=args.base_width, **NORMALIZATION).to(device, **options).train()
 
-    ours, theirs = network(memory_format=torch.channels_last), network()
+    layout = memory_format(args, device)
+    images = Images(pixels, labels).to(device, layout)
+    ours, theirs = network(memory_format=layout), network()
     if args.compile:
         ours.compile()
     our_optimizer = torch.optim.SGD(ours.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
@@ -114,7 +125,8 @@ def main() -> None:
               "rounds": args.rounds, "peak_tflops": peak / 1e12, "step": {}}
     print(f"{result['device']}, {result['threads']} threads, torch {torch.__version__}, {precision.dtype}, "
           f"width {args.base_width}, batch {b}; matrix product {peak / 1e12:.3g} TFLOP/s\n")
-    print(f"{'step with data':20s} {'images/s':>9s} {'published':>9s} {'ratio':>6s} {'GFLOP/image':>11s}  of peak")
+    print(f"{'step with data':20s} {'images/s':>9s} {'published':>9s} {'ratio':>6s} {'GFLOP/image':>11s} "
+          f"{'of peak':>8s} {'50,000 images, s':>17s}")
     for attack in args.attacks:
         mine, published_attack = ATTACKS[attack]
         trainer = Trainer(ours, ours, our_optimizer, mine, lambda t: 0.01, images, augmentation, b, 0, precision,
@@ -136,7 +148,7 @@ def main() -> None:
         result["step"][attack] = {"images_per_second": speed, "published": b * steps / theirs_s, "ratio": ratio,
                                   "gflop_per_image": work / 1e9, "share_of_peak": speed * work / peak}
         print(f"{attack:20s} {speed:9.1f} {b * steps / theirs_s:9.1f} {ratio:6.2f} {work / 1e9:11.2f} "
-              f"{speed * work / peak:8.1%}", flush=True)
+              f"{speed * work / peak:8.1%} {50_000 / speed:17.1f}", flush=True)
         if attack == "zerograd":
             step_s = mine_s / steps
 
@@ -149,44 +161,64 @@ def main() -> None:
 
     if args.eval_images:
         evaluation(args, ours, theirs, device, precision, result)
-    if device.type == "cuda":
-        result["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        print(f"peak memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB")
+    result["peak_memory_bytes"] = peak_memory(device)
+    print(f"\npeak memory, both sides: {result['peak_memory_bytes'] / 2**30:.2f} GiB")
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
 
 def evaluation(args, ours, theirs, device, precision, result) -> None:
-    """The closing attack on an untrained network, at the epsilon at which about half of its images break."""
+    """PGD-10 and the closing attack on an untrained network, at an epsilon at which about half of its images break.
+
+    Three ways: ours, whose batches are refilled as images break; ours without that; and the published one.
+    """
     ours.load_state_dict(theirs.eval().state_dict())
     ours.eval()
     images = Images(torch.randint(256, (args.eval_images, 32, 32, 3), dtype=torch.uint8),
-                    torch.zeros(args.eval_images, dtype=torch.long)).to(device)
+                    torch.zeros(args.eval_images, dtype=torch.long)).to(device, memory_format(args, device))
     x, _ = images.batch(slice(None))
     with torch.no_grad():
         images.labels = torch.cat([theirs(part).argmax(dim=1) for part in x.split(args.batch_size)])
     low, high = 1e-6, 0.1
     for _ in range(8):
         epsilon = math.sqrt(low * high)
-        robust = closing_attack(ours, images[:64], epsilon, epsilon / 4, 10, 3, args.batch_size, 0, precision)
+        robust = closing_attack(ours, images[:128], epsilon, epsilon / 4, 10, 3, args.batch_size, 0, precision)
         low, high = (epsilon, high) if robust["robust_acc"] > 0.5 else (low, epsilon)
-    found = {}
+    print(f"\n{'evaluation':20s} {'seconds':>9s} {'not shrinking':>13s} {'published':>9s} {'ratio':>6s}  broken images")
+    for iters, restarts in dict.fromkeys(((10, 1), (args.eval_iters, args.eval_restarts))):
+        attack = dict(epsilon=epsilon, alpha=epsilon / 4, steps=iters, restarts=restarts)
+        ways = {
+            "shrinking": lambda attack=attack: closing_attack(
+                ours, images, **attack, batch_size=args.batch_size, seed=0, precision=precision)["robust_acc"],
+            "not shrinking": lambda attack=attack: unshrunk(ours, images, attack, args.batch_size, precision),
+            "published": lambda attack=attack: published.evaluate(
+                theirs, x.contiguous(), images.labels, **attack, batch_size=args.batch_size)}
+        robust, taken = {}, {name: [] for name in ways}
 
-    def our_attack():
-        found["ours"] = closing_attack(ours, images, epsilon, epsilon / 4, args.eval_iters, args.eval_restarts,
-                                       args.batch_size, 0, precision)["robust_acc"]
+        def timed(name, way, robust=robust):
+            robust[name] = way()
 
-    def their_attack():
-        found["published"] = published.evaluate(theirs, x.contiguous(), images.labels, epsilon, epsilon / 4,
-                                                args.eval_iters, args.eval_restarts, args.batch_size)
+        for _ in range(args.eval_rounds):
+            for name, way in ways.items():
+                taken[name].append(seconds(partial(timed, name, way), device))
+        ratio = statistics.median(b / a for a, b in zip(taken["shrinking"], taken["published"]))
+        medians = {name: statistics.median(values) for name, values in taken.items()}
+        name = f"pgd-{iters}-{restarts}"
+        result[name] = {"seconds": medians, "ratio": ratio, "images": args.eval_images, "robust": robust}
+        print(f"{name:20s} {medians['shrinking']:9.1f} {medians['not shrinking']:13.1f} {medians['published']:9.1f} "
+              f"{ratio:6.2f}  {1 - robust['shrinking']:.0%} of {args.eval_images}", flush=True)
 
-    mine_s, theirs_s = seconds(our_attack, device), seconds(their_attack, device)
-    name = f"pgd-{args.eval_iters}-{args.eval_restarts}"
-    result[name] = {"seconds": mine_s, "published": theirs_s, "ratio": theirs_s / mine_s, "images": args.eval_images,
-                    "robust": found}
-    print(f"{name} on {args.eval_images} images, {1 - found['ours']:.0%} of which break: {mine_s:.1f} s, published "
-          f"{theirs_s:.1f} s, ratio {theirs_s / mine_s:.2f}")
+
+def unshrunk(model, images: Images, attack: dict, batch_size: int, precision) -> float:
+    """Robust accuracy by our attack on whole batches, the broken images among them."""
+    right = 0
+    for first in range(0, len(images), batch_size):
+        x, y = images.batch(slice(first, first + batch_size))
+        with precision.lowered():
+            delta = attacks.pgd(model, x, y, **attack, early_stop=True)
+        right += (judge(model, x + delta, precision).argmax(dim=1) == y).sum().item()
+    return right / len(images)
 
 
 if __name__ == "__main__":
