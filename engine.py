@@ -233,4 +233,4 @@ def _starts(images: Images, epsilon: float, seed: int, restart: int) -> Tensor:
 def judge(model: nn.Module, x: Tensor, precision: Precision) -> Tensor:
     """The logits of a float32 forward pass, such as decides every accuracy."""
     with torch.inference_mode(), precision.full():
-        return model(x).float()
+        return model(x).float().clone()  # under CUDA graphs, the next pass overwrites the network's own output

@@ -26,8 +26,8 @@ from precision import Precision
 from utils import UsageError, whole_file
 
 # Flags that may differ between a run and its continuation, since what is trained does not depend on them.
-FREE = {"data_dir", "fname", "resume", "eval", "allow_changes", "device", "compile", "chkpt_iters", "chkpt_steps",
-        "final_iters", "final_restarts", "final_samples", "deterministic"}
+FREE = {"data_dir", "fname", "resume", "eval", "allow_changes", "device", "compile", "compile_mode", "chkpt_iters",
+        "chkpt_steps", "final_iters", "final_restarts", "final_samples", "deterministic"}
 
 TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
           "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")

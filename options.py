@@ -106,6 +106,8 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
     add(group, "--tf32", action="store_true", help="on CUDA, float32 products in training and in attacks as TF32")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
                        help="torch.compile the network (default: on CUDA)")
+    add(group, "--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
+        help="torch.compile's; all but the default use CUDA graphs")
     add(group, "--deterministic", action="store_true", help="on CUDA, too: same seed, same bits; slower")
     add(group, "--sync-bn", action="store_true", help="under torchrun on CUDA: BatchNorm over all processes")
     return p

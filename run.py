@@ -131,7 +131,7 @@ class Run:
         self.source = self.resume(found, flag_of) if found else None
         if args.compile or (args.compile is None and device.type == "cuda"):
             torch._dynamo.config.recompile_limit = 64  # train, eval, attack and judge, each with its last short batch
-            model.compile()
+            model.compile(mode=args.compile_mode)
         if world.size > 1:
             forward = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         self.trainer = Trainer(model, forward, self.optimizer, attacks.from_args(args),

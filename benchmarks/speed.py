@@ -29,8 +29,7 @@ from distributed import World
 from engine import Progress, Trainer, closing_attack, judge, train_epoch
 from preactresnet import PreActResNet18
 from precision import Precision
-from run import memory_format
-from utils import hardware
+from run import describe_machine, memory_format
 
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
 NORMALIZATION = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
@@ -88,6 +87,7 @@ def main() -> None:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--amp", action="store_true", help="our side in bfloat16")
     p.add_argument("--compile", action="store_true", help="our side under torch.compile")
+    p.add_argument("--compile-mode", default="default", help="its mode; reduce-overhead uses CUDA graphs")
     p.add_argument("--base-width", type=int, default=64)
     p.add_argument("--batch-size", type=int, default=128)
     p.add_argument("--rounds", type=int, default=5)
@@ -116,12 +116,12 @@ def main() -> None:
     images = Images(pixels, labels).to(device, layout)
     ours, theirs = network(memory_format=layout), network()
     if args.compile:
-        ours.compile()
+        ours.compile(mode=args.compile_mode)
     our_optimizer = torch.optim.SGD(ours.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
     their_optimizer = torch.optim.SGD(theirs.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     peak = peak_flops(precision.dtype, device)
-    result = {"device": hardware(device), "threads": torch.get_num_threads(), "torch": torch.__version__,
-              "dtype": str(precision.dtype), "compile": args.compile, "base_width": args.base_width, "batch_size": b,
+    result = {**describe_machine(device, World()), "dtype": str(precision.dtype),
+              "compile": args.compile and args.compile_mode, "base_width": args.base_width, "batch_size": b,
               "rounds": args.rounds, "peak_tflops": peak / 1e12, "step": {}}
     print(f"{result['device']}, {result['threads']} threads, torch {torch.__version__}, {precision.dtype}, "
           f"width {args.base_width}, batch {b}; matrix product {peak / 1e12:.3g} TFLOP/s\n")

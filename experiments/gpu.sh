@@ -4,7 +4,9 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 minutes=$1; shift
-speed=experiments/results/gpu_speed.json
-[ -e "$speed" ] || python benchmarks/speed.py --amp --compile --json "$speed"
+for mode in default reduce-overhead; do
+    speed=benchmarks/results/gpu_bfloat16_$mode.json
+    [ -e "$speed" ] || python benchmarks/speed.py --amp --compile --compile-mode "$mode" --json "$speed" || true
+done
 python experiments/reproduce.py --scale=paper --budget="$minutes" "$@"
 python experiments/report.py --scale=paper
