@@ -14,6 +14,7 @@ import json
 import os
 import re
 import shutil
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,10 @@ def read_checkpoint(path: Path) -> dict:
     if not path.exists():
         raise UsageError(f"--resume: {path} is missing")
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # torch.load does not look at the checksums
+                    raise ValueError
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises errors of many kinds at a file that it cannot read
         raise UsageError(f"--resume: {path} is cut short, altered or no PyTorch checkpoint") from None
