@@ -97,13 +97,14 @@ def quantile_mask(grad: Tensor, q: float) -> Tensor:
     """`grad` (B, C, H, W) with every entry 0 whose magnitude is strictly below its image's q-quantile.
 
     The quantile interpolates linearly between two neighbours in order of magnitude, so exactly the entries below the
-    upper one are below it: to select that one is enough, and no sort is needed. Raises ValueError unless 0 <= q <= 1.
+    upper one are below it: to find that one, the smallest that is kept, is enough, and no sort is needed. Raises
+    ValueError unless 0 <= q <= 1.
     """
     if not 0 <= q <= 1:
         raise ValueError(f"q must be from 0 to 1, not {q}")
     magnitude = grad.abs().flatten(1)
-    rank = math.ceil(q * (magnitude.shape[1] - 1))
-    smallest_kept = magnitude.kthvalue(rank + 1, dim=1).values
+    below = math.ceil(q * (magnitude.shape[1] - 1))  # in order of magnitude, as many stand before that one
+    smallest_kept = magnitude.topk(magnitude.shape[1] - below, dim=1, sorted=False).values.amin(dim=1)
     return grad.masked_fill(grad.abs() < _per_image(smallest_kept), 0)
 
 

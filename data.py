@@ -1,9 +1,13 @@
 """The data sets: read by torchvision, held on the device as uint8, augmented there a batch at a time."""
 import contextlib
+import fcntl
+import hashlib
 import io
 import math
+import os
+import tempfile
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -170,7 +174,8 @@ def cifar(source: type) -> Callable[[str, bool], tuple[np.ndarray, Any]]:
     def read(data_dir: str, train: bool):
         listed = source.train_list + source.test_list + [(source.meta["filename"], source.meta["md5"])]
         files = {Path(data_dir, source.base_folder, name): md5 for name, md5 in listed}
-        held = _verified(files, data_dir, partial(source, data_dir, train))
+        with _one_at_a_time(data_dir):
+            held = _verified(files, data_dir, partial(source, data_dir, train))
         return held.data, held.targets
     return read
 
@@ -180,9 +185,19 @@ def svhn(source: type) -> Callable[[str, bool], tuple[np.ndarray, Any]]:
     def read(data_dir: str, train: bool):
         split = "train" if train else "test"
         _, name, md5 = source.split_list[split]
-        held = _verified({Path(data_dir, name): md5}, data_dir, partial(source, data_dir, split))
+        with _one_at_a_time(data_dir):
+            held = _verified({Path(data_dir, name): md5}, data_dir, partial(source, data_dir, split))
         return held.data.transpose(0, 2, 3, 1), held.labels
     return read
+
+
+@contextlib.contextmanager
+def _one_at_a_time(data_dir: str) -> Iterator[None]:
+    """Of several processes that look for the same files, the first downloads them, and the others wait."""
+    place = hashlib.md5(os.path.abspath(data_dir).encode(errors="surrogateescape")).hexdigest()
+    with open(Path(tempfile.gettempdir(), f"data-{os.getuid()}-{place}.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _verified(files: dict[Path, str], data_dir: str, source: Callable):

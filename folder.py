@@ -2,7 +2,7 @@
 
     output.log, eval.log      tab-separated, a header, a line an epoch, and a line for the closing attack
     metrics.jsonl, final.json the same and more, by name: one JSON object an epoch; the closing attack
-    args.json                 the arguments, versions, hardware and commit of the latest start
+    args.json                 the arguments, and the commit, versions and hardware of every start
     model_E.pth, opt_E.pth    the state dict of the network after epoch E; the optimizer's, and how far the run was
     model_best.pth            the state dict of the best network so far
     state.pth                 the newest complete state, from which --resume auto goes on
@@ -42,8 +42,8 @@ class RunFolder:
         self.log = self.path / ("eval.log" if evaluation else "output.log")
         self.titles = [title for title in TITLES if validated or title != "Val Robust Acc"]
 
-    def require_writable(self) -> None:
-        """Raise UsageError where no such folder could be written to; writes nothing itself."""
+    def require_writable(self, flag: str = "--fname") -> None:
+        """Raise UsageError, naming the flag, where no such folder could be written to; writes nothing itself."""
         there = self.path
         try:
             while not there.exists() and there != there.parent:
@@ -52,7 +52,7 @@ class RunFolder:
         except (OSError, ValueError):  # a name that is no name to the system
             writable = False
         if not writable:
-            raise UsageError(f"--fname {self.path} cannot be written: it must be a folder, or a place for a new one")
+            raise UsageError(f"{flag} {self.path} cannot be written: it must be a folder, or a place for a new one")
 
     def clear_unfinished(self) -> None:
         """Remove what a killed run was just writing."""
@@ -92,11 +92,12 @@ class RunFolder:
         """Raise UsageError where what a run that goes on has to read of its logs makes no sense."""
         for path, read in ((self.log, lambda text: text.splitlines()[0]),
                            (self._metrics, lambda text: [json.loads(line)["epoch"] + 0 for line in text.splitlines()]),
+                           (self.path / "args.json", lambda text: [*json.loads(text).get("starts", [])]),
                            (self.path / "final.json", lambda text: dict(json.loads(text)))):
             try:
                 if path.exists():
                     read(path.read_text())
-            except (ValueError, KeyError, IndexError, TypeError):
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
                 raise UsageError(f"--resume: {path} is damaged: mend it, or move it away") from None
 
     @property

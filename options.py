@@ -29,9 +29,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args, **kwargs):
         parsed = super().parse_args(*args, **kwargs)
-        for name, value in vars(parsed).items():
-            if isinstance(value, list):  # argparse leaves an unchecked list where a flag's value is "--"
-                self.error(f"argument --{name.replace('_', '-')}: expected one argument")
+        for action in self._actions:  # argparse leaves an unchecked list where a flag's value is "--"
+            if action.nargs is None and isinstance(getattr(parsed, action.dest, None), list):
+                self.error(f"argument {action.option_strings[0]}: expected one argument")
         return parsed
 
     def error(self, message: str) -> NoReturn:

@@ -74,7 +74,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """Notes the first SIGINT or SIGTERM, for the loops to obey between two steps; a second one acts at once."""
+    """Notes SIGINT and SIGTERM, for the loops to obey between two steps; alone, a second one acts at once."""
 
     def __init__(self):
         self.received: signal.Signals | None = None
@@ -85,7 +85,8 @@ class StopSignals:
 
     def _note(self, number: int, frame) -> None:
         self.received = signal.Signals(number)
-        signal.signal(number, signal.SIG_DFL)
+        if "WORLD_SIZE" not in os.environ:  # a scheduler and torchrun may both pass on the same signal
+            signal.signal(number, signal.SIG_DFL)
 
 
 class Run:
@@ -98,6 +99,8 @@ class Run:
         self.folder = RunFolder(args.fname, args.eval, self.validated)
         self.folder.require_writable()
         self.precision = Precision(args.amp, args.amp_dtype, args.amp_impl, device, args.tf32)
+        if args.tf32 and device.type != "cuda":
+            raise UsageError("--tf32 is for CUDA: a CPU's float32 has no lesser one")
         if args.sync_bn and (world.size == 1 or device.type != "cuda"):
             raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
         found = self.folder.find(args.resume) if args.resume else None
@@ -195,8 +198,9 @@ class Run:
             self.note(f"# resumed at epoch {self.progress.epoch}, step {self.progress.step} from {self.source}")
         if aside:
             self.note(f"# files of an earlier run are now in {aside}")
-        self.folder.write_json("args.json", {"data_set": self.dataset.name, "args": vars(self.args),
-                                             **describe_machine(self.device, self.world)})
+        before = self.folder.read_json("args.json") if self.source else None
+        self.folder.write_json("args.json", {"data_set": self.dataset.name, "args": vars(self.args), "starts": [
+            *(before or {}).get("starts", []), describe_machine(self.device, self.world)]})
 
     def after_step(self) -> None:
         self.bar.update()

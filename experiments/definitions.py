@@ -28,8 +28,9 @@ class Scale:
 
 SCALES = {
     "paper": Scale("the paper's commands, in bfloat16, for a GPU", "--amp", (0, 1, 2)),
-    "cpu": Scale("a quarter of the network's width and half the epochs, for two CPU cores; the whole training set",
-                 "--base-width=16 --epochs=15 --final-iters=10 --final-restarts=1 --final-samples=1000", (0,)),
+    "cpu": Scale("a quarter of the network's width and 15 epochs, for CPUs; the whole training set",
+                 "--device=cpu --base-width=16 --epochs=15 --final-iters=10 --final-restarts=1 --final-samples=1000",
+                 (0,)),
     "smoke": Scale("seconds a run on synthetic images: only to see that everything works",
                    "--dummy --device=cpu --base-width=4 --epochs=2 --batch-size=32 --train-samples=96 --test-iters=2 "
                    "--final-iters=2 --final-restarts=1 --final-samples=64", (0,)),
@@ -38,7 +39,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What a row is called, a cell for each column of its table; its data set and flags; figures of others' runs."""
+    """What a row is called, a cell for each column; its data set and flags; what is known of others' runs."""
 
     cells: tuple[str, ...]
     dataset: str
@@ -51,6 +52,7 @@ class Table:
     title: str
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
+    scales: tuple[str, ...] = tuple(SCALES)
 
 
 METHODS = {
@@ -68,10 +70,10 @@ SVHN_METHODS = {name: METHODS[name] for name in ("FGSM", "FGSM-RS", "ZeroGrad, q
 PARALLEL = {"MultiGrad, parallel": "--attack=multigrad --multi-samps=3 --multi-parallel"}
 ZEROGRAD = METHODS["ZeroGrad, q = 0.35"]
 
-# Clean / PGD-50-10 accuracy as its authors report it, or / AutoAttack; read in the model cards of RobustBench.
+# RobustBench's model cards, of runs by other recipes: clean / robust as its authors report it / under AutoAttack.
 PUBLISHED = {
-    ("cifar10", "FGSM-RS"): "83.34 / 46.06, Wong2020Fast",
-    ("cifar100", "PGD-10"): "53.83 / 18.95 (AutoAttack), Rice2020Overfitting",
+    ("cifar10", "FGSM-RS"): "83.34 / 46.06 / 43.21, Wong2020Fast",
+    ("cifar100", "PGD-10"): "53.83 / / 18.95, Rice2020Overfitting",
 }
 
 
@@ -80,7 +82,8 @@ def _methods(dataset: str, methods: dict[str, str]) -> tuple[Row, ...]:
 
 
 def _epsilon(value: int) -> str:
-    return "" if value == 8 else f" --epsilon={value}"  # 8 is the default: those runs are in other tables, too
+    # 8 and 2 are the defaults: those runs are in other tables, too.
+    return "" if value == 8 else f" --epsilon={value} --pgd-alpha={value / 4:g}"
 
 
 def _threshold(samples: int, agree: int) -> str:
@@ -93,7 +96,7 @@ TABLES = {
     "quantile": Table("CIFAR-10: ZeroGrad over q", ("q",), tuple(
         Row((q,), "cifar10", f"--attack=zerograd --zero-qval={q}") for q in ("0", "0.2", "0.35", "0.5", "0.7", "0.9"))),
     "cifar100": Table("CIFAR-100, epsilon 8/255", ("trained on",), _methods("cifar100", CIFAR100_METHODS)),
-    "epsilon": Table("CIFAR-10: epsilon in 1/255, in training and in evaluation", ("epsilon", "trained on"), tuple(
+    "epsilon": Table("CIFAR-10: epsilon, 1/255; PGD's step is a quarter of it", ("epsilon", "trained on"), tuple(
         Row((str(value), name), "cifar10", flags + _epsilon(value))
         for value in (4, 8, 12, 16, 2) for name, flags in METHODS.items())),
     "multigrad": Table("CIFAR-10: MultiGrad over its samples and how many must agree", ("samples", "agree"), tuple(
@@ -102,7 +105,7 @@ TABLES = {
     "precision": Table("CIFAR-10: the cost of a lower precision, ZeroGrad, q = 0.35", ("precision",), (
         Row(("float32",), "cifar10", f"{ZEROGRAD} --no-amp"),
         Row(("TF32",), "cifar10", f"{ZEROGRAD} --no-amp --tf32"),
-        Row(("bfloat16",), "cifar10", f"{ZEROGRAD} --amp"))),
+        Row(("bfloat16",), "cifar10", f"{ZEROGRAD} --amp")), scales=("paper",)),
     "svhn": Table("SVHN, epsilon 8/255", ("trained on",), _methods("svhn", SVHN_METHODS)),
     "collapse": Table("CIFAR-10: what decides whether ZeroGrad with q = 0.35 holds", ("changed",), (
         Row(("nothing",), "cifar10", ZEROGRAD),
@@ -126,8 +129,7 @@ class Experiment:
     def of(cls, row: Row, scale: str, seed: int) -> "Experiment":
         """The run of a row, without those of its flags that hold at this scale anyway."""
         given = SCALES[scale].flags.split()
-        implied = given if "--amp" in given else [*given, "--no-amp"]
-        return cls(scale, row.dataset, " ".join(flag for flag in row.flags.split() if flag not in implied), seed)
+        return cls(scale, row.dataset, " ".join(flag for flag in row.flags.split() if flag not in given), seed)
 
     @property
     def name(self) -> str:
@@ -149,4 +151,5 @@ class Experiment:
 def experiments(tables: list[str], scale: str, seeds: tuple[int, ...]) -> list[Experiment]:
     """The runs of `tables`, each once: table by table, within it seed by seed, so that all its rows come early."""
     return list(dict.fromkeys(Experiment.of(row, scale, seed)
-                              for table in tables for seed in seeds for row in TABLES[table].rows))
+                              for table in tables if scale in TABLES[table].scales
+                              for seed in seeds for row in TABLES[table].rows))

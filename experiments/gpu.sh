@@ -3,10 +3,13 @@
 # Call it again until it says that all runs are there; what is done is kept, and a run cut off goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-minutes=$1; shift
+end=$((SECONDS + 60 * ${1:?how many minutes?})); shift
 for mode in default reduce-overhead; do
     speed=benchmarks/results/gpu_bfloat16_$mode.json
-    [ -e "$speed" ] || python benchmarks/speed.py --amp --compile --compile-mode "$mode" --json "$speed" || true
+    [ -e "$speed" ] || timeout 240 python benchmarks/speed.py --amp --compile --compile-mode "$mode" --json "$speed" ||
+        echo "no figures for $mode" >&2
 done
-python experiments/reproduce.py --scale=paper --budget="$minutes" "$@"
+status=0
+python experiments/reproduce.py --scale=paper --budget="$(((end - SECONDS) > 0 ? (end - SECONDS) / 60 : 0))" "$@" || status=$?
 python experiments/report.py --scale=paper
+exit $status

@@ -6,20 +6,21 @@ reads experiments/results/SCALE/*.json, as reproduce.py writes them, and writes 
 table, and the figures SCALE_*.png. A cell that was not measured stays empty.
 """
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
-from definitions import ROOT, SCALES, TABLES, Experiment, Row, Table
+from definitions import ROOT, SCALES, TABLES, Experiment, Row, Table, experiments
+from results import Result, read_result
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(ROOT))
+from options import Parser
 from utils import whole_file
 
 COLOURS = {"FGSM": "#d62728", "FGSM-RS": "#ff7f0e", "ZeroGrad, q = 0.35": "#9467bd", "ZeroGrad, q = 0.45": "#9467bd",
@@ -28,39 +29,42 @@ COLOURS = {"FGSM": "#d62728", "FGSM-RS": "#ff7f0e", "ZeroGrad, q = 0.35": "#9467
 plt.rcParams.update({"figure.dpi": 110, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
                      "axes.spines.right": False, "legend.frameon": False})
 
-Record = dict  # a result as reproduce.py writes it
 PGD, CLEAN, TRAINING = "test_robust_acc", "test_acc", "train_robust_acc"
 
 
 class Results:
-    """The results of a scale, by row."""
+    """The results of a scale, by row; `refused` lists the files that are none of its runs' or are damaged."""
 
     def __init__(self, folder: Path, scale: str):
         self.scale = scale
-        records = [json.loads(path.read_text()) for path in sorted((folder / scale).glob("*.json"))]
-        self.by_name: dict[str, Record] = {record["name"]: record for record in records}
+        self.by_name: dict[str, Result] = {}
+        files = {path.stem: path for path in sorted((folder / scale).glob("*.json"))}
+        seeds = {int(seed) for name in files if (seed := name.rpartition("seed=")[2]).isdecimal()}
+        for experiment in experiments(list(TABLES), scale, tuple(sorted(seeds))):
+            if experiment.name in files and (result := read_result(folder, experiment)):
+                self.by_name[experiment.name] = result
+        self.seeds, self.refused = sorted(seeds), [path for name, path in files.items() if name not in self.by_name]
 
-    def of(self, row: Row) -> dict[int, Record]:
+    def of(self, row: Row) -> dict[int, Result]:
         """The results of a row by seed."""
-        stem = Experiment.of(row, self.scale, 0).name.removesuffix("0")
-        found = {int(name.removeprefix(stem)): record for name, record in self.by_name.items() if name.startswith(stem)}
-        return dict(sorted(found.items()))
+        names = {seed: Experiment.of(row, self.scale, seed).name for seed in self.seeds}
+        return {seed: self.by_name[name] for seed, name in names.items() if name in self.by_name}
 
 
-def last(key: str) -> Callable[[Record], float]:
+def last(key: str) -> Callable[[Result], float]:
     return lambda record: 100 * record["epochs"][-1][key]
 
 
-def best(record: Record) -> float:
+def best(record: Result) -> float:
     return 100 * max(epoch[PGD] for epoch in record["epochs"])
 
 
-def closing(record: Record) -> float:
+def closing(record: Result) -> float:
     return 100 * record["final"]["robust_acc"]
 
 
-def seconds(record: Record) -> float:
-    return statistics.mean(epoch["train_time"] for epoch in record["epochs"])
+def seconds(record: Result) -> float:
+    return statistics.median(epoch["train_time"] for epoch in record["epochs"])
 
 
 def mean_and_deviation(values: list[float]) -> str:
@@ -90,15 +94,17 @@ def table_text(table: Table, results: Results) -> str:
     flags = SCALES[results.scale].flags.split()
     steps = next((flag.split("=")[1] for flag in flags if flag.startswith("--test-iters=")), 10)
     images = f"{epoch['test_images']:,} images"
-    columns: dict[str, Callable[[Record], float]] = {
+    best_of = f"best epoch, {records[0]['epochs'][0]['test_images']:,} images"
+    model = " (best model)" if final["model"] == "best" else ""
+    columns: dict[str, Callable[[Result], float]] = {
         f"clean, {images}": last(CLEAN),
         f"PGD-{steps}, {images}": last(PGD),
-        f"PGD-{steps}, its best epoch": best,
-        f"PGD-{final['iters']}-{final['restarts']}, {final['images']:,} images": closing,
+        f"PGD-{steps}, {best_of}": best,
+        f"PGD-{final['iters']}-{final['restarts']}, {final['images']:,} images{model}": closing,
         "training, s an epoch": seconds,
     }
     published = any(row.published for row in table.rows) and results.scale == "paper"
-    heads = [*table.columns, *columns, "seeds"] + (["published, clean / robust"] if published else [])
+    heads = [*table.columns, *columns, "seeds"] + (["published elsewhere"] if published else [])
     lines = [heads, ["---"] * len(heads)]
     for row, by_seed in zip(rows, found):
         cells = [mean_and_deviation([value(record) for record in by_seed.values()]) for value in columns.values()]
@@ -107,20 +113,22 @@ def table_text(table: Table, results: Results) -> str:
 
 
 def run_list(results: Results) -> str:
-    """Every run that the numbers come from: its command, commit and machine."""
-    lines = ["| command | commit | machine | PyTorch |\n| --- | --- | --- | --- |\n"]
-    for record in results.by_name.values():
-        lines.append(f"| `{record['command']}` | {record['commit']} | {record['device']}, {record['threads']} of its "
-                     f"cores | {record['torch']} |\n")
+    """Every run that the numbers come from: its command, and the commits and machines it was made with."""
+    lines = ["| command | commit | machine | at once | PyTorch |\n| --- | --- | --- | --- | --- |\n"]
+    for result in results.by_name.values():
+        starts = [{**start, "machine": f"{start['device']}, threads: {start['threads']}"} for start in result["starts"]]
+        commit, machine, version = ("; ".join(dict.fromkeys(str(start[key]) for start in starts))
+                                    for key in ("commit", "machine", "torch"))
+        lines.append(f"| `{result['command']}` | {commit} | {machine} | {result['jobs']} | {version} |\n")
     return "".join(lines)
 
 
 def lines_over_epochs(axes, rows: list[Row], results: Results, key: str) -> None:
     """A line a row: the mean over the seeds, and each seed thinly behind it."""
-    for row in rows:
+    for i, row in enumerate(rows):
         curves = [[100 * epoch[key] for epoch in record["epochs"]] for record in results.of(row).values()]
         epochs = range(1, len(curves[0]) + 1)
-        colour = COLOURS.get(row.cells[0])
+        colour = COLOURS.get(row.cells[0], f"C{i}")
         for curve in curves:
             axes.plot(epochs, curve, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(epochs, [statistics.mean(values) for values in zip(*curves)], color=colour, marker="o", markersize=3,
@@ -130,7 +138,7 @@ def lines_over_epochs(axes, rows: list[Row], results: Results, key: str) -> None
     axes.set_ylim(bottom=0)
 
 
-def points(axes, x: list[float], found: list[dict[int, Record]], value: Callable[[Record], float], **style) -> None:
+def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable[[Result], float], **style) -> None:
     """A line through the means over the seeds, with the standard deviation as bars."""
     values = [[value(record) for record in by_seed.values()] for by_seed in found]
     axes.errorbar(x, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
@@ -202,9 +210,16 @@ def write_report(results: Results, out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     scale = SCALES[results.scale]
     text = [f"# Results at the scale `{results.scale}`\n\n{scale.about[0].upper() + scale.about[1:]}: `{scale.flags}`. "
-            f"Accuracies are in % on test images, with the standard deviation over the seeds where there are several. "
-            f"Written by `python experiments/report.py --scale={results.scale}`.\n"]
+            f"Accuracies are in % on test images, with the sample's standard deviation over the seeds where there are "
+            f"several; the standard error that comes from the choice of images is up to 0.5 for 10,000 of them, and "
+            f"1.6 for 1,000. The best epoch is chosen on the test images that it is reported on. In the curves, the "
+            f"last epoch is on all test images, the others on a part. Seconds are the median over a run's epochs, "
+            f"beside the other runs made at once. Figures published elsewhere are from RobustBench's model cards, of "
+            f"other recipes: clean / robust as its authors report it / under AutoAttack. Written by `python "
+            f"experiments/report.py --scale={results.scale}`.\n"]
     for name, table in TABLES.items():
+        if results.scale not in table.scales:
+            continue
         text.append(f"\n## {table.title}\n\n{table_text(table, results)}")
         figure = FIGURES[name](name, results) if name in FIGURES else None
         if figure:
@@ -221,15 +236,20 @@ def write_report(results: Results, out: Path) -> Path:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--scale", choices=SCALES, default="paper", help="(default: paper)")
     p.add_argument("--results", type=Path, default=ROOT / "experiments/results", help="(default: experiments/results)")
     p.add_argument("--out", type=Path, default=ROOT / "experiments/report", help="(default: experiments/report)")
     args = p.parse_args()
     results = Results(args.results, args.scale)
+    for path in results.refused:
+        print(f"left out: {path} is damaged, or of another command than definitions.py has", file=sys.stderr)
     if not results.by_name:
-        p.exit(2, f"{p.prog}: error: {args.results / args.scale} holds no results: reproduce.py makes them\n")
-    print(write_report(results, args.out))
+        p.error(f"--results {args.results} holds no results at --scale {args.scale}: reproduce.py makes them")
+    try:
+        print(write_report(results, args.out))
+    except OSError as error:
+        p.error(f"--out {args.out} cannot be written ({error.strerror})")
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@
     python experiments/reproduce.py --scale=cpu --list                # what is there and what is missing
 
 A run's files are in runs/SCALE/NAME; once it is complete, its result is written to experiments/results/SCALE/NAME.json,
-and is not made again while that is there. A run that was cut off goes on where it was. Ctrl-C, SIGTERM and the end of
-the budget have the runs save their state and stop; a run that fails is named, and the others go on. On several GPUs,
-jobs are dealt out to them; on a CPU, they share its cores.
+and it is not made again while that is there. A run that was cut off goes on where it was. Ctrl-C, SIGTERM and the end
+of the budget have the runs save their state and stop; a run that fails is named, and the others go on. On several
+GPUs, jobs are dealt out to them; on a CPU, they share its cores.
 """
 import argparse
 import fcntl
-import json
 import os
 import shlex
 import signal
@@ -25,12 +24,16 @@ from typing import IO
 
 import torch
 from definitions import ROOT, SCALES, TABLES, Experiment, experiments
+from results import collect, read_result, write_result
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
-from utils import number, whole_file
+from folder import RunFolder
+from options import Parser
+from utils import UsageError, number
 
 POLL = 0.5  # seconds between two looks at the runs
+GRACE = 120  # seconds that a run has to save its state and stop
 
 
 @dataclass
@@ -43,13 +46,13 @@ class Job:
 
 
 class Runner:
-    """Makes `missing` runs, `jobs` at a time."""
+    """Makes `missing` runs, `--jobs` at a time."""
 
     def __init__(self, missing: list[Experiment], args):
         self.args = args
         self.missing = missing
-        self.waiting, self.running, self.failed = deque(missing), [], []
-        self.elsewhere = 0
+        self.waiting, self.running = deque(missing), []
+        self.made, self.failed, self.elsewhere = [], [], []
         self.stop: str | None = None  # why, once it has been decided
         self.signals: list[signal.Signals] = []
         self.deadline = time.monotonic() + 60 * args.budget
@@ -57,74 +60,96 @@ class Runner:
 
     def run(self) -> int:
         """Make the runs; returns the exit status."""
-        for which in (signal.SIGINT, signal.SIGTERM):
+        for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(which, lambda received, frame: self.signals.append(signal.Signals(received)))
-        done = 0
-        with tqdm(total=sum(e.epochs for e in self.missing), unit="epoch", disable=None, dynamic_ncols=True) as bar:
-            while self.running or (self.waiting and not self.stop):
-                self.obey()
-                while self.waiting and len(self.running) < self.args.jobs and not self.stop:
-                    self.start(self.waiting.popleft())
-                time.sleep(POLL)
-                for job in [job for job in self.running if job.process.poll() is not None]:
-                    self.running.remove(job)
-                    done += self.finish(job)
-                bar.n = sum(epochs_done(self.folder(e)) for e in self.missing)
-                bar.set_postfix(runs=f"{done}/{len(self.missing)}", failed=len(self.failed))
+        try:
+            with tqdm(total=sum(e.epochs for e in self.missing), initial=self.epochs_done(), unit="epoch", disable=None,
+                      dynamic_ncols=True) as bar:
+                while self.running or (self.waiting and not self.stop):
+                    self.obey()
+                    while self.waiting and len(self.running) < self.args.jobs and not self.stop:
+                        self.start(self.waiting.popleft())
+                    time.sleep(POLL)
+                    for job in [job for job in self.running if job.process.poll() is not None]:
+                        self.running.remove(job)
+                        self.finish(job)
+                    bar.n = self.epochs_done()
+                    bar.set_postfix(runs=f"{len(self.made)}/{len(self.missing)}", failed=len(self.failed))
+        finally:  # whatever happens here, no run is left behind
+            for job in self.running:
+                job.process.terminate()
         for experiment in self.failed:
             print(f"failed: {experiment.name}: see {self.folder(experiment) / 'console.log'}", file=sys.stderr)
-        left = len(self.missing) - done - len(self.failed) - self.elsewhere
+        left = [e for e in self.missing if read_result(self.args.results, e) is None]
         if self.stop:
-            print(f"{self.stop}: {done} runs made, {left} left; the same command goes on")
+            print(f"{self.stop}: {len(self.made)} runs made, {len(left)} left; the same command goes on")
+        elif self.elsewhere:
+            print(f"{len(self.elsewhere)} runs were left to another process: call again when it has ended")
         if self.signals:
             return 128 + self.signals[0]
-        return 1 if self.failed else 0
+        return 1 if self.failed or (left and not self.stop) else 0
 
     def folder(self, experiment: Experiment) -> Path:
         return self.args.runs / experiment.scale / experiment.name
 
+    def epochs_done(self) -> int:
+        return sum(epochs_done(self.folder(e)) for e in self.missing)
+
     def start(self, experiment: Experiment) -> None:
+        """Start a run, unless another process is about it or has made it by now."""
+        if read_result(self.args.results, experiment):
+            return
         folder = self.folder(experiment)
-        folder.mkdir(parents=True, exist_ok=True)
         slot = min(set(range(self.args.jobs)) - {job.slot for job in self.running})
-        command = [sys.executable, *experiment.command, f"--fname={folder}", "--resume=auto", "--chkpt-steps=100"]
+        command = [sys.executable, *experiment.command, f"--fname={folder}", "--resume=auto"]
         if self.args.data_dir:
             command.append(f"--data-dir={self.args.data_dir}")
         environment = dict(os.environ)
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs)))
-        # The run inherits the open file and with it the lock, which so lasts as long as the run, not as this process.
-        with open(folder / ".lock", "w") as lock, open(folder / "console.log", "a") as console:
-            if not locked(lock):
-                self.elsewhere += 1
-                tqdm.write(f"{experiment.name} is being made by another process: left to it")
-                return
-            process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=console,
-                                       stderr=console, pass_fds=[lock.fileno()], start_new_session=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # The run inherits the open file and with it the lock, which so lasts as long as the run itself.
+            with open(folder / ".lock", "w") as lock, open(folder / "console.log", "a") as console:
+                if not locked(lock):
+                    self.elsewhere.append(experiment)
+                    return say(f"{experiment.name} is being made by another process: left to it")
+                process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=console,
+                                           stderr=console, pass_fds=[lock.fileno()], start_new_session=True)
+        except OSError as error:
+            return self.fail(experiment, f"{error.filename}: {error.strerror}")
         self.running.append(Job(experiment, slot, process))
 
-    def finish(self, job: Job) -> bool:
-        """Write the result of a run that has ended; returns whether there is one."""
+    def finish(self, job: Job) -> None:
+        """Write the result of a run that has ended."""
         experiment, status = job.experiment, job.process.returncode
-        if status == 0:
-            record = result(experiment, self.folder(experiment))
-            write_result(self.args.results, experiment, record)
-            tqdm.write(f"{experiment.name}: clean {record['epochs'][-1]['test_acc']:.1%}, closing attack "
-                       f"{record['final']['robust_acc']:.1%}")
-            return True
-        if not self.stop:
-            self.failed.append(experiment)
-            tqdm.write(f"{experiment.name} failed with status {status}: {last_line(self.folder(experiment))}")
-        return False
+        if status in (128 + signal.SIGINT, 128 + signal.SIGTERM) and self.stop:
+            return
+        if status:
+            return self.fail(experiment, f"status {status}: {last_line(self.folder(experiment))}")
+        try:
+            result = collect(experiment, self.folder(experiment), self.args.jobs)
+            write_result(self.args.results, experiment, result)
+        except (OSError, ValueError, KeyError) as error:
+            return self.fail(experiment, f"its result cannot be read or written ({type(error).__name__}: {error})")
+        self.made.append(experiment)
+        say(f"{experiment.name}: clean {result['epochs'][-1]['test_acc']:.1%}, closing attack "
+            f"{result['final']['robust_acc']:.1%}")
+
+    def fail(self, experiment: Experiment, why: str) -> None:
+        self.failed.append(experiment)
+        say(f"{experiment.name} failed: {why}")
 
     def obey(self) -> None:
-        """Have the runs save their state and stop if a signal or the budget asks for it; at a second signal, kill."""
-        if not self.stop and (self.signals or time.monotonic() > self.deadline):
+        """If a signal or the budget asks for it, have the runs save their state and stop; later, kill them."""
+        now = time.monotonic()
+        if not self.stop and (self.signals or now > self.deadline):
             self.stop = f"stopped by {self.signals[0].name}" if self.signals else "the budget is spent"
+            self.deadline = now
             for job in self.running:
                 job.process.terminate()
-        if len(self.signals) > 1:
+        if self.stop and (len(self.signals) > 1 or now > self.deadline + GRACE):
             for job in self.running:
                 job.process.kill()
 
@@ -153,60 +178,49 @@ def last_line(folder: Path) -> str:
     return lines[-1] if lines else "it printed nothing"
 
 
-def result(experiment: Experiment, folder: Path) -> dict:
-    """What a complete run found, and what its numbers stand with."""
-    started = json.loads((folder / "args.json").read_text())
-    machine = {key: started[key] for key in ("commit", "device", "threads", "torch", "torchvision", "python")}
-    return {"name": experiment.name, "command": shlex.join(["python", *experiment.command]), **machine,
-            "final": json.loads((folder / "final.json").read_text()),
-            "epochs": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
-
-
-def result_file(results: Path, experiment: Experiment) -> Path:
-    return results / experiment.scale / f"{experiment.name}.json"
-
-
-def write_result(results: Path, experiment: Experiment, record: dict) -> None:
-    """Write `record`, an epoch a line."""
-    path = result_file(results, experiment)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    *head, last = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in record.items() if key != "epochs")
-    epochs = ",\n".join(f"  {json.dumps(epoch)}" for epoch in record["epochs"])
-    with whole_file(path) as file:
-        file.write(("{\n" + ",\n".join([*head, last, f' "epochs": [\n{epochs}\n ]']) + "\n}\n").encode())
+def say(text: str) -> None:
+    tqdm.write(text)
+    sys.stdout.flush()
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (default: all, in this order)")
     p.add_argument("--scale", choices=SCALES, default="paper",
                    help="; ".join(f"{name}: {scale.about}" for name, scale in SCALES.items()) + " (default: paper)")
-    p.add_argument("--seeds", type=number(int, 1, 1000), metavar="N", help="seeds 0 to N-1 of each row (default: the "
-                   "scale's)")
+    p.add_argument("--seeds", type=number(int, 1, 1000), metavar="N",
+                   help="seeds 0 to N-1 of each row (default: the scale's)")
     p.add_argument("--only", metavar="TEXT", default="", help="only the runs with this in their names")
     p.add_argument("--jobs", type=number(int, 1, 1000), default=1, metavar="K", help="runs at once (default: 1)")
     p.add_argument("--budget", type=number(float, 0), default=float("inf"), metavar="MINUTES",
                    help="stop after this time")
-    p.add_argument("--data-dir", type=Path, help="torchvision's root, for all data sets (default: the scripts')")
-    p.add_argument("--runs", type=Path, default=ROOT / "runs", help="where the runs' folders are (default: runs)")
-    p.add_argument("--results", type=Path, default=ROOT / "experiments/results",
+    p.add_argument("--data-dir", help="torchvision's root, for all data sets (default: the scripts')")
+    p.add_argument("--runs", default=ROOT / "runs", help="where the runs' folders are (default: runs)")
+    p.add_argument("--results", default=ROOT / "experiments/results",
                    help="where the results are (default: experiments/results)")
     p.add_argument("--list", action="store_true", help="only say what is there and what is missing")
-    args = p.parse_args()
-    for path in ("data_dir", "runs", "results"):  # the runs start in another directory
-        if getattr(args, path):
-            setattr(args, path, getattr(args, path).expanduser().resolve())
-    unknown = [table for table in args.tables if table not in TABLES]
-    if unknown:
-        p.exit(2, f"{p.prog}: error: there is no table {unknown[0]}: take some of {', '.join(TABLES)}\n")
-    seeds = tuple(range(args.seeds)) if args.seeds else SCALES[args.scale].seeds
-    wanted = [e for e in experiments(args.tables or list(TABLES), args.scale, seeds) if args.only in e.name]
-    missing = [e for e in wanted if not result_file(args.results, e).exists()]
+    tables = vars(args := p.parse_args()).pop("tables")
+    try:
+        unknown = [table for table in tables if table not in TABLES]
+        if unknown:
+            raise UsageError(f"there is no table {unknown[0]}: take some of {', '.join(TABLES)}")
+        for name in ("data_dir", "runs", "results"):  # the runs start in another directory
+            if vars(args)[name]:
+                setattr(args, name, Path(vars(args)[name]).expanduser().resolve())
+        seeds = tuple(range(args.seeds)) if args.seeds else SCALES[args.scale].seeds
+        wanted = [e for e in experiments(tables or list(TABLES), args.scale, seeds) if args.only in e.name]
+        if not wanted:
+            raise UsageError(f"no run of these tables at --scale {args.scale} has --only {args.only!r} in its name")
+        for name in ("runs", "results"):
+            RunFolder(vars(args)[name]).require_writable(f"--{name}")
+    except UsageError as error:
+        p.error(str(error))
+    missing = [e for e in wanted if read_result(args.results, e) is None]
     if args.list:
         for e in wanted:
-            begun = epochs_done(args.runs / e.scale / e.name)
-            print(f"{f'{begun}/{e.epochs} epochs' if e in missing else 'there':>12}  {shlex.join(e.command)}")
-    print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there")
+            done = f"{epochs_done(args.runs / e.scale / e.name)}/{e.epochs} epochs" if e in missing else "there"
+            print(f"{done:>12}  {shlex.join(e.command)}")
+    print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there", flush=True)
     if missing and not args.list:
         sys.exit(Runner(missing, args).run())
 

@@ -6,6 +6,7 @@ draws test images under the last model of a finished run, whose arguments (data 
 """
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def sheet(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: flo
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("run", type=Path, help="the folder of a finished run")
     p.add_argument("--images", type=number(int, 1, 64), default=8, help="how many, from the first on (default: 8)")
     p.add_argument("--zero-qval", type=number(float, 0, 1), default=0.7, help="ZeroGrad's q (default: 0.7)")
@@ -64,17 +65,24 @@ def main() -> None:
     try:
         if not (args.run / "args.json").exists():
             raise UsageError(f"{args.run} is not the folder of a run: it has no args.json")
-        started = json.loads((args.run / "args.json").read_text())
-        run, dataset = argparse.Namespace(**started["args"]), DATASETS[started["data_set"]]
-        run.data_dir = args.data_dir or run.data_dir
+        try:
+            started = json.loads((args.run / "args.json").read_text())
+            run, dataset = argparse.Namespace(**started["args"]), DATASETS[started["data_set"]]
+        except (ValueError, KeyError, TypeError):
+            raise UsageError(f"{args.run / 'args.json'} is damaged") from None
+        run.data_dir = os.path.expanduser(args.data_dir or run.data_dir)
         model = options.MODELS[run.model](run, num_classes=dataset.classes, mean=dataset.mean, std=dataset.std)
         path = args.run / f"model_{run.epochs - 1}.pth"
         load_model(model, read_checkpoint(path), str(path))
         x, y = load(dataset, run)[2].batch(slice(args.images))
     except UsageError as error:
-        p.exit(2, f"{p.prog}: error: {error}\n")
-    with whole_file(args.out) as file:
-        sheet(model, x, y, run.epsilon / 255, args.zero_qval).savefig(file, format="png", metadata={"Software": None})
+        p.error(str(error))
+    figure = sheet(model, x, y, run.epsilon / 255, args.zero_qval)
+    try:
+        with whole_file(args.out) as file:
+            figure.savefig(file, format="png", metadata={"Software": None})
+    except OSError as error:
+        p.error(f"--out {args.out} cannot be written ({error.strerror})")
     print(args.out)
 
 

@@ -24,7 +24,7 @@ def test_two_processes_train_about_as_well_as_one_and_evaluate_alike(tmp_path):
         assert done.returncode == 0, done.stderr
     one, two = (epochs_of(tmp_path / count) for count in ("one", "two"))
     assert len(two) == 4 and [record["train_images"] for record in two] == [768] * 4
-    assert json.loads((tmp_path / "two" / "args.json").read_text())["processes"] == 2
+    assert json.loads((tmp_path / "two" / "args.json").read_text())["starts"][0]["processes"] == 2
     for left, right in zip(one, two):
         assert left["test_images"] == right["test_images"] and left["lr"] == right["lr"]
     assert one[-1]["test_images"] == 512 and min(one[-1]["test_acc"], two[-1]["test_acc"]) > 0.8

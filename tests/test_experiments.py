@@ -16,6 +16,7 @@ import options
 sys.path.insert(0, str(ROOT / "experiments"))
 import report
 from definitions import SCALES, TABLES, Experiment, experiments
+from results import read_result, write_result
 
 
 def reproduce(tmp_path, *flags: str) -> subprocess.CompletedProcess:
@@ -97,6 +98,8 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
     folders[0].mkdir(parents=True)
     (folders[0] / "state.pth").write_text("no checkpoint")
     folders[1].mkdir()
+    (tmp_path / "results/smoke").mkdir(parents=True)
+    (tmp_path / "results/smoke" / f"{names[2]}.json").write_text('{"command": "of another definition"}')
     flags = ["quantile", "--only=zero-qval=0.", "--jobs=5"]
     with open(folders[1] / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -105,7 +108,8 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
     assert f"failed: {names[0]}" in done.stderr and "state.pth is cut short" in done.stdout
     assert f"{names[1]} is being made by another process" in done.stdout and "Traceback" not in done.stderr
     assert names[0] not in results_of(tmp_path) and names[1] not in results_of(tmp_path)
-    assert names[2] in results_of(tmp_path) and len(results_of(tmp_path)) == 3
+    assert len(results_of(tmp_path)) == 3
+    assert read_result(tmp_path / "results", Experiment("smoke", "cifar10", "--attack=zerograd --zero-qval=0.9", 0))
 
     (folders[0] / "state.pth").unlink()
     started = subprocess.Popen([sys.executable, ROOT / "experiments/reproduce.py", "quantile", "--only=zero-qval=0.",
@@ -137,27 +141,33 @@ def test_a_spent_budget_stops_the_runner(tmp_path):
 
 def test_mistakes_are_one_line(tmp_path):
     for name, flags, named in (("reproduce.py", ["tabel"], "tabel"), ("sheet.py", [tmp_path], "args.json"),
-                               ("report.py", ["--results", tmp_path], "paper holds no results")):
+                               ("report.py", ["--results", tmp_path], "holds no results"),
+                               ("reproduce.py", ["--only=nope"], "--only"), ("reproduce.py", ["--seeds=0"], "--seeds"),
+                               ("reproduce.py", ["--scale=smoke", "--runs", __file__], "--runs")):
         done = script(f"experiments/{name}", *flags)
         assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr and not done.stdout
 
 
 def write_known(folder, flags: str, seed: int, accuracies: list[float]) -> None:
-    run = Experiment("cpu", "cifar10", flags, seed)
+    run = Experiment("smoke", "cifar10", flags, seed)
     epochs = [{"test_acc": 2 * acc, "test_robust_acc": acc, "train_robust_acc": acc, "train_time": 10.0,
                "test_images": 10000} for acc in accuracies]
-    (folder / "cpu").mkdir(exist_ok=True)
-    (folder / "cpu" / f"{run.name}.json").write_text(json.dumps({
-        "name": run.name, "command": "python train_cifar.py", "commit": "abc", "device": "CPU", "threads": 1,
-        "torch": "2.7", "final": {"robust_acc": accuracies[-1], "iters": 10, "restarts": 1, "images": 1000},
-        "epochs": epochs}))
+    machine = {"commit": "abc", "device": "CPU", "threads": 1, "torch": "2.7", "torchvision": "0.22", "python": "3.10"}
+    write_result(folder, run, {
+        "name": run.name, "command": " ".join(["python", *run.command]), "jobs": 2, "starts": [machine],
+        "final": {"robust_acc": accuracies[-1], "iters": 10, "restarts": 1, "images": 1000, "model": "last"},
+        "epochs": epochs})
 
 
 def test_the_report_gives_means_deviations_and_empty_cells(tmp_path):
     for seed, last in enumerate((0.1, 0.2, 0.3)):
         write_known(tmp_path, "--attack=zerograd --zero-qval=0.35", seed, [0.4, last])
     write_known(tmp_path, "--attack=zerograd --zero-qval=0.7", 0, [0.2, 0.45])
-    path = report.write_report(report.Results(tmp_path, "cpu"), tmp_path / "out")
+    for name, content in (("damaged", "{"), ("cifar10_fgsm_fgsm-alpha=1.25_seed=0", '{"command": "python other.py"}')):
+        (tmp_path / "smoke" / f"{name}.json").write_text(content)
+    results = report.Results(tmp_path, "smoke")
+    assert len(results.by_name) == 4 and len(results.refused) == 2
+    path = report.write_report(results, tmp_path / "out")
     text = path.read_text()
     assert statistics.stdev((10, 20, 30)) == 10
     row = "| 40.0 ± 20.0 | 20.0 ± 10.0 | 40.0 ± 0.0 | 20.0 ± 10.0 | 10.0 ± 0.0 | 0, 1, 2 |"
@@ -167,13 +177,15 @@ def test_the_report_gives_means_deviations_and_empty_cells(tmp_path):
     quantiles = text.index("over q")
     assert text.index("| 0.35 | 40.0", quantiles) < text.index("| 0.7 | 90.0", quantiles)
     for name in ("cifar10", "quantile"):
-        assert (tmp_path / f"out/cpu_{name}.png").read_bytes().startswith(b"\x89PNG")
-    assert not (tmp_path / "out/cpu_epsilon.png").exists()  # one epsilon makes no curve
+        assert (tmp_path / f"out/smoke_{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "out/smoke_epsilon.png").exists()  # one epsilon makes no curve
 
 
 def test_the_committed_reports_are_those_of_the_committed_results(tmp_path):
     folder = ROOT / "experiments/results"
     scales = [path.name for path in folder.glob("*/") if path.is_dir()]
     for scale in scales:
-        text = report.write_report(report.Results(folder, scale), tmp_path).read_text()
+        results = report.Results(folder, scale)
+        assert not results.refused
+        text = report.write_report(results, tmp_path).read_text()
         assert text == (ROOT / f"experiments/report/{scale}.md").read_text()

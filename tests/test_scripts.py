@@ -217,7 +217,7 @@ def test_a_fresh_start_sets_an_earlier_run_aside(tmp_path, call, small_dummy):
 def test_a_machine_without_git_trains_too(tmp_path, call, small_dummy, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert call("train_cifar.py", *SMALL, "--fname", tmp_path / "run")[0] == 0
-    assert json.loads((tmp_path / "run" / "args.json").read_text())["commit"] is None
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["starts"][0]["commit"] is None
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, call, small_dummy):

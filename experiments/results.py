@@ -1,0 +1,53 @@
+"""The result of a run: one JSON file, written by reproduce.py once the run is complete, read by report.py."""
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from definitions import ROOT, Experiment
+
+sys.path.insert(0, str(ROOT))
+from utils import whole_file
+
+Result = dict  # name, command, jobs (runs at once), starts, final (the closing attack), epochs (one dict each)
+MACHINE = ("commit", "device", "threads", "torch", "torchvision", "python")
+
+
+def result_file(results: Path, experiment: Experiment) -> Path:
+    return results / experiment.scale / f"{experiment.name}.json"
+
+
+def read_result(results: Path, experiment: Experiment) -> Result | None:
+    """The result of `experiment`; None if there is none, or one of another command, or a damaged one."""
+    try:
+        result = json.loads(result_file(results, experiment).read_text())
+        whole = result["command"] == _command(experiment) and len(result["epochs"]) == experiment.epochs
+        return result if whole and result["final"] and result["starts"] else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def collect(experiment: Experiment, folder: Path, jobs: int) -> Result:
+    """What a complete run found, and what its numbers stand with."""
+    starts = []
+    for start in json.loads((folder / "args.json").read_text())["starts"]:
+        machine = {key: start[key] for key in MACHINE}
+        if machine not in starts:
+            starts.append(machine)
+    return {"name": experiment.name, "command": _command(experiment), "jobs": jobs, "starts": starts,
+            "final": json.loads((folder / "final.json").read_text()),
+            "epochs": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
+
+
+def write_result(results: Path, experiment: Experiment, result: Result) -> None:
+    """Write `result`, an epoch a line."""
+    path = result_file(results, experiment)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items() if key != "epochs"]
+    epochs = ",\n".join(f"  {json.dumps(epoch)}" for epoch in result["epochs"])
+    with whole_file(path) as file:
+        file.write(("{\n" + ",\n".join([*head, f' "epochs": [\n{epochs}\n ]']) + "\n}\n").encode())
+
+
+def _command(experiment: Experiment) -> str:
+    return shlex.join(["python", *experiment.command])
