@@ -33,7 +33,7 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: floa
              init: str = "random") -> Tensor:
     """FGSM without the smallest entries of each image's gradient (arXiv 2103.15476, ZeroGrad).
 
-    A fraction `q` of an image's entries stay where they started; see `quantile_mask`. More `steps` go on from delta.
+    In each step at most a fraction `q` of an image's entries stay where they are; see `quantile_mask`.
     """
     delta = start(x, epsilon, init)
     for _ in range(steps):
@@ -111,7 +111,8 @@ def quantile_mask(grad: Tensor, q: float) -> Tensor:
 def sign_consensus(grads: Tensor, threshold: int) -> Tensor:
     """The sign on which at least `threshold` of the n gradients (n, B, C, H, W) agree, else 0: (B, C, H, W).
 
-    Raises ValueError unless 1 <= threshold <= n.
+    As published, by the sum s of the signs: 0 where abs(s) < threshold - (n - threshold), else the sign of s. Raises
+    ValueError unless 1 <= threshold <= n.
     """
     n = len(grads)
     if not 1 <= threshold <= n:

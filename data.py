@@ -124,8 +124,7 @@ class DataSet:
     name: as users write it; read: (data_dir, train) -> (pixels uint8 (N, 32, 32, 3), labels); mean, std: of the pixels
     in [0, 1], per channel; augmentation: of the training images; peak: (epochs) -> the epoch at which the cyclic
     learning rate is highest; validate: whether the best checkpoint is chosen on images from the training set even
-    without --val-size; final_model: which model the closing attack is run on, "last" or "best"; defaults: those of the
-    command line that are this data set's own.
+    without --val-size; defaults: those of the command line that are this data set's own.
     """
 
     name: str
@@ -137,7 +136,6 @@ class DataSet:
     augmentation: Augmentation = Augmentation()
     peak: Callable[[int], int] = lambda epochs: epochs // 2
     validate: bool = False
-    final_model: str = "last"
 
 
 def load(dataset: DataSet, args) -> tuple[Images, Images, Images]:
@@ -193,7 +191,7 @@ def svhn(source: type) -> Callable[[str, bool], tuple[np.ndarray, Any]]:
 
 @contextlib.contextmanager
 def _one_at_a_time(data_dir: str) -> Iterator[None]:
-    """Of several processes that look for the same files, the first downloads them, and the others wait."""
+    """Of several processes on this machine that look for the same files, the first downloads them; others wait."""
     place = hashlib.md5(os.path.abspath(data_dir).encode(errors="surrogateescape")).hexdigest()
     with open(Path(tempfile.gettempdir(), f"data-{os.getuid()}-{place}.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

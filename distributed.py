@@ -9,11 +9,10 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class World:
-    """This process's `rank` among `size` processes, of which those with one `local_rank` share a machine."""
+    """This process's `rank` among `size` processes."""
 
     rank: int = 0
     size: int = 1
-    local_rank: int = 0
 
     @classmethod
     def join(cls, cuda: bool) -> "World":
@@ -22,7 +21,7 @@ class World:
         if size == 1:
             return cls()
         dist.init_process_group("nccl" if cuda else "gloo")
-        return cls(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
+        return cls(int(os.environ["RANK"]), size)
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():

@@ -30,7 +30,11 @@ class NotFinite(Exception):
 
 @dataclass
 class Progress:
-    """How far a run is: the next `step` of `epoch`, and the epoch's sums up to it, this process's share of them."""
+    """How far a run is: the next `step` of `epoch`, and the epoch's sums up to it, this process's share of them.
+
+    best: the highest robust accuracy of an epoch so far; first_fault: the first step of the epoch with a loss or a
+    gradient that was not finite.
+    """
 
     epoch: int = 0
     step: int = 0

@@ -10,6 +10,7 @@
 Checkpoints hold tensors and plain values alone and are read with weights_only=True. Every file is written whole or not
 at all, and what an earlier run left is set aside, never overwritten.
 """
+import fcntl
 import json
 import os
 import re
@@ -26,9 +27,9 @@ from engine import Progress
 from precision import Precision
 from utils import UsageError, whole_file
 
-# Flags that may differ between a run and its continuation, since what is trained does not depend on them.
+# Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
 FREE = {"data_dir", "fname", "resume", "eval", "allow_changes", "device", "compile", "compile_mode", "chkpt_iters",
-        "chkpt_steps", "final_iters", "final_restarts", "final_samples", "deterministic"}
+        "chkpt_steps", "final_iters", "final_restarts", "final_samples", "final_model", "deterministic"}
 
 TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
           "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")
@@ -38,8 +39,9 @@ class RunFolder:
     """The folder at `path`; `validated` says whether its logs have a column for the validation accuracy."""
 
     def __init__(self, path: str, evaluation: bool = False, validated: bool = False):
-        self.path = Path(path)
+        self.path, self.evaluation = Path(path), evaluation
         self.log = self.path / ("eval.log" if evaluation else "output.log")
+        self._lock: int | None = None
         self.titles = [title for title in TITLES if validated or title != "Val Robust Acc"]
 
     def require_writable(self, flag: str = "--fname") -> None:
@@ -60,10 +62,22 @@ class RunFolder:
             unfinished.unlink(missing_ok=True)
 
     def make(self) -> None:
+        """Make the folder and, for training, lock it until `release`. Raises UsageError where another run has it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            if self.evaluation:  # has files of its own
+                return
+            self._lock = os.open(self.path, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UsageError(f"--fname {self.path} is in use by another run: take another, or wait") from None
         except OSError as error:
             raise UsageError(f"--fname {self.path} cannot be written ({error.strerror})") from None
+
+    def release(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     # Logs
 
@@ -157,7 +171,8 @@ class RunFolder:
                 fault = error
         for epoch in epochs:
             try:
-                return self._pair(epoch)
+                *states, source = self._pair(epoch)
+                return *states, f"{source}, as {self.state_file.name} is damaged" if fault else source
             except UsageError as error:
                 fault = fault or error
         if fault:
@@ -179,19 +194,20 @@ class RunFolder:
         """Make the logs end before `epoch`, as a run has to that goes on there.
 
         With `keep_files` (the state of the run itself goes on) the lines are about to be written again as they were.
-        Without, what later epochs left is first set aside, or for the logs copied; returns where.
+        Without, what later epochs left is first set aside, or for the logs copied, and in any case the closing
+        attack's; returns where.
         """
-        aside = None
+        later = ["final.json"] if (self.path / "final.json").exists() else []
         if not keep_files:
-            later = [name for name in self._names() if (match := re.fullmatch(r"(?:model|opt)_(\d+)\.pth", name))
+            later += [name for name in self._names() if (match := re.fullmatch(r"(?:model|opt)_(\d+)\.pth", name))
                      and int(match[1]) >= epoch]
-            later += [name for name in ("state.pth", "final.json") if (self.path / name).exists()]
+            later += ["state.pth"] if self.state_file.exists() else []
             if self._best_epoch() >= epoch:
                 later.append(self.model_file("best").name)
-            aside = self._move_aside(later)
-            for log in (self.path / "output.log", self._metrics):
-                if aside and log.exists():
-                    shutil.copy2(log, aside)
+        aside = self._move_aside(later)
+        for log in (self.path / "output.log", self._metrics):
+            if aside and log.exists():
+                shutil.copy2(log, aside)
         if self.log.exists():
             header, *lines = self.log.read_text().splitlines()
             kept = [line for line in lines if line.startswith("#") or _epoch_of(line) < epoch]

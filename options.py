@@ -87,12 +87,13 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
     add(group, "--final-iters", type=number(int, 1), default=50, help="PGD's steps in the closing attack")
     add(group, "--final-restarts", type=number(int, 1), default=10, help="its restarts")
     add(group, "--final-samples", type=number(int, 1), metavar="N", help="only the first N test images in it")
+    add(group, "--final-model", choices=("last", "best"), default="last", help="which model the closing attack is on")
     add(group, "--eval", action="store_true", help="evaluate the resumed model and stop")
 
     group = p.add_argument_group("files")
     add(group, "--fname", type=os.path.expanduser, help="folder of the logs and checkpoints")
-    add(group, "--resume", type=number(int, 0, also=("auto",)), default=0, metavar="N",
-        help="go on from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest complete state, if there is one")
+    add(group, "--resume", type=number(int, 0, also=("auto",)), default=0, metavar="N|auto",
+        help="N: go on from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest complete state, if there is one")
     add(group, "--allow-changes", action="store_true", help="go on although flags differ from the run's")
     add(group, "--chkpt-iters", type=number(int, 1), default=10, help="epochs between model_E.pth files")
     add(group, "--chkpt-steps", type=number(int, 1), metavar="N", help="also save the state every N steps")

@@ -49,7 +49,8 @@ class Precision:
     def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         """One step of the optimizer down `loss`. Returns whether loss and gradient were finite, as a tensor.
 
-        With float16 the loss is scaled; a step whose scaled gradient overflows is then skipped and no fault.
+        With float16 the loss is scaled; a step whose scaled gradient overflows is then skipped and no fault, and so
+        apex, which scales too, is asked about the loss only.
         """
         optimizer.zero_grad(set_to_none=True)
         if self.apex:

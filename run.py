@@ -33,7 +33,7 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
     """Train or evaluate on `dataset` as `argv` (if None, the command line) asks; an error ends the process."""
     parser = options.parser(dataset, description)
     args = parser.parse_args(argv)
-    signals, world = StopSignals(), World()
+    signals, world, work = StopSignals(), World(), None
     try:
         options.check(args)
         device = choose_device(args)
@@ -61,6 +61,8 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
     except OSError as error:
         parser.exit(1, f"{parser.prog}: error: {error.filename or args.fname}: {error.strerror or error}\n")
     finally:
+        if work:
+            work.folder.release()
         world.leave()
 
 
@@ -263,19 +265,25 @@ class Run:
         final = self.folder.read_json("final.json") or {}
         args = self.args
         asked = {"iters": args.final_iters, "restarts": args.final_restarts, "images": self.final_images,
-                 "alpha": args.pgd_alpha, "epsilon": args.epsilon}
+                 "alpha": args.pgd_alpha, "epsilon": args.epsilon, "model": self.final_model}
         return asked.items() <= final.items()
 
     @property
     def final_images(self) -> int:
         return min(self.args.final_samples or len(self.test), len(self.test))
 
-    def close(self, name: str) -> None:
-        """Attack the last or, on SVHN, the best model with restarts (PGD-50-10), log it and write the file `name`."""
-        args, which, began = self.args, "last", time.perf_counter()
+    @property
+    def final_model(self) -> str:
+        """Which model the closing attack is on: "best" where it is asked for and there is one."""
+        there = self.folder.model_file("best").exists()
+        return "best" if self.args.final_model == "best" and there else "last"
+
+    def close(self, name: str, **more: Any) -> None:
+        """Attack the last or the best model with restarts (PGD-50-10), log it and write it and `more` to `name`."""
+        args, began = self.args, time.perf_counter()
         self.world.wait()  # for the first process to have written the best model
-        if self.dataset.final_model == "best" and self.folder.model_file("best").exists():
-            which = "best"
+        which = self.final_model
+        if which == "best":
             load_model(self.model, read_checkpoint(self.folder.model_file("best")), "model_best.pth")
         with tqdm(total=self.final_images, desc=f"PGD-{args.final_iters}-{args.final_restarts}", unit="image",
                   disable=None if self.world.first else True, dynamic_ncols=True) as bar:
@@ -296,7 +304,7 @@ class Run:
             self.folder.add_line(line)
             self.folder.write_json(name, {
                 "model": which, "iters": args.final_iters, "restarts": args.final_restarts, "alpha": args.pgd_alpha,
-                "epsilon": args.epsilon, "seconds": seconds, **result})
+                "epsilon": args.epsilon, "seconds": seconds, **result, **more})
 
     def evaluate_only(self) -> None:
         """What --eval does: the evaluation of an epoch on the whole test set, then the closing attack."""
@@ -306,7 +314,7 @@ class Run:
         metrics = {"epoch": self.progress.epoch, **untrained, **self.measure()}
         if self.world.first:
             self.say(self.folder.add_epoch(metrics))
-        self.close("eval.json")
+        self.close("eval.json", resumed=self.source, **describe_machine(self.device, self.world))
 
     def explain(self, fault: NotFinite) -> str:
         good = self.folder.state_file

@@ -18,9 +18,8 @@ DATASET = DataSet(
     std=(0.5, 0.5, 0.5),
     peak=lambda epochs: epochs * 2 // 5,
     validate=True,
-    final_model="best",
     defaults=dict(data_dir="../svhn-data", fname="svhn_model", epochs=15, lr_schedule="cyclic", lr_max=0.01,
-                  zero_qval=0.7),
+                  zero_qval=0.7, final_model="best"),
 )
 
 if __name__ == "__main__":

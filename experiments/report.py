@@ -29,6 +29,17 @@ COLOURS = {"FGSM": "#d62728", "FGSM-RS": "#ff7f0e", "ZeroGrad, q = 0.35": "#9467
 plt.rcParams.update({"figure.dpi": 110, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
                      "axes.spines.right": False, "legend.frameon": False})
 
+NOTES = """
+* Accuracies are in % on test images; after ±, the sample's standard deviation over the seeds, where there are several.
+  The choice of images alone makes a standard error of up to 0.5 with 10,000 of them, and 1.6 with 1,000.
+* PGD-10 after an epoch is judged at its end; the closing attack, whose second number counts its restarts, after every
+  step. The best epoch is chosen on the test images that it is reported on. In the curves, the last epoch is on all test
+  images, the others are on a part.
+* Seconds are the median over a run's epochs, beside as many other runs as were made at once.
+* What was published elsewhere is from RobustBench's model cards, of other recipes: clean / robust as its authors report
+  it / under AutoAttack.
+"""
+
 PGD, CLEAN, TRAINING = "test_robust_acc", "test_acc", "train_robust_acc"
 
 
@@ -56,7 +67,9 @@ def last(key: str) -> Callable[[Result], float]:
 
 
 def best(record: Result) -> float:
-    return 100 * max(epoch[PGD] for epoch in record["epochs"])
+    """The highest accuracy of an epoch, among those that were evaluated on as many images as the first."""
+    images = record["epochs"][0]["test_images"]
+    return 100 * max(epoch[PGD] for epoch in record["epochs"] if epoch["test_images"] == images)
 
 
 def closing(record: Result) -> float:
@@ -209,14 +222,9 @@ def write_report(results: Results, out: Path) -> Path:
     """Write the tables and figures; returns the Markdown file."""
     out.mkdir(parents=True, exist_ok=True)
     scale = SCALES[results.scale]
-    text = [f"# Results at the scale `{results.scale}`\n\n{scale.about[0].upper() + scale.about[1:]}: `{scale.flags}`. "
-            f"Accuracies are in % on test images, with the sample's standard deviation over the seeds where there are "
-            f"several; the standard error that comes from the choice of images is up to 0.5 for 10,000 of them, and "
-            f"1.6 for 1,000. The best epoch is chosen on the test images that it is reported on. In the curves, the "
-            f"last epoch is on all test images, the others on a part. Seconds are the median over a run's epochs, "
-            f"beside the other runs made at once. Figures published elsewhere are from RobustBench's model cards, of "
-            f"other recipes: clean / robust as its authors report it / under AutoAttack. Written by `python "
-            f"experiments/report.py --scale={results.scale}`.\n"]
+    text = [f"# Results at the scale `{results.scale}`\n\n"
+            f"{scale.about[0].upper() + scale.about[1:]}: `{scale.flags}`.\n"
+            f"{NOTES}* Written by `python experiments/report.py --scale={results.scale}`.\n"]
     for name, table in TABLES.items():
         if results.scale not in table.scales:
             continue

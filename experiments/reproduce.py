@@ -20,7 +20,6 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import torch
 from definitions import ROOT, SCALES, TABLES, Experiment, experiments
@@ -107,16 +106,15 @@ class Runner:
         environment = dict(os.environ)
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // self.args.jobs)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.args.jobs)))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # The run inherits the open file and with it the lock, which so lasts as long as the run itself.
-            with open(folder / ".lock", "w") as lock, open(folder / "console.log", "a") as console:
-                if not locked(lock):
-                    self.elsewhere.append(experiment)
-                    return say(f"{experiment.name} is being made by another process: left to it")
+            if locked(folder):
+                self.elsewhere.append(experiment)
+                return say(f"{experiment.name} is being made by another process: left to it")
+            with open(folder / "console.log", "a") as console:
                 process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=console,
-                                           stderr=console, pass_fds=[lock.fileno()], start_new_session=True)
+                                           stderr=console, start_new_session=True)
         except OSError as error:
             return self.fail(experiment, f"{error.filename}: {error.strerror}")
         self.running.append(Job(experiment, slot, process))
@@ -154,12 +152,20 @@ class Runner:
                 job.process.kill()
 
 
-def locked(file: IO) -> bool:
+def locked(folder: Path) -> bool:
+    """Whether a run is at work in the folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        return False
-    return True
+        return True
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:

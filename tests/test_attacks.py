@@ -327,4 +327,4 @@ def test_a_wrong_argument_is_named(wrong, message):
 
 
 def test_the_table_names_every_attack():
-    assert list(ATTACKS) == ["multigrad", "zerograd", "fgsm", "pgd"]
+    assert {"multigrad", "zerograd", "fgsm", "pgd"} <= set(ATTACKS)

@@ -1,5 +1,4 @@
 """The tables: their definitions, the runner as a user runs it, and what the report says of results known beforehand."""
-import fcntl
 import json
 import shutil
 import signal
@@ -12,6 +11,7 @@ import pytest
 from conftest import DATASETS, ROOT, script
 
 import options
+from folder import RunFolder
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import report
@@ -101,9 +101,10 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
     (tmp_path / "results/smoke").mkdir(parents=True)
     (tmp_path / "results/smoke" / f"{names[2]}.json").write_text('{"command": "of another definition"}')
     flags = ["quantile", "--only=zero-qval=0.", "--jobs=5"]
-    with open(folders[1] / ".lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        done = reproduce(tmp_path, *flags)
+    other = RunFolder(folders[1])
+    other.make()
+    done = reproduce(tmp_path, *flags)
+    other.release()
     assert done.returncode == 1
     assert f"failed: {names[0]}" in done.stderr and "state.pth is cut short" in done.stdout
     assert f"{names[1]} is being made by another process" in done.stdout and "Traceback" not in done.stderr
@@ -119,8 +120,9 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
     output, error = started.communicate(timeout=120)
     assert started.returncode == 130, error
     assert "stopped by SIGINT: 0 runs made, 2 left" in output and "Traceback" not in error
-    with open(folders[0] / ".lock", "w") as lock:  # no run goes on behind the runner's back
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    other = RunFolder(folders[0])
+    other.make()  # no run goes on behind the runner's back
+    other.release()
     assert "stopped by SIGTERM" in (folders[0] / "console.log").read_text()
     done = reproduce(tmp_path, *flags)
     assert done.returncode == 0 and len(results_of(tmp_path)) == 5

@@ -11,6 +11,7 @@ from conftest import ROOT, SMALL, assert_same, assert_same_run, epochs_of
 from test_scripts import one_line
 
 import run
+from folder import RunFolder
 
 THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-schedule=cyclic", "--lr-max=0.1"]
 ATTACK_FLAGS = ["--attack=fgsm", "--attack=fgsm --fgsm-init=zero", "--attack=zerograd --zero-qval=0.7 --zero-iters=2",
@@ -308,3 +309,27 @@ def test_runs_killed_at_20_random_moments_end_with_the_bits_of_an_unbroken_one(t
         records = [json.loads(line)["epoch"] for line in (part / "metrics.jsonl").read_text().splitlines()]
         assert records == [0, 1, 2, 3] and not list(part.glob(".*.part"))
     assert any("# resumed" in (tmp_path / f"part_{i}" / "output.log").read_text() for i in range(finished))
+
+
+def test_a_folder_is_for_one_run_at_a_time(tmp_path, call, small_dummy):
+    folder = tmp_path / "run"
+    assert call("train_cifar.py", *SMALL, "--fname", folder)[0] == 0
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    other = RunFolder(folder)
+    other.make()
+    for flags in ([], ["--resume=auto"], ["--resume=2"]):
+        one_line(call("train_cifar.py", *SMALL, "--fname", folder, *flags), "is in use by another run")
+    assert call("train_cifar.py", *SMALL, "--fname", folder, "--eval", "--resume=2")[0] == 0
+    other.release()
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name[:4] != "eval"} == before
+
+
+def test_another_closing_attack_leaves_the_first_one_to_be_read(tmp_path, call, small_dummy):
+    folder = tmp_path / "run"
+    flags = [*SMALL, "--fname", folder]
+    assert call("train_cifar.py", *flags)[0] == 0
+    first = {name: (folder / name).read_bytes() for name in ("final.json", "output.log")}
+    assert call("train_cifar.py", *flags, "--resume=auto", "--final-model=best", "--final-iters=3")[0] == 0
+    assert {name: (folder / "earlier_1" / name).read_bytes() for name in first} == first
+    final = json.loads((folder / "final.json").read_text())
+    assert (final["model"], final["iters"]) == ("best", 3) and epochs_of(folder)[-1]["epoch"] == 1
