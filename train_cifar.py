@@ -5,7 +5,8 @@
 
 A try without data, a few minutes on a laptop's CPU:
 
-    python train_cifar.py --dummy --epochs=3 --lr-schedule=cyclic --base-width=16 --final-iters=10 --final-restarts=1
+    python train_cifar.py --dummy --epochs=3 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --base-width=16 \\
+        --final-iters=10 --final-restarts=1
 """
 from torchvision.datasets import CIFAR10
 

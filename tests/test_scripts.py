@@ -31,7 +31,7 @@ COMMON = dict(model="PreActResNet18", batch_size=128, lr_drop=50, attack="multig
 
 def paper_commands() -> list[str]:
     text = (ROOT / "README.md").read_text()
-    block = text.split("The paper's commands.")[1].split("```")[1]
+    block = text.split("The paper's commands:")[1].split("```")[1]
     return re.findall(r"^python (train_\w+\.py .*)$", block, re.MULTILINE)
 
 
