@@ -35,7 +35,8 @@ NOTES = """
 * PGD-10 after an epoch is judged at its end; the closing attack, whose second number counts its restarts, after every
   step. The best epoch is chosen on the test images that it is reported on. In the curves, the last epoch is on all test
   images, the others are on a part.
-* Seconds are the median over a run's epochs, beside as many other runs as were made at once.
+* Seconds are the median over a run's epochs, beside as many other runs as were made at once and whatever else the
+  machine did; they tell orders of magnitude, benchmarks/speed.py tells ratios.
 * What was published elsewhere is from RobustBench's model cards, of other recipes: clean / robust as its authors report
   it / under AutoAttack.
 """
