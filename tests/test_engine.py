@@ -1,5 +1,7 @@
 """Schedules, the training step, and the two evaluations, against results that can be worked out by hand."""
+import argparse
 import math
+import os
 from functools import partial
 
 import pytest
@@ -17,7 +19,7 @@ from data import Augmentation, Images
 from distributed import World
 from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, train_epoch
 from precision import Precision, prepare_momentum
-from run import first_batches
+from run import choose_device, first_batches
 from utils import cyclic_lr, onedrop_lr, seed_everything
 
 FLOAT32 = Precision(False, "bfloat16", "native", torch.device("cpu"))
@@ -299,3 +301,20 @@ def test_tf32_is_on_only_where_it_is_asked_for_and_never_where_accuracy_is_judge
             assert allowed() == (False, False)
             raise KeyError
         assert allowed() == (asked, asked)
+
+
+def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):
+    """As far as this can be seen without a GPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr("os.environ", {})
+    try:
+        for asked in (False, True):
+            args = argparse.Namespace(device="auto", deterministic=asked)
+            assert choose_device(args) == torch.device("cuda", 0)
+            assert torch.are_deterministic_algorithms_enabled() == asked
+            assert torch.backends.cudnn.benchmark == (not asked)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
