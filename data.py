@@ -172,8 +172,7 @@ def cifar(source: type) -> Callable[[str, bool], tuple[np.ndarray, Any]]:
     def read(data_dir: str, train: bool):
         listed = source.train_list + source.test_list + [(source.meta["filename"], source.meta["md5"])]
         files = {Path(data_dir, source.base_folder, name): md5 for name, md5 in listed}
-        with _one_at_a_time(data_dir):
-            held = _verified(files, data_dir, partial(source, data_dir, train))
+        held = _verified(files, data_dir, partial(source, data_dir, train))
         return held.data, held.targets
     return read
 
@@ -183,8 +182,7 @@ def svhn(source: type) -> Callable[[str, bool], tuple[np.ndarray, Any]]:
     def read(data_dir: str, train: bool):
         split = "train" if train else "test"
         _, name, md5 = source.split_list[split]
-        with _one_at_a_time(data_dir):
-            held = _verified({Path(data_dir, name): md5}, data_dir, partial(source, data_dir, split))
+        held = _verified({Path(data_dir, name): md5}, data_dir, partial(source, data_dir, split))
         return held.data.transpose(0, 2, 3, 1), held.labels
     return read
 
@@ -228,7 +226,8 @@ def _verified(files: dict[Path, str], data_dir: str, source: Callable):
 
 
 def _images(dataset: DataSet, data_dir: str, train: bool) -> Images:
-    pixels, labels = (np.asarray(part) for part in dataset.read(data_dir, train))
+    with _one_at_a_time(data_dir):
+        pixels, labels = (np.asarray(part) for part in dataset.read(data_dir, train))
     if pixels.dtype != np.uint8 or pixels.shape != (len(pixels), SIZE, SIZE, 3) or not len(pixels) or \
             labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or \
             labels.min() < 0 or labels.max() >= dataset.classes:

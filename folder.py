@@ -65,14 +65,21 @@ class RunFolder:
         """Make the folder and, for training, lock it until `release`. Raises UsageError where another run has it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if self.evaluation:  # has files of its own
-                return
-            self._lock = os.open(self.path, os.O_RDONLY)
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UsageError(f"--fname {self.path} is in use by another run: take another, or wait") from None
+            free = self.evaluation or self.lock()  # an evaluation has files of its own
         except OSError as error:
             raise UsageError(f"--fname {self.path} cannot be written ({error.strerror})") from None
+        if not free:
+            raise UsageError(f"--fname {self.path} is in use by another run: take another, or wait")
+
+    def lock(self) -> bool:
+        """Lock the folder, which has to exist, until `release`; returns whether no other run has it."""
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.release()
+            return False
+        return True
 
     def release(self) -> None:
         if self._lock is not None:

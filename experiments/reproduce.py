@@ -10,7 +10,6 @@ of the budget have the runs save their state and stop; a run that fails is named
 GPUs, jobs are dealt out to them; on a CPU, they share its cores.
 """
 import argparse
-import fcntl
 import os
 import shlex
 import signal
@@ -109,9 +108,11 @@ class Runner:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.args.jobs)))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if locked(folder):
+            run = RunFolder(folder)
+            if not run.lock():
                 self.elsewhere.append(experiment)
                 return say(f"{experiment.name} is being made by another process: left to it")
+            run.release()  # for the process that is about to start
             with open(folder / "console.log", "a") as console:
                 process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=console,
                                            stderr=console, start_new_session=True)
@@ -150,18 +151,6 @@ class Runner:
         if self.stop and (len(self.signals) > 1 or now > self.deadline + GRACE):
             for job in self.running:
                 job.process.kill()
-
-
-def locked(folder: Path) -> bool:
-    """Whether a run is at work in the folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def cores() -> int:

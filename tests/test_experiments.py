@@ -186,6 +186,7 @@ def test_the_report_gives_means_deviations_and_empty_cells(tmp_path):
 def test_the_committed_reports_are_those_of_the_committed_results(tmp_path):
     folder = ROOT / "experiments/results"
     scales = [path.name for path in folder.glob("*/") if path.is_dir()]
+    assert "cpu" in scales
     for scale in scales:
         results = report.Results(folder, scale)
         assert not results.refused
