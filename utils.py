@@ -63,14 +63,13 @@ def seed_everything(*key: int) -> None:
 
 
 def hardware(device: torch.device) -> str:
-    """The name of the GPU or of the processor."""
+    """The name of the GPU; or that of the processor and the instruction set that PyTorch uses, which decides bits."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        for line in lines:
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 class Normalize(nn.Module):

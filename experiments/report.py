@@ -99,7 +99,7 @@ def size(row: Row) -> float:
 
 def table_text(table: Table, results: Results) -> str:
     """The table in Markdown; accuracies in %, as means over the seeds with their standard deviation."""
-    rows = sorted(table.rows, key=size)
+    rows = sorted(table.at(results.scale), key=size)
     found = [results.of(row) for row in rows]
     records = [record for by_seed in found for record in by_seed.values()]
     if not records:
@@ -117,7 +117,7 @@ def table_text(table: Table, results: Results) -> str:
         f"PGD-{final['iters']}-{final['restarts']}, {final['images']:,} images{model}": closing,
         "training, s an epoch": seconds,
     }
-    published = any(row.published for row in table.rows) and results.scale == "paper"
+    published = any(row.published for row in table.at(results.scale)) and results.scale == "paper"
     heads = [*table.columns, *columns, "seeds"] + (["published elsewhere"] if published else [])
     lines = [heads, ["---"] * len(heads)]
     for row, by_seed in zip(rows, found):
@@ -161,7 +161,7 @@ def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable
 
 
 def measured(table: Table, results: Results) -> list[Row]:
-    return [row for row in table.rows if results.of(row)]
+    return [row for row in table.at(results.scale) if results.of(row)]
 
 
 def figure_of_epochs(name: str, results: Results) -> plt.Figure | None:
@@ -227,8 +227,6 @@ def write_report(results: Results, out: Path) -> Path:
             f"{scale.about[0].upper() + scale.about[1:]}: `{scale.flags}`.\n"
             f"{NOTES}* Written by `python experiments/report.py --scale={results.scale}`.\n"]
     for name, table in TABLES.items():
-        if results.scale not in table.scales:
-            continue
         text.append(f"\n## {table.title}\n\n{table_text(table, results)}")
         figure = FIGURES[name](name, results) if name in FIGURES else None
         if figure:
