@@ -89,7 +89,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
 
 def pgd_step(delta: Tensor, grad: Tensor, x: Tensor, epsilon: float, alpha: float, norm: str = "l_inf") -> Tensor:
     """`delta` after one step of PGD, projected to the ball and the box."""
-    step = grad.sign() if norm == "l_inf" else grad / _per_image(grad.flatten(1).norm(dim=1).clamp(min=1e-30))
+    step = grad.sign() if norm == "l_inf" else grad / _norm(grad)
     return box(delta + alpha * step, x, epsilon, norm)
 
 
@@ -143,17 +143,14 @@ def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") 
     else:
         delta = torch.randn_like(x)
         radius = epsilon * torch.rand(len(x), dtype=x.dtype, device=x.device)
-        delta *= _per_image(radius / delta.flatten(1).norm(dim=1))
+        delta *= _per_image(radius) / _norm(delta)
     return delta.clamp(-x, 1 - x)
 
 
 def box(delta: Tensor, x: Tensor, epsilon: float, norm: str = "l_inf") -> Tensor:
     """`delta` brought into the ball of radius epsilon, then into [-x, 1-x]."""
-    if norm == "l_inf":
-        delta = delta.clamp(-epsilon, epsilon)
-    else:
-        delta = delta * _per_image(epsilon / delta.flatten(1).norm(dim=1).clamp(min=max(epsilon, 1e-30)))
-    return delta.clamp(-x, 1 - x)
+    inside = delta.clamp(-epsilon, epsilon) if norm == "l_inf" else delta * (epsilon / _norm(delta).clamp(min=epsilon))
+    return inside.clamp(-x, 1 - x)
 
 
 @contextlib.contextmanager
@@ -171,6 +168,11 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 def _per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
+
+
+def _norm(values: Tensor) -> Tensor:
+    """Each image's l_2 norm, never quite 0: (B, C, H, W) -> (B, 1, 1, 1)."""
+    return _per_image(values.flatten(1).norm(dim=1).clamp(min=torch.finfo(values.dtype).tiny))
 
 
 class Flag(NamedTuple):

@@ -1,13 +1,9 @@
 """The data sets: read by torchvision, held on the device as uint8, augmented there a batch at a time."""
 import contextlib
-import fcntl
-import hashlib
 import io
 import math
-import os
-import tempfile
 import urllib.error
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +14,7 @@ import torch
 from torch import Tensor
 from torchvision.datasets.utils import check_integrity
 
-from utils import UsageError
+from utils import UsageError, one_at_a_time
 
 SIZE = 32  # the height and width of every image, in pixels
 DUMMY_SIZES = {True: 2048, False: 512}  # synthetic images to train and to test on
@@ -187,15 +183,6 @@ def svhn(source: type) -> Callable[[str, bool], tuple[np.ndarray, Any]]:
     return read
 
 
-@contextlib.contextmanager
-def _one_at_a_time(data_dir: str) -> Iterator[None]:
-    """Of several processes on this machine that look for the same files, the first downloads them; others wait."""
-    place = hashlib.md5(os.path.abspath(data_dir).encode(errors="surrogateescape")).hexdigest()
-    with open(Path(tempfile.gettempdir(), f"data-{os.getuid()}-{place}.lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _verified(files: dict[Path, str], data_dir: str, source: Callable):
     """`source()`, torchvision's data set, once all its files are there with the right sums; downloads if none is."""
     try:
@@ -218,7 +205,7 @@ def _verified(files: dict[Path, str], data_dir: str, source: Callable):
             raise UsageError(f"--data-dir {data_dir} lacks {file}: put it there, or delete {file.parent} to download")
         if not check_integrity(str(file), md5):
             raise UsageError(f"--data-dir {data_dir}: {file} is cut short or altered (its MD5 sum should be {md5}): "
-                             f"replace it, or delete it to have it downloaded")
+                             f"replace it, or delete {file if len(files) == 1 else file.parent} to download")
     try:
         return source()
     except Exception as error:  # whatever a parser raises at a file that it cannot read
@@ -226,7 +213,7 @@ def _verified(files: dict[Path, str], data_dir: str, source: Callable):
 
 
 def _images(dataset: DataSet, data_dir: str, train: bool) -> Images:
-    with _one_at_a_time(data_dir):
+    with one_at_a_time(data_dir):
         pixels, labels = (np.asarray(part) for part in dataset.read(data_dir, train))
     if pixels.dtype != np.uint8 or pixels.shape != (len(pixels), SIZE, SIZE, 3) or not len(pixels) or \
             labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or \

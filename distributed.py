@@ -6,6 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from utils import UsageError
+
 
 @dataclass(frozen=True)
 class World:
@@ -20,7 +22,11 @@ class World:
         size = int(os.environ.get("WORLD_SIZE", 1))
         if size == 1:
             return cls()
-        dist.init_process_group("nccl" if cuda else "gloo")
+        try:
+            dist.init_process_group("nccl" if cuda else "gloo")
+        except ValueError:  # a variable is missing
+            raise UsageError(f"WORLD_SIZE is {size}, but torchrun did not start this process: unset it, or use "
+                             f"torchrun") from None
         return cls(int(os.environ["RANK"]), size)
 
     def leave(self) -> None:
@@ -39,11 +45,14 @@ class World:
         """Likewise the smallest."""
         return self._reduced(values, dist.ReduceOp.MIN)
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether `flag` is set in any process."""
-        if self.size == 1:
-            return flag
-        return bool(self._reduced(torch.tensor(float(flag), device=device), dist.ReduceOp.MAX))
+    def largest(self, value: float, device: torch.device) -> float:
+        """The largest of the processes' values; of flags, whether any is set."""
+        return self._reduced(torch.tensor(float(value), device=device), dist.ReduceOp.MAX).item()
+
+    def agree(self, values: list[int], device: torch.device) -> bool:
+        """Whether all processes have the same values."""
+        both = torch.tensor([*values, *(-value for value in values)], device=device)
+        return torch.equal(self.smallest(both), both)
 
     def _reduced(self, values: Tensor, operation) -> Tensor:
         values = values.clone()

@@ -8,13 +8,18 @@
     state.pth                 the newest complete state, from which --resume auto goes on
 
 Checkpoints hold tensors and plain values alone and are read with weights_only=True. Every file is written whole or not
-at all, and what an earlier run left is set aside, never overwritten.
+at all, and what an earlier run left is set aside, never overwritten. (An evaluation adds to eval.log; eval.json is of
+the last one.)
 """
 import fcntl
+import io
 import json
+import math
 import os
 import re
 import shutil
+import sys
+import warnings
 import zipfile
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +30,7 @@ from torch import nn
 
 from engine import Progress
 from precision import Precision
-from utils import UsageError, whole_file
+from utils import UsageError, one_at_a_time, whole_file
 
 # Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
 FREE = {"data_dir", "fname", "resume", "eval", "allow_changes", "device", "compile", "compile_mode", "chkpt_iters",
@@ -48,6 +53,7 @@ class RunFolder:
         """Raise UsageError, naming the flag, where no such folder could be written to; writes nothing itself."""
         there = self.path
         try:
+            str(there).encode()  # or it could not be written into a log
             while not there.exists() and there != there.parent:
                 there = there.parent
             writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
@@ -59,7 +65,13 @@ class RunFolder:
     def clear_unfinished(self) -> None:
         """Remove what a killed run was just writing."""
         for unfinished in self.path.glob(".*.part"):
-            unfinished.unlink(missing_ok=True)
+            if not unfinished.name.startswith(".eval"):  # that may be of an evaluation going on beside
+                unfinished.unlink(missing_ok=True)
+
+    def claim(self) -> None:
+        """Before anything is read of the folder, have it for training, if it exists, as `make` does."""
+        if self.path.is_dir():
+            self.make()
 
     def make(self) -> None:
         """Make the folder and, for training, lock it until `release`. Raises UsageError where another run has it."""
@@ -73,6 +85,8 @@ class RunFolder:
 
     def lock(self) -> bool:
         """Lock the folder, which has to exist, until `release`; returns whether no other run has it."""
+        if self._lock is not None:
+            return True
         self._lock = os.open(self.path, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -89,9 +103,13 @@ class RunFolder:
     # Logs
 
     def add_line(self, line: str) -> None:
-        """Append a line to the log, under the header if it is the first one."""
-        kept = self.log.read_text() if self.log.exists() else "\t".join(self.titles) + "\n"
-        self._write_text(self.log, kept + line + "\n")
+        """Append a line to the log, under a header if it is the first one, or the first of a run with other columns."""
+        header = "\t".join(self.titles)
+        with one_at_a_time(self.log):  # evaluations may share it
+            kept = self.log.read_text() if self.log.exists() else ""
+            headers = [kept_line for kept_line in kept.splitlines() if kept_line.startswith(TITLES[0])]
+            kept += header + "\n" if headers[-1:] != [header] else ""
+            self._write_text(self.log, kept + line + "\n")
 
     def add_epoch(self, metrics: dict[str, Any]) -> str:
         """Log one epoch's metrics, which go by the titles in lower case; returns the line."""
@@ -154,8 +172,10 @@ class RunFolder:
 
     @staticmethod
     def _save(path: Path, content: dict) -> None:
+        content_bytes = io.BytesIO()  # at a full disk, torch.save's own error would hide the system's
+        torch.save(content, content_bytes)
         with whole_file(path) as file:
-            torch.save(content, file)
+            file.write(content_bytes.getbuffer())
 
     def find(self, resume: int | str) -> tuple[dict, dict, int | None, str] | None:
         """The checkpoint that `resume` (an epoch above 0, or "auto") asks for; None where auto finds no run.
@@ -194,38 +214,38 @@ class RunFolder:
 
     def set_aside(self) -> Path | None:
         """Move every file of an earlier run into a new folder beside them; returns it, None if there was nothing."""
-        return self._move_aside([name for name in self._names() if re.fullmatch(
-            r"(output|eval)\.log|metrics\.jsonl|(args|final|eval)\.json|state\.pth|(model|opt)_(\d+|best)\.pth", name)])
+        names = [name for name in self._names() if re.fullmatch(
+            r"(output|eval)\.log|metrics\.jsonl|(args|final|eval)\.json|state\.pth|(model|opt)_(\d+|best)\.pth", name)]
+        return self._move_aside(names) if names else None
 
     def rewind(self, epoch: int, keep_files: bool) -> Path | None:
         """Make the logs end before `epoch`, as a run has to that goes on there.
 
-        With `keep_files` (the state of the run itself goes on) the lines are about to be written again as they were.
-        Without, what later epochs left is first set aside, or for the logs copied, and in any case the closing
-        attack's; returns where.
+        With `keep_files` (the state of the run itself goes on) the line of the epoch that was just over is about to be
+        written again as it was. Whatever else later epochs left is first set aside, or for the logs copied, and in any
+        case the closing attack's; returns where.
         """
         later = ["final.json"] if (self.path / "final.json").exists() else []
         if not keep_files:
             later += [name for name in self._names() if (match := re.fullmatch(r"(?:model|opt)_(\d+)\.pth", name))
                      and int(match[1]) >= epoch]
             later += ["state.pth"] if self.state_file.exists() else []
-            if self._best_epoch() >= epoch:
+            if self.best_epoch() >= epoch:
                 later.append(self.model_file("best").name)
-        aside = self._move_aside(later)
-        for log in (self.path / "output.log", self._metrics):
-            if aside and log.exists():
-                shutil.copy2(log, aside)
-        if self.log.exists():
-            header, *lines = self.log.read_text().splitlines()
-            kept = [line for line in lines if line.startswith("#") or _epoch_of(line) < epoch]
-            self._write_text(self.log, "".join(line + "\n" for line in [header, *kept]))
-        if self._metrics.exists():
-            lines = self._metrics.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
-            self._write_text(self._metrics, "".join(line + "\n" for line in kept))
+        kept, dropped = {}, 0
+        for log, epoch_of in ((self.log, _epoch_of), (self._metrics, lambda line: json.loads(line)["epoch"])):
+            lines = log.read_text().splitlines() if log.exists() else []
+            kept[log] = [line for line in lines if epoch_of(line) < epoch]
+            dropped = max(dropped, len(lines) - len(kept[log]))
+        aside = self._move_aside(later) if later or dropped > (1 if keep_files else 0) else None
+        for log, lines in kept.items():
+            if log.exists():
+                if aside:
+                    shutil.copy2(log, aside)
+                self._write_text(log, "".join(line + "\n" for line in lines))
         return aside
 
-    def _best_epoch(self) -> int:
+    def best_epoch(self) -> int:
         """The epoch that model_best.pth is of, as far as it and the log are there; else -1."""
         if not (self._metrics.exists() and self.model_file("best").exists()):
             return -1
@@ -235,9 +255,8 @@ class RunFolder:
     def _names(self) -> list[str]:
         return sorted(os.listdir(self.path)) if self.path.is_dir() else []
 
-    def _move_aside(self, names: list[str]) -> Path | None:
-        if not names:
-            return None
+    def _move_aside(self, names: list[str]) -> Path:
+        """Move the files into a new folder beside them; returns it."""
         number = 1
         while (aside := self.path / f"earlier_{number}").exists():
             number += 1
@@ -261,9 +280,11 @@ def _cell(title: str, value) -> str:
 
 
 def _epoch_of(line: str) -> float:
-    """The epoch of a log's line; that of the closing attack comes after every epoch."""
+    """The epoch of a log's line; headers and notes stand before every epoch, the closing attack after."""
     first = line.split("\t")[0]
-    return int(first) if first.isdigit() else float("inf")
+    if first.isdigit():
+        return int(first)
+    return -1 if first == TITLES[0] or first.startswith("#") else float("inf")
 
 
 def _training_state(optimizer, precision: Precision, progress: Progress, args) -> dict:
@@ -281,7 +302,9 @@ def read_checkpoint(path: Path) -> dict:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():  # torch.load does not look at the checksums
                     raise ValueError
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # torch.load raises errors of many kinds at a file that it cannot read
         raise UsageError(f"--resume: {path} is cut short, altered or no PyTorch checkpoint") from None
     if not isinstance(content, dict):
@@ -303,33 +326,44 @@ def load_model(model: nn.Module, state: dict, source: str) -> None:
             raise UsageError(f"--resume: {source} is of another architecture: at {key} it has {found}, where --model, "
                              f"--base-width and --width-factor ask for {shape}")
     try:
+        if any(value.is_complex() for value in state.values()):
+            raise TypeError
         model.load_state_dict(state)
     except (RuntimeError, TypeError, AttributeError):
-        raise UsageError(f"--resume: {source} holds values that are no tensors") from None
+        raise UsageError(f"--resume: {source} holds values that are no real tensors") from None
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise UsageError(f"--resume: {source} holds weights that are not finite")
 
 
 def load_training_state(optimizer, precision: Precision, state: dict, source: str) -> tuple[Progress, dict]:
-    """Load what `_training_state` gave, or a bare optimizer's state dict; returns the progress and the arguments."""
+    """Load what `_training_state` gave, or a bare optimizer's state dict; returns the progress and the arguments.
+
+    Of the optimizer's, only the momentum is taken, into buffers of the layout that this run computes in, and the last
+    learning rate.
+    """
     run = state.get("run", {})
-    kernels = [{name: group[name] for name in ("fused", "foreach")} for group in optimizer.param_groups]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     try:
-        optimizer.load_state_dict({name: state[name] for name in ("state", "param_groups")})
-        for group, kernel in zip(optimizer.param_groups, kernels):  # how it computes is this run's, not the file's
-            group.update(kernel)
-        for parameter, buffers in optimizer.state.items():
-            momentum = buffers.get("momentum_buffer")
-            if momentum is not None and not (momentum.shape == parameter.shape and momentum.isfinite().all()):
+        group, = state["param_groups"]
+        if list(group["params"]) != list(range(len(parameters))):
+            raise ValueError
+        for i, parameter in enumerate(parameters):
+            momentum = state["state"][i]["momentum_buffer"]
+            if momentum.layout != torch.strided or momentum.shape != parameter.shape or \
+                    not momentum.is_floating_point() or not momentum.isfinite().all():
                 raise ValueError
+            optimizer.state[parameter]["momentum_buffer"].copy_(momentum)
+        optimizer.param_groups[0]["lr"] = float(group["lr"])
         precision.load_state_dict(run.get("precision", {}))
         args = dict(run.get("args", {}))
         progress = Progress(**{name: run[name] for name in asdict(Progress()) if name in run})
-        least = {"epoch": 0, "step": 0, "seconds": 0, "best": -1}
-        if (progress.sums.shape, progress.first_fault.shape) != ((4,), ()) or not all(
-                isinstance(getattr(progress, name), (int, float)) and getattr(progress, name) >= low
-                for name, low in least.items()):
-            raise ValueError
+        for tensor, shape in ((progress.sums, (4,)), (progress.first_fault, ())):
+            if tensor.shape != shape or not tensor.is_floating_point() or tensor.isnan().any():
+                raise ValueError
+        for value, kind, low, high in ((progress.epoch, int, 0, math.inf), (progress.step, int, 0, math.inf),
+                                       (progress.seconds, float, 0, sys.float_info.max), (progress.best, float, -1, 1)):
+            if type(value) is not kind or not low <= value <= high:
+                raise ValueError
     except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
         raise UsageError(f"--resume: {source} holds no optimizer state for this network") from None
     return progress, args

@@ -20,12 +20,14 @@ import attacks
 import options
 from data import DataSet, Images, load
 from distributed import World
-from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, require_finite, train_epoch
+from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, judge, require_finite, train_epoch
 from folder import RunFolder, load_model, load_training_state, read_checkpoint, require_same_run
 from precision import Precision, prepare_momentum
 from utils import UsageError, hardware, seed_everything
 
-STOP_CHECK = 20  # in training, many processes agree on whether to stop once in so many steps, and at an epoch's last
+# In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
+# epoch's last step. (torchrun kills them 30 seconds after SIGTERM.)
+STOP_STEPS, STOP_SECONDS = 20, 5
 ORDER_FLAGS = ("batch_size", "seed", "train_samples", "val_size")  # they decide which images a step is on
 
 
@@ -33,12 +35,13 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
     """Train or evaluate on `dataset` as `argv` (if None, the command line) asks; an error ends the process."""
     parser = options.parser(dataset, description)
     args = parser.parse_args(argv)
-    signals, world, work = StopSignals(), World(), None
+    signals, world, folder = StopSignals(), World(), None
     try:
         options.check(args)
         device = choose_device(args)
         world = World.join(device.type == "cuda")
-        work = Run(dataset, args, options.flag_of(parser), device, world, signals)
+        folder = RunFolder(args.fname, args.eval, dataset.validate or args.val_size > 0)
+        work = Run(dataset, args, options.flag_of(parser), folder, device, world, signals)
         signals.listen()
         if args.eval:
             work.evaluate_only()
@@ -58,11 +61,14 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
         parser.exit(1, f"{parser.prog}: error: out of memory: lower --batch-size (now {args.batch_size})\n")
     except NotFinite as fault:
         parser.exit(1, f"{parser.prog}: error: {work.explain(fault)}\n")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python, at its end, would fail again
+        parser.exit(1, f"{parser.prog}: error: standard output was closed; --resume auto goes on\n")
     except OSError as error:
         parser.exit(1, f"{parser.prog}: error: {error.filename or args.fname}: {error.strerror or error}\n")
     finally:
-        if work:
-            work.folder.release()
+        if folder:
+            folder.release()
         world.leave()
 
 
@@ -94,17 +100,19 @@ class StopSignals:
 class Run:
     """A run made ready: until everything that it needs is known to be there, it writes nothing."""
 
-    def __init__(self, dataset: DataSet, args, flag_of: dict[str, str], device: torch.device, world: World,
-                 signals: StopSignals):
+    def __init__(self, dataset: DataSet, args, flag_of: dict[str, str], folder: RunFolder, device: torch.device,
+                 world: World, signals: StopSignals):
         self.dataset, self.args, self.device, self.world, self.signals = dataset, args, device, world, signals
-        self.validated = dataset.validate or args.val_size > 0
-        self.folder = RunFolder(args.fname, args.eval, self.validated)
-        self.folder.require_writable()
+        self.folder, self.validated = folder, dataset.validate or args.val_size > 0
+        folder.require_writable()
         self.precision = Precision(args.amp, args.amp_dtype, args.amp_impl, device, args.tf32)
         if args.tf32 and device.type != "cuda":
             raise UsageError("--tf32 is for CUDA: a CPU's float32 has no lesser one")
         if args.sync_bn and (world.size == 1 or device.type != "cuda"):
             raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
+        if world.first:
+            folder.claim()
+        world.wait()
         found = self.folder.find(args.resume) if args.resume else None
         if args.eval and found is None:
             raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
@@ -133,7 +141,9 @@ class Run:
         prepare_momentum(self.optimizer)
         self.precision.prepare(model, self.optimizer)
         self.progress = Progress()
-        self.source = self.resume(found, flag_of) if found else None
+        self.source = self.resume(found, len(train), flag_of) if found else None
+        if not world.agree([self.progress.epoch, self.progress.step], device):
+            raise UsageError(f"--fname {args.fname} has to be the same folder for all processes")
         if args.compile or (args.compile is None and device.type == "cuda"):
             torch._dynamo.config.recompile_limit = 64  # train, eval, attack and judge, each with its last short batch
             model.compile(mode=args.compile_mode)
@@ -146,14 +156,15 @@ class Run:
         if world.first:
             self.folder.make()
 
-    def resume(self, found: tuple[dict, dict, int | None, str], flag_of: dict[str, str]) -> str:
+    def resume(self, found: tuple[dict, dict, int | None, str], train_images: int, flag_of: dict[str, str]) -> str:
         """Load the checkpoint that `RunFolder.find` found; returns the files it came from."""
         args = self.args
         model_state, training_state, epoch, source = found
         load_model(self.model, model_state, source)
         self.progress, before = load_training_state(self.optimizer, self.precision, training_state, source)
         if epoch is not None:
-            self.progress.epoch, self.progress.step = epoch, 0
+            self.progress.epoch = epoch
+            self.progress.restart_epoch()
         if self.progress.epoch > args.epochs and not args.eval:
             raise UsageError(f"--resume: {source} has {self.progress.epoch} epochs behind it, more than --epochs "
                              f"{args.epochs}")
@@ -163,6 +174,8 @@ class Run:
             require_same_run(before, args, flag_of)
         if any(before.get(name, vars(args)[name]) != vars(args)[name] for name in ORDER_FLAGS):
             self.progress.restart_epoch()
+        if self.progress.sums[2] != min(self.progress.step * args.batch_size, train_images):
+            raise UsageError(f"--resume: {source} has not trained on as many images as its steps say: it is damaged")
         if not self.world.first:
             self.progress.sums.zero_()  # the saved sums are those of all processes
         return source
@@ -175,6 +188,8 @@ class Run:
             self.open()
         self.say("\t".join(self.folder.titles))
         steps = self.trainer.steps
+        # Since processes last agreed on whether to stop: steps, the moment; and how many steps may be between.
+        self.unasked, self.asked, self.patience = 0, time.perf_counter(), 1
         self.bar = tqdm(total=self.args.epochs * steps, initial=self.progress.epoch * steps + self.progress.step,
                         unit="step", disable=None if self.world.first else True, dynamic_ncols=True)
         with self.bar:
@@ -182,6 +197,7 @@ class Run:
                 self.bar.set_description(f"epoch {self.progress.epoch}")
                 try:
                     trained = train_epoch(self.trainer, self.progress, self.after_step)
+                    self.require_sound_network()
                     self.finish_epoch({"epoch": self.progress.epoch, **trained, **self.measure()})
                 except Stopped:
                     self.save_state()
@@ -194,8 +210,9 @@ class Run:
         if self.source is None:
             aside = self.folder.set_aside()
         else:
+            stale = self.folder.best_epoch() >= self.progress.epoch  # of an epoch that is now made again
             aside = self.folder.rewind(self.progress.epoch, keep_files=self.args.resume == "auto")
-            if not self.folder.model_file("best").exists():
+            if stale or not self.folder.model_file("best").exists():
                 self.progress.best = Progress().best
             self.note(f"# resumed at epoch {self.progress.epoch}, step {self.progress.step} from {self.source}")
         if aside:
@@ -208,12 +225,19 @@ class Run:
         self.bar.update()
         if self.args.chkpt_steps and self.progress.step % self.args.chkpt_steps == 0:
             self.save_state()
-        if self.world.size == 1 or self.progress.step % STOP_CHECK == 0 or self.progress.step == self.trainer.steps:
+        self.unasked += 1
+        if self.world.size == 1:
             self.obey()
+        elif self.unasked >= self.patience or self.progress.step == self.trainer.steps:
+            self.obey()
+            now = time.perf_counter()
+            pace = self.world.largest((now - self.asked) / self.unasked, self.device)
+            self.patience = max(1, min(STOP_STEPS, int(STOP_SECONDS / pace)))
+            self.unasked, self.asked = 0, now
 
     def obey(self) -> None:
         """Stop if a signal came, to whichever process. All processes have to call it together."""
-        if self.world.any(self.signals.received is not None, self.device):
+        if self.world.largest(self.signals.received is not None, self.device):
             self.signals.received = self.signals.received or signal.SIGTERM
             raise Stopped
 
@@ -239,7 +263,8 @@ class Run:
     def finish_epoch(self, metrics: dict[str, Any]) -> None:
         """Log and save an epoch that is over, its log line first: a run that goes on can tell one too many."""
         args, progress = self.args, self.progress
-        self.model.eval()
+        if not math.isfinite(metrics["test_loss"] + metrics["test_robust_loss"]):
+            raise NotFinite(progress.step - 1)
         score = metrics["val_robust_acc" if self.validated else "test_robust_acc"]
         metrics["best"] = score > progress.best
         progress.best = max(progress.best, score)
@@ -256,9 +281,21 @@ class Run:
     def save_state(self) -> None:
         """Save all that --resume auto needs to go on from here. All processes have to call it together."""
         require_finite(self.progress, self.world)
+        if self.progress.step:
+            self.require_sound_network()
         progress = replace(self.progress, sums=self.world.total(self.progress.sums))
         if self.world.first:
             self.folder.save_state(self.model, self.optimizer, self.precision, progress, self.args)
+
+    def require_sound_network(self) -> None:
+        """Raise NotFinite if the last step left weights, or answers to test images, that are no finite numbers."""
+        training = self.model.training
+        x, _ = self.test.batch(slice(self.args.batch_size))
+        answers = judge(self.model.eval(), x, self.precision)
+        self.model.train(training)
+        sound = torch.stack([values.isfinite().all() for values in (*self.model.state_dict().values(), answers)]).all()
+        if self.world.largest(not sound, self.device):
+            raise NotFinite(self.progress.step - 1)
 
     def closed(self) -> bool:
         """Whether the closing attack that the arguments ask for has been made."""
@@ -308,18 +345,22 @@ class Run:
 
     def evaluate_only(self) -> None:
         """What --eval does: the evaluation of an epoch on the whole test set, then the closing attack."""
-        self.progress.epoch = max(self.progress.epoch - 1, 0)
+        if self.progress.step == 0:  # no epoch is under way
+            self.progress.epoch = max(self.progress.epoch - 1, 0)
         self.say("\t".join(self.folder.titles))
         untrained = dict.fromkeys(("train_time", "lr", "train_robust_loss", "train_robust_acc", "defence_mean"))
         metrics = {"epoch": self.progress.epoch, **untrained, **self.measure()}
+        if not math.isfinite(metrics["test_loss"]):
+            raise UsageError(f"--eval: what the network in {self.source} answers is no finite number")
         if self.world.first:
             self.say(self.folder.add_epoch(metrics))
         self.close("eval.json", resumed=self.source, **describe_machine(self.device, self.world))
 
     def explain(self, fault: NotFinite) -> str:
         good = self.folder.state_file
-        return (f"the loss or a gradient is no longer finite at epoch {self.progress.epoch}, step {fault.step}; "
-                f"{f'the last good state is {good}' if good.exists() else 'no state was saved before'}: lower --lr-max")
+        return (f"the loss, a gradient or a weight is no longer finite at epoch {self.progress.epoch}, step "
+                f"{fault.step}; {f'the last good state is {good}' if good.exists() else 'no state was saved before'}: "
+                f"lower --lr-max")
 
     def note(self, text: str) -> None:
         """Say something that belongs into the log, too, between its lines."""

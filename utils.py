@@ -1,9 +1,13 @@
 """What every module may need: errors, checked numbers, learning-rate schedules, seeds, normalization, whole files."""
 import argparse
 import contextlib
+import fcntl
+import hashlib
 import os
 import platform
 import random
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -33,6 +37,8 @@ def number(kind: type, low: float, high: float = float("inf"), also: tuple = ())
             raise argparse.ArgumentTypeError(f"{rule}, not {text!r}") from None
         if not low <= value <= high or value == float("inf"):
             raise argparse.ArgumentTypeError(f"{rule}, not {text}")
+        if value > sys.maxsize and kind is int:
+            raise argparse.ArgumentTypeError(f"{rule}, and at most {sys.maxsize}, not {text}")
         return value
 
     return parse
@@ -103,3 +109,12 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+@contextlib.contextmanager
+def one_at_a_time(place: str | Path) -> Iterator[None]:
+    """Of several processes on this machine that get here with the same file or folder, one is let in at a time."""
+    key = hashlib.md5(os.path.abspath(place).encode(errors="surrogateescape")).hexdigest()
+    with open(Path(tempfile.gettempdir(), f"lock-{os.getuid()}-{key}"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -155,6 +156,49 @@ def test_sigterm_to_one_process_stops_both_and_the_run_goes_on(during, slow, goe
     assert again.returncode == 0, again.stderr
     assert goes_on in (tmp_path / "run" / "output.log").read_text()
     assert [record["epoch"] for record in epochs_of(tmp_path / "run")] == [0]
+
+
+def test_sigterm_to_torchrun_itself_leaves_time_to_save_also_where_steps_are_slow(tmp_path):
+    """torchrun passes it on and kills its processes half a minute later: that is not to be twenty steps' time."""
+    program = tmp_path / "slow.py"
+    program.write_text(
+        "import sys, time\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import run, train_cifar\n"
+        "after_step = run.Run.after_step\n"
+        "def slow(self):\n"
+        "    time.sleep(2)\n"
+        "    after_step(self)\n"
+        "run.Run.after_step = slow\n"
+        "run.main(train_cifar.DATASET)\n")
+    flags = [*SMALL, "--train-samples=2048", "--attack=fgsm", "--fname", str(tmp_path / "run")]
+    process = subprocess.Popen([*TORCHRUN, str(program), *flags], text=True, cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
+    process.stdout.readline()
+    time.sleep(5)
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert "stopped by SIGTERM; --resume auto" in error, error
+    assert torch.load(tmp_path / "run" / "state.pth", weights_only=True)["opt"]["run"]["step"] > 0
+
+
+def test_processes_that_do_not_share_the_folder_are_told_so(tmp_path):
+    program = tmp_path / "apart.py"
+    program.write_text(
+        "import os, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "import run, train_cifar\n"
+        "run.main(train_cifar.DATASET, argv=[*sys.argv[1:], '--fname', sys.argv[0] + os.environ['RANK']])\n")
+    for folder, epochs in (("apart.py0", 1), ("apart.py1", 2)):
+        assert script("train_cifar.py", *SMALL, f"--epochs={epochs}", "--fname", tmp_path / folder).returncode == 0
+    done = torchrun(str(program), *SMALL, "--epochs=3", "--resume=auto", "--allow-changes")
+    assert done.returncode != 0 and "has to be the same folder for all processes" in done.stderr
+
+
+def test_a_world_that_torchrun_did_not_make_is_one_line(tmp_path):
+    env = {**os.environ, "WORLD_SIZE": "2"}
+    done = script("train_cifar.py", *SMALL, "--fname", tmp_path / "run", env=env)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "WORLD_SIZE is 2" in done.stderr, done.stderr
 
 
 def test_a_last_batch_too_small_for_the_processes_is_one_line(tmp_path):

@@ -101,7 +101,7 @@ def test_mutated_svhn_files_end_in_success_or_one_line(tmp_path, call, monkeypat
     chance, path = random.Random(0), tmp_path / "data" / "train_32x32.mat"
     whole, sums = path.read_bytes(), dict(datasets.SVHN.split_list)
     flags = [flag for flag in TINY if flag not in ("--dummy", "--train-samples=8")]
-    for i in range(250):
+    for i in range(500):
         path.write_bytes(mutated(whole, chance))
         known = [*sums["train"][:2], hashlib.md5(path.read_bytes()).hexdigest()] if i % 5 else sums["train"]
         monkeypatch.setattr(datasets.SVHN, "split_list", {**sums, "train": known})
@@ -112,7 +112,7 @@ def test_mutated_cifar_pickles_are_never_opened(tmp_path, call, monkeypatch):
     folder, _ = write_cifar10(tmp_path / "data", monkeypatch)
     chance, flags = random.Random(0), [flag for flag in TINY if flag != "--dummy"]
     opened = []
-    for _ in range(250):
+    for _ in range(500):
         path = folder / chance.choice(("data_batch_1", "data_batch_5", "test_batch", "batches.meta"))
         whole = path.read_bytes()
         path.write_bytes(mutated(whole, chance))
@@ -158,16 +158,20 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_a_new_one(tmp_path
     assert call("train_cifar.py", *flags, "--epochs=3")[0] == 0
     whole = tmp_path / "whole"
     shutil.copytree(tmp_path / "run", whole)
-    for name in ("final.json", "state.pth", "model_2.pth", "opt_2.pth"):
-        (tmp_path / "run" / name).unlink()
-    before = files(tmp_path / "run")
-    limit = 200_000  # less than a checkpoint
-    done = script("train_cifar.py", *flags, "--epochs=3", "--resume=auto",
-                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
-    after = files(tmp_path / "run")
-    assert all(after[name] == before[name] for name in ("model_1.pth", "opt_1.pth", "model_0.pth", "opt_0.pth"))
-    assert not list((tmp_path / "run").glob(".*.part"))
+    part = tmp_path / "run"
+    for name in ("final.json", "model_2.pth", "opt_2.pth"):
+        (part / name).unlink()
+    torch.save({"model": torch.load(part / "model_1.pth", weights_only=True),
+                "opt": torch.load(part / "opt_1.pth", weights_only=True)}, part / "state.pth")
+    before = files(part)
+    for limit in (20_000, 100_000, 200_000):  # less than a checkpoint, wherever in it
+        done = script("train_cifar.py", *flags, "--epochs=3", "--resume=auto", "--chkpt-steps=1",
+                      preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+        after = files(part)
+        assert len(after["state.pth"]) > limit
+        assert all(after[name] == before[name] for name in before if name.endswith(".pth"))
+        assert not list(part.glob(".*.part"))
     assert call("train_cifar.py", *flags, "--epochs=3", "--resume=auto")[0] == 0
     for name in ("state.pth", "model_2.pth"):
         assert_same(torch.load(tmp_path / "run" / name, weights_only=True), torch.load(whole / name, weights_only=True))
@@ -186,6 +190,21 @@ def test_a_loss_that_explodes_names_epoch_step_and_the_last_good_state(tmp_path,
     status, _, error = call("train_cifar.py", *changed)
     assert status == 1 and "at epoch 1, step" in error and "the last good state is" in error and "state.pth" in error
     assert (tmp_path / "run" / "state.pth").read_bytes() == good
+
+
+@pytest.mark.parametrize("flags", [["--epochs=1"], ["--epochs=1", "--chkpt-steps=1"], ["--epochs=2", "--resume=auto"]])
+def test_weights_that_the_last_step_blew_up_are_neither_saved_nor_reported(flags, tmp_path, call, small_dummy):
+    """No loss or gradient tells of them any more."""
+    one_step = [*SMALL, "--attack=fgsm", "--train-samples=32", "--chkpt-iters=1", "--fname", tmp_path / "run"]
+    if "--resume=auto" in flags:
+        assert call("train_cifar.py", *one_step, "--epochs=1")[0] == 0
+    before = files(tmp_path / "run") if "--resume=auto" in flags else {}
+    status, _, error = call("train_cifar.py", *one_step, *flags, "--lr-max=1e38", "--allow-changes")
+    assert status == 1 and error.count("\n") == 1 and ", step 0; " in error, error
+    after = files(tmp_path / "run")
+    assert {name: content for name, content in after.items() if name.endswith(".pth")} == {
+        name: content for name, content in before.items() if name.endswith(".pth")}
+    assert "nan" not in after.get("metrics.jsonl", b"").decode().lower()
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),

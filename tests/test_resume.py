@@ -1,9 +1,12 @@
 """Runs that go on: the same bits as a run never stopped, from every place a run can go on from."""
+import io
 import json
+import math
 import shutil
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -103,11 +106,13 @@ def test_damaged_logs_are_named_before_anything_moves(tmp_path, call, small_dumm
 def test_evaluating_leaves_alone_what_a_run_is_writing(tmp_path, call, small_dummy):
     folder = tmp_path / "run"
     assert call("train_cifar.py", *SMALL, "--fname", folder)[0] == 0
-    (folder / ".state.pth.123.part").write_bytes(b"half")
+    for name in (".state.pth.123.part", ".eval.json.123.part"):
+        (folder / name).write_bytes(b"half")
     assert call("train_cifar.py", *SMALL, "--fname", folder, "--resume=auto", "--eval")[0] == 0
     assert (folder / ".state.pth.123.part").exists()
     assert call("train_cifar.py", *SMALL, "--fname", folder)[0] == 0
     assert not (folder / ".state.pth.123.part").exists()
+    assert (folder / ".eval.json.123.part").exists()  # nor does a run what an evaluation is writing
 
 
 def test_a_run_stopped_in_an_evaluation_or_in_the_closing_attack_goes_on(tmp_path, call, small_dummy, monkeypatch):
@@ -215,6 +220,152 @@ def test_a_checkpoint_that_does_not_fit_is_named(damage, tmp_path, call, small_d
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     one_line(call(script_name, *SMALL, *flags, "--fname", folder, "--resume=1"), named)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and not (tmp_path / "owned").exists()
+
+
+def assign(*path):
+    """A function that sets what stands at the path's end in nested dicts and lists."""
+    *path, key, value = path
+
+    def change(state):
+        for step in path:
+            state = state[step]
+        state[key] = value
+    return change
+
+
+RUN, GROUP, MOMENTUM = ("opt", "run"), ("opt", "param_groups", 0), ("opt", "state", 0, "momentum_buffer")
+
+
+SENSELESS = [
+    assign(*RUN, "step", 99), assign(*RUN, "step", 1), assign(*RUN, "step", 0.5), assign(*RUN, "epoch", 0.5),
+    assign(*RUN, "epoch", 2**70), assign(*RUN, "best", math.inf), assign(*RUN, "best", math.nan),
+    assign(*RUN, "seconds", math.inf), assign(*RUN, "sums", torch.zeros(4, dtype=torch.int64)),
+    assign(*RUN, "sums", torch.full((4,), math.nan)), assign(*RUN, "sums", torch.zeros(4, dtype=torch.complex64)),
+    assign(*RUN, "first_fault", torch.tensor(True)), assign("opt", "run", [1]),
+    assign(*MOMENTUM, None), assign(*MOMENTUM, torch.zeros(4, 3, 3, 3).to_sparse()), assign("opt", "state", 0, None),
+    assign("opt", "state", {}), assign(*GROUP, "params", "ab"), assign(*GROUP, "lr", "x"), assign(*GROUP, None),
+    assign("model", "conv1.weight", torch.zeros(4, 3, 3, 3, dtype=torch.complex64)),
+    assign("model", "conv1.weight", torch.zeros(4, 3, 3, 3, device="meta")),
+    assign("model", "conv1.weight", torch.full((4, 3, 3, 3), math.inf)), assign("model", "conv1.weight", None)]
+
+
+def test_a_state_that_makes_no_sense_is_named(tmp_path, call, small_dummy):
+    folder = tmp_path / "run"
+    assert call("train_cifar.py", *SMALL, "--epochs=1", "--fname", folder)[0] == 0
+    for pair in ("model_0.pth", "opt_0.pth"):
+        (folder / pair).unlink()
+    whole = (folder / "state.pth").read_bytes()
+    for change in SENSELESS:
+        state = torch.load(io.BytesIO(whole), weights_only=True)
+        assert state["model"]["conv1.weight"].shape == (4, 3, 3, 3)
+        change(state)
+        torch.save(state, folder / "state.pth")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # one line is one line
+            one_line(call("train_cifar.py", *SMALL, "--allow-changes", "--fname", folder, "--resume=auto"), "state.pth")
+
+
+def test_how_the_optimizer_steps_is_the_command_lines_and_never_the_files(tmp_path, call, small_dummy):
+    """Strange options in a file, and a momentum buffer whose values all share one place in memory."""
+    folder = tmp_path / "run"
+    assert call("train_cifar.py", *THREE, "--fname", folder)[0] == 0
+    whole = torch.load(folder / "model_2.pth", weights_only=True)
+    optimizer = torch.load(folder / "opt_1.pth", weights_only=True)
+    optimizer["param_groups"][0] |= dict(momentum="x", maximize=True, dampening=None, nesterov=True, weight_decay=9.0)
+    torch.save(optimizer, folder / "opt_1.pth")
+    assert call("train_cifar.py", *THREE, "--fname", folder, "--resume=2")[0] == 0
+    assert_same(torch.load(folder / "model_2.pth", weights_only=True), whole)
+    optimizer["state"][0]["momentum_buffer"] = torch.zeros(1).expand(optimizer["state"][0]["momentum_buffer"].shape)
+    torch.save(optimizer, folder / "opt_1.pth")
+    assert call("train_cifar.py", *THREE, "--fname", folder, "--resume=2")[0] == 0
+
+
+def test_momentum_of_another_memory_layout_is_that_of_the_same_weights(tmp_path, call, small_dummy):
+    """As files have it that were written by a network in PyTorch's default layout; ours of this width is not in it."""
+    flags = [*THREE, "--base-width=16", "--attack=fgsm", "--epochs=2", "--train-samples=32", "--final-samples=1"]
+    assert call("train_cifar.py", *flags, "--fname", tmp_path / "run")[0] == 0
+    whole = torch.load(tmp_path / "run" / "model_1.pth", weights_only=True)
+    assert not whole["layer1.0.conv1.weight"].is_contiguous()
+    optimizer = torch.load(tmp_path / "run" / "opt_0.pth", weights_only=True)
+    for buffers in optimizer["state"].values():
+        buffers["momentum_buffer"] = buffers["momentum_buffer"].contiguous()
+    torch.save(optimizer, tmp_path / "run" / "opt_0.pth")
+    assert call("train_cifar.py", *flags, "--fname", tmp_path / "run", "--resume=1")[0] == 0
+    assert_same(torch.load(tmp_path / "run" / "model_1.pth", weights_only=True), whole)
+
+
+def test_the_state_is_saved_every_so_many_steps_and_at_the_end_of_an_epoch(tmp_path, call, small_dummy, monkeypatch):
+    saved, save_state = [], RunFolder.save_state
+
+    def spy(self, model, optimizer, precision, progress, args):
+        saved.append((progress.epoch, progress.step))
+        save_state(self, model, optimizer, precision, progress, args)
+
+    monkeypatch.setattr(RunFolder, "save_state", spy)
+    flags = [*SMALL, "--attack=fgsm", "--batch-size=16", "--chkpt-steps=2"]  # five steps an epoch
+    assert call("train_cifar.py", *flags, "--fname", tmp_path / "run")[0] == 0
+    assert saved == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
+
+
+def test_the_best_model_is_never_one_of_an_epoch_that_was_made_again(tmp_path, call, small_dummy):
+    """auto goes back to epoch 1; what was best in the epochs that it leaves behind is not what the run has now."""
+    folder = tmp_path / "run"
+    assert call("train_cifar.py", *THREE, "--lr-max=0.02", "--fname", folder)[0] == 0
+    records = epochs_of(folder)
+    records[-1]["best"] = True
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    shutil.copy(folder / "model_2.pth", folder / "model_best.pth")
+    abandoned = (folder / "model_best.pth").read_bytes()
+    for damaged in ("state.pth", "opt_2.pth", "opt_1.pth"):
+        (folder / damaged).write_bytes(b"cut")
+    flags = [*THREE, "--lr-max=1", "--allow-changes", "--resume=auto", "--fname", folder]
+    assert call("train_cifar.py", *flags)[0] == 0
+    assert (folder / "model_best.pth").read_bytes() != abandoned
+    best = [record["epoch"] for record in epochs_of(folder) if record["best"]][-1]
+    assert best > 0
+    assert_same(*(torch.load(folder / f"model_{which}.pth", weights_only=True) for which in (best, "best")))
+    lines = [line.split("\t")[0] for line in (folder / "earlier_1" / "output.log").read_text().splitlines()]
+    assert lines[1:4] == ["0", "1", "2"]  # more than the line of one epoch was cut off
+
+
+def test_the_folder_is_locked_before_it_is_read(tmp_path, call, small_dummy, monkeypatch):
+    """Else, a run that ends in between would be taken for one that never was."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    find, free = RunFolder.find, []
+    monkeypatch.setattr(RunFolder, "find", lambda self, resume: free.append(RunFolder(folder).lock()) or
+                        find(self, resume))
+    assert call("train_cifar.py", *SMALL, "--fname", folder, "--resume=auto")[0] == 0
+    assert free == [False] and RunFolder(folder).lock()
+
+
+def test_log_lines_that_are_cut_off_are_kept_beside_even_where_no_other_file_is(tmp_path, call, small_dummy):
+    folder = tmp_path / "run"
+    assert call("train_cifar.py", *THREE, "--fname", folder)[0] == 0
+    for name in ("final.json", "state.pth", "model_best.pth", "model_1.pth", "opt_1.pth", "model_2.pth", "opt_2.pth"):
+        (folder / name).unlink()
+    log = (folder / "output.log").read_text()
+    assert call("train_cifar.py", *THREE, "--fname", folder, "--resume=1")[0] == 0
+    assert (folder / "earlier_1" / "output.log").read_text() == log
+
+
+def test_an_evaluation_with_other_columns_has_a_header_of_its_own(tmp_path, call, small_dummy):
+    flags = [*SMALL, "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags)[0] == 0
+    for more in ([], [], ["--val-size=16"]):
+        assert call("train_cifar.py", *flags, "--eval", "--resume=auto", *more)[0] == 0
+    rows = [line.split("\t") for line in (tmp_path / "run" / "eval.log").read_text().splitlines()]
+    assert [(row[0], len(row)) for row in rows if not row[0].startswith("PGD")] == [
+        ("Epoch", 12), ("1", 12), ("1", 12), ("Epoch", 13), ("1", 13)]
+
+
+def test_evaluations_beside_one_another_lose_no_line(tmp_path):
+    program = ("import sys; from folder import RunFolder; folder = RunFolder(sys.argv[1], evaluation=True)\n"
+               "for i in range(100): folder.add_line(str(i))")
+    processes = [subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=ROOT) for _ in range(2)]
+    assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    header, *lines = (tmp_path / "eval.log").read_text().splitlines()
+    assert header.startswith("Epoch") and sorted(lines) == sorted([str(i) for i in range(100)] * 2)
 
 
 def test_published_style_files_load(tmp_path, call, small_dummy):
