@@ -9,6 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, assert_same_run, epochs_of, script
 
+from distributed import World
+
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
 
@@ -199,6 +201,10 @@ def test_a_world_that_torchrun_did_not_make_is_one_line(tmp_path):
     env = {**os.environ, "WORLD_SIZE": "2"}
     done = script("train_cifar.py", *SMALL, "--fname", tmp_path / "run", env=env)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "WORLD_SIZE is 2" in done.stderr, done.stderr
+
+
+def test_one_process_asks_no_device_which_value_is_the_largest():
+    assert World().largest(True, torch.device("meta")) is True  # from that device nothing could be read
 
 
 def test_a_last_batch_too_small_for_the_processes_is_one_line(tmp_path):
