@@ -33,7 +33,7 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: floa
              init: str = "random") -> Tensor:
     """FGSM without the smallest entries of each image's gradient (arXiv 2103.15476, ZeroGrad).
 
-    In each step at most a fraction `q` of an image's entries stay where they are; see `quantile_mask`.
+    In each step at most a fraction `q` of an image's entries are made to stay where they are; see `quantile_mask`.
     """
     delta = start(x, epsilon, init)
     for _ in range(steps):
@@ -111,8 +111,8 @@ def quantile_mask(grad: Tensor, q: float) -> Tensor:
 def sign_consensus(grads: Tensor, threshold: int) -> Tensor:
     """The sign on which at least `threshold` of the n gradients (n, B, C, H, W) agree, else 0: (B, C, H, W).
 
-    As published, by the sum s of the signs: 0 where abs(s) < threshold - (n - threshold), else the sign of s. Raises
-    ValueError unless 1 <= threshold <= n.
+    As published, by the sum s of the signs: 0 where abs(s) < threshold - (n - threshold), else the sign of s; this is
+    the same where no gradient is 0 and threshold > n / 2. Raises ValueError unless 1 <= threshold <= n.
     """
     n = len(grads)
     if not 1 <= threshold <= n:
@@ -132,6 +132,7 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> tup
     return grad / scale, logits.detach()
 
 
+@torch.no_grad()
 def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") -> Tensor:
     """Where an attack begins: "zero", or "random" in the ball of `norm`, clipped to the box."""
     if init == "zero":
@@ -147,6 +148,7 @@ def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") 
     return delta.clamp(-x, 1 - x)
 
 
+@torch.no_grad()
 def box(delta: Tensor, x: Tensor, epsilon: float, norm: str = "l_inf") -> Tensor:
     """`delta` brought into the ball of radius epsilon, then into [-x, 1-x]."""
     inside = delta.clamp(-epsilon, epsilon) if norm == "l_inf" else delta * (epsilon / _norm(delta).clamp(min=epsilon))

@@ -190,14 +190,14 @@ def _verified(files: dict[Path, str], data_dir: str, source: Callable):
     except (OSError, ValueError):  # a name that is no name to the system
         raise UsageError(f"--data-dir {data_dir} cannot be read") from None
     if missing:
-        there = Path(data_dir).exists()
+        new = [folder for folder in (Path(data_dir), *Path(data_dir).parents) if not folder.exists()]
         try:
             with contextlib.redirect_stdout(io.StringIO()):
                 return source(download=True)
         except (OSError, RuntimeError, urllib.error.URLError) as error:
-            if not there:
+            for folder in new:  # torchvision makes them before it tries
                 with contextlib.suppress(OSError):
-                    Path(data_dir).rmdir()  # torchvision makes it before it tries
+                    folder.rmdir()
             raise UsageError(f"--data-dir {data_dir} has no {next(iter(files))}, and the download failed "
                              f"({_one_line(error)}): put the files there, or use --dummy") from None
     for file, md5 in files.items():

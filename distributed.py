@@ -19,15 +19,15 @@ class World:
     @classmethod
     def join(cls, cuda: bool) -> "World":
         """The world that `torchrun` announces in the environment, joined; else this process alone."""
-        size = int(os.environ.get("WORLD_SIZE", 1))
-        if size == 1:
+        size = os.environ.get("WORLD_SIZE", "1")
+        if size == "1":
             return cls()
         try:
             dist.init_process_group("nccl" if cuda else "gloo")
-        except ValueError:  # a variable is missing
+            return cls(int(os.environ["RANK"]), int(size))
+        except ValueError:  # a variable is missing, or no number
             raise UsageError(f"WORLD_SIZE is {size}, but torchrun did not start this process: unset it, or use "
                              f"torchrun") from None
-        return cls(int(os.environ["RANK"]), size)
 
     def leave(self) -> None:
         if self.size > 1 and dist.is_initialized():

@@ -16,7 +16,7 @@ from utils import seed_everything
 
 ALONE = World()
 
-# What random numbers are drawn for; the first part of every key that they are seeded with.
+# What random numbers are drawn for in these loops: the first part of every key that they are seeded with here.
 ORDER, STEP, EVALUATION, CLOSING = range(4)
 
 
@@ -194,8 +194,8 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
         x, y = images.batch(index)
         delta = torch.zeros_like(x)
         while len(queue) or len(index):
-            entering, queue = queue.split([min(batch_size - len(index), len(queue)),
-                                           max(len(queue) - batch_size + len(index), 0)])
+            room = batch_size - len(index)
+            entering, queue = queue[:room], queue[room:]
             if len(entering):
                 x_new, y_new = images.batch(entering)
                 x, y = torch.cat([x, x_new]), torch.cat([y, y_new])

@@ -22,6 +22,7 @@ import sys
 import warnings
 import zipfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class RunFolder:
     """The folder at `path`; `validated` says whether its logs have a column for the validation accuracy."""
 
     def __init__(self, path: str, evaluation: bool = False, validated: bool = False):
-        self.path, self.evaluation = Path(path), evaluation
+        self.path, self.evaluation, self.validated = Path(path), evaluation, validated
         self.log = self.path / ("eval.log" if evaluation else "output.log")
         self._lock: int | None = None
         self.titles = [title for title in TITLES if validated or title != "Val Robust Acc"]
@@ -115,7 +116,7 @@ class RunFolder:
         """Log one epoch's metrics, which go by the titles in lower case; returns the line."""
         line = "\t".join(_cell(title, metrics[name_of(title)]) for title in self.titles)
         self.add_line(line)
-        if self.log.name == "output.log":
+        if not self.evaluation:
             kept = self._metrics.read_text() if self._metrics.exists() else ""
             self._write_text(self._metrics, kept + json.dumps(metrics) + "\n")
         return line
@@ -177,37 +178,41 @@ class RunFolder:
         with whole_file(path) as file:
             file.write(content_bytes.getbuffer())
 
-    def find(self, resume: int | str) -> tuple[dict, dict, int | None, str] | None:
+    def find(self, resume: int | str) -> tuple[dict, dict | None, int | None, str] | None:
         """The checkpoint that `resume` (an epoch above 0, or "auto") asks for; None where auto finds no run.
 
-        Returns the network's state dict, the optimizer's, the next epoch as the files' names tell it, and the name of
-        the files for messages. Raises UsageError where they are missing or cannot be read.
+        Returns the network's state dict, the optimizer's (an evaluation does without), the next epoch as the files'
+        names tell it (None for the state file), and the files' name for messages. Raises UsageError where they are
+        missing or cannot be read.
         """
         if resume != "auto":
             return self._pair(resume - 1)
         epochs = sorted((int(match[1]) for name in self._names() if (match := re.fullmatch(r"opt_(\d+)\.pth", name))
                          and self.model_file(match[1]).exists()), reverse=True)
+        candidates = [("state.pth", self._state)] if self.state_file.exists() else []
+        candidates += [(f"model_{epoch}.pth or opt_{epoch}.pth", partial(self._pair, epoch)) for epoch in epochs]
         fault = None
-        if self.state_file.exists():
+        for files, read in candidates:
             try:
-                state = read_checkpoint(self.state_file)
-                if not all(isinstance(state.get(part), dict) for part in ("model", "opt")):
-                    raise UsageError(f"--resume: {self.state_file} holds no training state")
-                return state["model"], state["opt"], None, str(self.state_file)
+                *found, source = read()
             except UsageError as error:
-                fault = error
-        for epoch in epochs:
-            try:
-                *states, source = self._pair(epoch)
-                return *states, f"{source}, as {self.state_file.name} is damaged" if fault else source
-            except UsageError as error:
-                fault = fault or error
+                fault = fault or (error, files)
+                continue
+            return *found, f"{source}, as {fault[1]} is damaged" if fault else source
         if fault:
-            raise fault
+            raise fault[0]
         return None
 
-    def _pair(self, epoch: int) -> tuple[dict, dict, int, str]:
+    def _state(self) -> tuple[dict, dict, None, str]:
+        state = read_checkpoint(self.state_file)
+        if not all(isinstance(state.get(part), dict) for part in ("model", "opt")):
+            raise UsageError(f"--resume: {self.state_file} holds no training state")
+        return state["model"], state["opt"], None, str(self.state_file)
+
+    def _pair(self, epoch: int) -> tuple[dict, dict | None, int, str]:
         model, optimizer = self.model_file(epoch), self.optimizer_file(epoch)
+        if self.evaluation and not optimizer.exists():
+            return read_checkpoint(model), None, epoch + 1, str(model)
         return read_checkpoint(model), read_checkpoint(optimizer), epoch + 1, f"{model} and {optimizer.name}"
 
     # Earlier runs

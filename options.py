@@ -76,8 +76,7 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
     add(group, "--attack", choices=ATTACKS, default="multigrad", help="how training images are perturbed")
     add(group, "--epsilon", type=number(float, 0, 255), default=8.0,
         help="radius of the l_inf ball in 1/255, in training and in evaluation")
-    for flag in dict.fromkeys(f.name for _, flags in ATTACKS.values() for f in flags):
-        options = next(f.options for _, flags in ATTACKS.values() for f in flags if f.name == flag)
+    for flag, options in {f.name: f.options for _, flags in ATTACKS.values() for f in flags}.items():
         add(group, flag, **options)
 
     group = p.add_argument_group("evaluation")
@@ -121,7 +120,8 @@ def flag_of(p: argparse.ArgumentParser) -> dict[str, str]:
 
 def check(args) -> None:
     """Raise UsageError where flags do not go together."""
-    from_args(args)
+    for attack in ATTACKS:  # also those flags that this run does not use
+        from_args(argparse.Namespace(**{**vars(args), "attack": attack}))
     if args.eval and args.resume == 0:
         raise UsageError("--eval needs a model: --resume N for model_{N-1}.pth, or --resume auto")
     if isinstance(args.resume, int) and args.resume > args.epochs and not args.eval:

@@ -23,7 +23,7 @@ from distributed import World
 from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, judge, require_finite, train_epoch
 from folder import RunFolder, load_model, load_training_state, read_checkpoint, require_same_run
 from precision import Precision, prepare_momentum
-from utils import UsageError, hardware, seed_everything
+from utils import UsageError, hardware, keep_freed_memory, seed_everything
 
 # In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
 # epoch's last step. (torchrun kills them 30 seconds after SIGTERM.)
@@ -40,7 +40,7 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
         options.check(args)
         device = choose_device(args)
         world = World.join(device.type == "cuda")
-        folder = RunFolder(args.fname, args.eval, dataset.validate or args.val_size > 0)
+        folder = RunFolder(args.fname, args.eval, validated=dataset.validate or args.val_size > 0)
         work = Run(dataset, args, options.flag_of(parser), folder, device, world, signals)
         signals.listen()
         if args.eval:
@@ -56,9 +56,12 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
     except KeyboardInterrupt:  # before there was anything to save
         parser.exit(128 + signal.SIGINT, f"{parser.prog}: stopped by SIGINT\n")
     except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        parser.exit(1, f"{parser.prog}: error: out of memory: lower --batch-size (now {args.batch_size})\n")
+        if is_out_of_memory(error):
+            parser.exit(1, f"{parser.prog}: error: out of memory: lower --batch-size (now {args.batch_size})\n")
+        if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # there is no C++ compiler, say
+            reason = str(error).partition("\n")[0]
+            parser.exit(1, f"{parser.prog}: error: --compile: {reason}; use --no-compile\n")
+        raise
     except NotFinite as fault:
         parser.exit(1, f"{parser.prog}: error: {work.explain(fault)}\n")
     except BrokenPipeError:
@@ -103,7 +106,7 @@ class Run:
     def __init__(self, dataset: DataSet, args, flag_of: dict[str, str], folder: RunFolder, device: torch.device,
                  world: World, signals: StopSignals):
         self.dataset, self.args, self.device, self.world, self.signals = dataset, args, device, world, signals
-        self.folder, self.validated = folder, dataset.validate or args.val_size > 0
+        self.folder, self.epsilon, self.pgd_alpha = folder, args.epsilon / 255, args.pgd_alpha / 255
         folder.require_writable()
         self.precision = Precision(args.amp, args.amp_dtype, args.amp_impl, device, args.tf32)
         if args.tf32 and device.type != "cuda":
@@ -118,6 +121,21 @@ class Run:
             raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
         if found:
             self.folder.require_readable_logs()
+        seed_everything(args.seed)
+        model = options.MODELS[args.model](args, num_classes=dataset.classes, mean=dataset.mean, std=dataset.std)
+        if args.sync_bn:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        layout = memory_format(model, device)
+        if args.compile and layout == torch.contiguous_format:  # the compiler would choose channels_last by itself
+            raise UsageError("--compile on a CPU needs --base-width 16 or more")
+        self.model = forward = model.to(device, memory_format=layout)
+        self.optimizer = torch.optim.SGD(model.parameters(), args.lr_max, momentum=0.9, weight_decay=5e-4, fused=True)
+        prepare_momentum(self.optimizer)
+        self.precision.prepare(model, self.optimizer)
+        self.progress, self.source, self.from_state = Progress(), None, False
+        if found:
+            self.resume(found, flag_of)
+
         if not world.first:
             world.wait()  # while the first process downloads what is missing
         train, held_out, test = load(dataset, args)
@@ -126,22 +144,14 @@ class Run:
         if (len(train) - 1) % args.batch_size + 1 < world.size:
             raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
                              f"{world.size} processes")
-        layout = memory_format(args, device)
-        if args.compile and layout == torch.contiguous_format:  # the compiler would choose channels_last by itself
-            raise UsageError("--compile on a CPU needs --base-width 16 or more")
+        if self.progress.sums[2] != min(self.progress.step * args.batch_size, len(train)) and not args.eval:
+            raise UsageError(f"--resume: {self.source} has not trained on as many images as its steps say: it is "
+                             f"damaged")
+        if not world.first:
+            self.progress.sums.zero_()  # the saved sums are those of all processes
         train, held_out, self.test = (images.to(device, layout) for images in (train, held_out, test))
         self.validation = held_out if args.val_size else first_batches(train, args.batch_size, 50)
 
-        seed_everything(args.seed)
-        model = options.MODELS[args.model](args, num_classes=dataset.classes, mean=dataset.mean, std=dataset.std)
-        if args.sync_bn:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model = forward = model.to(device, memory_format=layout)
-        self.optimizer = torch.optim.SGD(model.parameters(), args.lr_max, momentum=0.9, weight_decay=5e-4, fused=True)
-        prepare_momentum(self.optimizer)
-        self.precision.prepare(model, self.optimizer)
-        self.progress = Progress()
-        self.source = self.resume(found, len(train), flag_of) if found else None
         if not world.agree([self.progress.epoch, self.progress.step], device):
             raise UsageError(f"--fname {args.fname} has to be the same folder for all processes")
         if args.compile or (args.compile is None and device.type == "cuda"):
@@ -156,29 +166,29 @@ class Run:
         if world.first:
             self.folder.make()
 
-    def resume(self, found: tuple[dict, dict, int | None, str], train_images: int, flag_of: dict[str, str]) -> str:
-        """Load the checkpoint that `RunFolder.find` found; returns the files it came from."""
+    def resume(self, found: tuple[dict, dict | None, int | None, str], flag_of: dict[str, str]) -> None:
+        """Load the checkpoint that `RunFolder.find` found."""
         args = self.args
-        model_state, training_state, epoch, source = found
-        load_model(self.model, model_state, source)
-        self.progress, before = load_training_state(self.optimizer, self.precision, training_state, source)
-        if epoch is not None:
+        model_state, training_state, epoch, self.source = found
+        load_model(self.model, model_state, self.source)
+        before = {}
+        if training_state is not None:
+            self.progress, before = load_training_state(self.optimizer, self.precision, training_state, self.source)
+        self.from_state = epoch is None
+        if not self.from_state:
             self.progress.epoch = epoch
             self.progress.restart_epoch()
-        if self.progress.epoch > args.epochs and not args.eval:
-            raise UsageError(f"--resume: {source} has {self.progress.epoch} epochs behind it, more than --epochs "
-                             f"{args.epochs}")
         if before.get("data_set", args.data_set) != args.data_set:
-            raise UsageError(f"--resume: {source} is of a run on {before['data_set']}, not {args.data_set}")
-        if not args.eval and not args.allow_changes:
+            raise UsageError(f"--resume: {self.source} is of a run on {before['data_set']}, not {args.data_set}")
+        if args.eval:
+            return
+        if self.progress.epoch > args.epochs:
+            raise UsageError(f"--resume: {self.source} has {self.progress.epoch} epochs behind it, more than --epochs "
+                             f"{args.epochs}")
+        if not args.allow_changes:
             require_same_run(before, args, flag_of)
         if any(before.get(name, vars(args)[name]) != vars(args)[name] for name in ORDER_FLAGS):
             self.progress.restart_epoch()
-        if self.progress.sums[2] != min(self.progress.step * args.batch_size, train_images):
-            raise UsageError(f"--resume: {source} has not trained on as many images as its steps say: it is damaged")
-        if not self.world.first:
-            self.progress.sums.zero_()  # the saved sums are those of all processes
-        return source
 
     def train(self) -> None:
         """Train from where the run stands to the last epoch, then attack the final model."""
@@ -186,10 +196,13 @@ class Run:
             return self.say(f"{self.args.fname} is complete: nothing to do")
         if self.world.first:
             self.open()
+        if self.precision.dtype is torch.bfloat16 and self.device.type == "cpu" and \
+                torch.backends.cpu.get_cpu_capability() == "AVX2":
+            self.say("# without AVX-512, this processor is slow in bfloat16: better leave --amp out")
         self.say("\t".join(self.folder.titles))
         steps = self.trainer.steps
-        # Since processes last agreed on whether to stop: steps, the moment; and how many steps may be between.
-        self.unasked, self.asked, self.patience = 0, time.perf_counter(), 1
+        # Steps since the processes last agreed on whether to stop, that moment, and how many steps may be between.
+        self.unchecked, self.checked_at, self.check_every = 0, time.perf_counter(), 1
         self.bar = tqdm(total=self.args.epochs * steps, initial=self.progress.epoch * steps + self.progress.step,
                         unit="step", disable=None if self.world.first else True, dynamic_ncols=True)
         with self.bar:
@@ -202,7 +215,7 @@ class Run:
                 except Stopped:
                     self.save_state()
                     raise
-        self.close("final.json")
+        self.close("final.json", epoch=self.progress.epoch - 1)
 
     def open(self) -> None:
         """Prepare the folder for the epochs to come, and write down what is about to run."""
@@ -211,7 +224,7 @@ class Run:
             aside = self.folder.set_aside()
         else:
             stale = self.folder.best_epoch() >= self.progress.epoch  # of an epoch that is now made again
-            aside = self.folder.rewind(self.progress.epoch, keep_files=self.args.resume == "auto")
+            aside = self.folder.rewind(self.progress.epoch, keep_files=self.from_state)
             if stale or not self.folder.model_file("best").exists():
                 self.progress.best = Progress().best
             self.note(f"# resumed at epoch {self.progress.epoch}, step {self.progress.step} from {self.source}")
@@ -225,15 +238,15 @@ class Run:
         self.bar.update()
         if self.args.chkpt_steps and self.progress.step % self.args.chkpt_steps == 0:
             self.save_state()
-        self.unasked += 1
+        self.unchecked += 1
         if self.world.size == 1:
             self.obey()
-        elif self.unasked >= self.patience or self.progress.step == self.trainer.steps:
+        elif self.unchecked >= self.check_every or self.progress.step == self.trainer.steps:
             self.obey()
             now = time.perf_counter()
-            pace = self.world.largest((now - self.asked) / self.unasked, self.device)
-            self.patience = max(1, min(STOP_STEPS, int(STOP_SECONDS / pace)))
-            self.unasked, self.asked = 0, now
+            pace = self.world.largest((now - self.checked_at) / self.unchecked, self.device)
+            self.check_every = max(1, min(STOP_STEPS, int(STOP_SECONDS / pace)))
+            self.unchecked, self.checked_at = 0, now
 
     def obey(self) -> None:
         """Stop if a signal came, to whichever process. All processes have to call it together."""
@@ -246,14 +259,14 @@ class Run:
         args, began = self.args, time.perf_counter()
         last = args.eval or self.progress.epoch + 1 == args.epochs
         test = self.test if args.full_test or last else first_batches(self.test, args.batch_size, 10)
-        pgd = partial(attacks.pgd, epsilon=args.epsilon / 255, alpha=args.pgd_alpha / 255, steps=args.test_iters)
+        pgd = partial(attacks.pgd, epsilon=self.epsilon, alpha=self.pgd_alpha, steps=args.test_iters)
 
         def evaluated(images: Images, part: int) -> dict[str, float]:
             return evaluate(self.model, images, pgd, args.test_restarts, args.batch_size,
                             (args.seed, self.progress.epoch, part), self.precision, self.world, self.obey)
 
         metrics = evaluated(test, 0)
-        if self.validated:
+        if self.folder.validated:
             validation = evaluated(self.validation, 1)
             metrics |= {"val_robust_acc": validation["test_robust_acc"], "val_images": validation["test_images"]}
         if self.device.type == "cuda":
@@ -265,7 +278,7 @@ class Run:
         args, progress = self.args, self.progress
         if not math.isfinite(metrics["test_loss"] + metrics["test_robust_loss"]):
             raise NotFinite(progress.step - 1)
-        score = metrics["val_robust_acc" if self.validated else "test_robust_acc"]
+        score = metrics["val_robust_acc" if self.folder.validated else "test_robust_acc"]
         metrics["best"] = score > progress.best
         progress.best = max(progress.best, score)
         progress.next_epoch()
@@ -302,7 +315,7 @@ class Run:
         final = self.folder.read_json("final.json") or {}
         args = self.args
         asked = {"iters": args.final_iters, "restarts": args.final_restarts, "images": self.final_images,
-                 "alpha": args.pgd_alpha, "epsilon": args.epsilon, "model": self.final_model}
+                 "alpha": args.pgd_alpha, "epsilon": args.epsilon, "model": self.final_model, "epoch": args.epochs - 1}
         return asked.items() <= final.items()
 
     @property
@@ -329,7 +342,7 @@ class Run:
                 if self.world.size == 1:  # many are not at the same step
                     self.obey()
 
-            result = closing_attack(self.model, self.test[:self.final_images], args.epsilon / 255, args.pgd_alpha / 255,
+            result = closing_attack(self.model, self.test[:self.final_images], self.epsilon, self.pgd_alpha,
                                     args.final_iters, args.final_restarts, args.batch_size, args.seed, self.precision,
                                     self.world, progress, self.obey)
         seconds = time.perf_counter() - began
@@ -354,7 +367,8 @@ class Run:
             raise UsageError(f"--eval: what the network in {self.source} answers is no finite number")
         if self.world.first:
             self.say(self.folder.add_epoch(metrics))
-        self.close("eval.json", resumed=self.source, **describe_machine(self.device, self.world))
+        self.close("eval.json", epoch=self.progress.epoch, resumed=self.source,
+                   **describe_machine(self.device, self.world))
 
     def explain(self, fault: NotFinite) -> str:
         good = self.folder.state_file
@@ -385,6 +399,7 @@ def choose_device(args) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {name}")
     if device.type == "cpu":
+        keep_freed_memory()
         return device
     if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UsageError(f"--device {name} is one for all processes: under torchrun, use --device cuda")
@@ -400,13 +415,15 @@ def choose_device(args) -> torch.device:
     return torch.device("cuda", index)
 
 
-def memory_format(args, device: torch.device) -> torch.memory_format:
+def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
     """The layout in which convolutions are fastest, where it can be trusted.
 
     On CPUs, oneDNN computes the weight gradient of a strided 1x1 convolution in channels_last with memory errors if it
     has fewer than 16 input channels (uxlfoundation/oneDNN issue 6035).
     """
-    return torch.contiguous_format if device.type == "cpu" and args.base_width < 16 else torch.channels_last
+    faulty = any(isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride != (1, 1) and
+                 layer.in_channels < 16 for layer in model.modules())
+    return torch.contiguous_format if device.type == "cpu" and faulty else torch.channels_last
 
 
 def first_batches(images: Images, batch_size: int, part: int) -> Images:

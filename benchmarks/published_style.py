@@ -1,9 +1,9 @@
 """The published scripts' way to train and to evaluate, written plainly, as the other side of the benchmark.
 
-Same network, batch and attacks as ours, and the same results but for rounding. What makes it slow is kept: float32 in
-PyTorch's default layout, backward passes through every parameter in an attack, a further forward pass after PGD, images
-augmented one at a time in float64, two reads of a number from the device a step, and an evaluation that goes on with
-images already broken.
+Same network, batch and attacks as ours. What makes it slow is kept: float32 in PyTorch's default layout, backward
+passes through every parameter in an attack, a further forward pass after FGSM and PGD (which moves BatchNorm once
+more), images augmented one at a time in float64, two reads of a number from the device a step, and an evaluation that
+goes on with images already broken (and judges the perturbation of the highest loss alone).
 """
 import numpy as np
 import torch

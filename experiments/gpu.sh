@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Speed and tables at the paper's scale on a GPU, in order of worth and within a time:
-#     experiments/gpu.sh MINUTES [--data-dir DIR] [--jobs K]
+#     experiments/gpu.sh MINUTES [--data-dir DIR] [--jobs K]      (a relative DIR is taken from the project's folder)
 # Call it again until all runs are there; what is done is kept, and a run cut off goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 end=$((SECONDS + 60 * ${1:?how many minutes?})); shift
 for mode in default reduce-overhead; do
     speed=benchmarks/results/gpu_bfloat16_$mode.json
-    [ -e "$speed" ] || timeout 240 python benchmarks/speed.py --device cuda --amp --compile --compile-mode "$mode" --json "$speed" ||
+    [ -e "$speed" ] || timeout --foreground 240 python benchmarks/speed.py --device cuda --amp --compile --compile-mode "$mode" --json "$speed" ||
         echo "no figures for $mode" >&2
 done
 status=0

@@ -33,10 +33,13 @@ NOTES = """
 * Accuracies are in % on test images; after ±, the sample's standard deviation over the seeds, where there are several.
   The choice of images alone makes a standard error of up to 0.5 with 10,000 of them, and 1.6 with 1,000.
 * PGD-10 after an epoch is judged at its end; the closing attack, whose second number counts its restarts, after every
-  step. The best epoch is chosen on the test images that it is reported on. In the curves, the last epoch is on all test
-  images, the others are on a part.
+  step. In the curves, the last epoch is on all test images, the others are on a part; the best of these, in a column of
+  its own, is chosen on the test images that it is reported on.
 * Seconds are the median over a run's epochs, beside as many other runs as were made at once and whatever else the
-  machine did; they tell orders of magnitude, benchmarks/speed.py tells ratios.
+  machine did; they tell orders of magnitude, benchmarks/speed.py tells ratios. A table whose runs were made on several
+  kinds of machine has none.
+"""
+ELSEWHERE = """\
 * What was published elsewhere is from RobustBench's model cards, of other recipes: clean / robust as its authors report
   it / under AutoAttack.
 """
@@ -68,7 +71,10 @@ def last(key: str) -> Callable[[Result], float]:
 
 
 def best(record: Result) -> float:
-    """The highest accuracy of an epoch, among those that were evaluated on as many images as the first."""
+    """The highest accuracy of an epoch, among those that were evaluated on as many images as the first.
+
+    The last is none of them, where it alone is on all images.
+    """
     images = record["epochs"][0]["test_images"]
     return 100 * max(epoch[PGD] for epoch in record["epochs"] if epoch["test_images"] == images)
 
@@ -108,15 +114,20 @@ def table_text(table: Table, results: Results) -> str:
     flags = SCALES[results.scale].flags.split()
     steps = next((flag.split("=")[1] for flag in flags if flag.startswith("--test-iters=")), 10)
     images = f"{epoch['test_images']:,} images"
-    best_of = f"best epoch, {records[0]['epochs'][0]['test_images']:,} images"
-    model = " (best model)" if final["model"] == "best" else ""
+    best_of = f"best earlier epoch, {records[0]['epochs'][0]['test_images']:,} images"
     columns: dict[str, Callable[[Result], float]] = {
         f"clean, {images}": last(CLEAN),
         f"PGD-{steps}, {images}": last(PGD),
         f"PGD-{steps}, {best_of}": best,
-        f"PGD-{final['iters']}-{final['restarts']}, {final['images']:,} images{model}": closing,
-        "training, s an epoch": seconds,
+        f"PGD-{final['iters']}-{final['restarts']}, {final['images']:,} images": closing,
     }
+    if final["model"] == "best":  # the closing attack is on another network than the columns before it
+        attack = list(columns)[-1]
+        columns[f"best model: clean, {final['images']:,} images"] = lambda record: 100 * record["final"]["clean_acc"]
+        columns[f"best model: {attack}"] = columns.pop(attack)
+    if len({(start["device"], start["threads"], record["jobs"]) for record in records
+            for start in record["starts"]}) == 1:
+        columns["training, s an epoch"] = seconds
     published = any(row.published for row in table.at(results.scale)) and results.scale == "paper"
     heads = [*table.columns, *columns, "seeds"] + (["published elsewhere"] if published else [])
     lines = [heads, ["---"] * len(heads)]
@@ -137,8 +148,8 @@ def run_list(results: Results) -> str:
     return "".join(lines)
 
 
-def lines_over_epochs(axes, rows: list[Row], results: Results, key: str) -> None:
-    """A line a row: the mean over the seeds, and each seed thinly behind it."""
+def lines_over_epochs(axes, rows: list[Row], results: Results, key: str, prefix: str) -> None:
+    """A line a row, named by its first cell after `prefix`: the mean over the seeds, and each seed thinly behind it."""
     for i, row in enumerate(rows):
         curves = [[100 * epoch[key] for epoch in record["epochs"]] for record in results.of(row).values()]
         epochs = range(1, len(curves[0]) + 1)
@@ -146,7 +157,7 @@ def lines_over_epochs(axes, rows: list[Row], results: Results, key: str) -> None
         for curve in curves:
             axes.plot(epochs, curve, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(epochs, [statistics.mean(values) for values in zip(*curves)], color=colour, marker="o", markersize=3,
-                  label=row.cells[0])
+                  label=prefix + row.cells[0])
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
@@ -157,7 +168,6 @@ def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable
     values = [[value(record) for record in by_seed.values()] for by_seed in found]
     axes.errorbar(x, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
                   marker="o", markersize=4, capsize=2, **style)
-    axes.set_ylim(bottom=0)
 
 
 def measured(table: Table, results: Results) -> list[Row]:
@@ -166,12 +176,13 @@ def measured(table: Table, results: Results) -> list[Row]:
 
 def figure_of_epochs(name: str, results: Results) -> plt.Figure | None:
     """PGD accuracy over epochs, in which a collapse shows, beside the accuracy on what is trained on."""
-    rows = measured(TABLES[name], results)
+    rows = sorted(measured(TABLES[name], results), key=size)
     if not rows:
         return None
+    prefix = f"{TABLES[name].columns[0]} = " if any(map(size, rows)) else ""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    lines_over_epochs(left, rows, results, PGD)
-    lines_over_epochs(right, rows, results, TRAINING)
+    lines_over_epochs(left, rows, results, PGD, prefix)
+    lines_over_epochs(right, rows, results, TRAINING, prefix)
     left.set_title("test images under PGD")
     right.set_title("training images under the attack trained on")
     left.set_ylabel("accuracy, %")
@@ -188,7 +199,8 @@ def figure_of_quantiles(name: str, results: Results) -> plt.Figure | None:
     x, found = [size(row) for row in rows], [results.of(row) for row in rows]
     points(axes, x, found, last(CLEAN), label="clean", color="#888888")
     points(axes, x, found, last(PGD), label="PGD, last epoch", color="#1f77b4")
-    points(axes, x, found, best, label="PGD, best epoch", color="#1f77b4", linestyle=":")
+    points(axes, x, found, best, label="PGD, best earlier epoch", color="#1f77b4", linestyle=":")
+    axes.set_ylim(bottom=0)
     axes.set_xlabel("q, the fraction of each image's gradient that is zeroed")
     axes.set_ylabel("accuracy on test images, %")
     axes.set_title(f"{TABLES[name].title}, scale {results.scale}")
@@ -206,6 +218,7 @@ def figure_of_epsilons(name: str, results: Results) -> plt.Figure | None:
             own = sorted((row for row in rows if row.cells[1] == method), key=size)
             points(axes, [size(row) for row in own], [results.of(row) for row in own], value, label=method,
                    color=COLOURS.get(method))
+        axes.set_ylim(bottom=0)
         axes.set_xlabel("epsilon, 1/255")
         axes.set_title(f"test images, {title}")
     panels[0].set_ylabel("accuracy, %")
@@ -214,23 +227,29 @@ def figure_of_epsilons(name: str, results: Results) -> plt.Figure | None:
     return figure
 
 
-# The figure of a table, where it has one.
-FIGURES = {"cifar10": figure_of_epochs, "cifar100": figure_of_epochs, "svhn": figure_of_epochs,
-           "collapse": figure_of_epochs, "quantile": figure_of_quantiles, "epsilon": figure_of_epsilons}
+# The figures by name: the table that each is of, and how it is drawn.
+FIGURES = {
+    "cifar10": ("cifar10", figure_of_epochs), "cifar100": ("cifar100", figure_of_epochs),
+    "svhn": ("svhn", figure_of_epochs), "collapse": ("collapse", figure_of_epochs),
+    "quantile": ("quantile", figure_of_quantiles), "quantile_epochs": ("quantile", figure_of_epochs),
+    "epsilon": ("epsilon", figure_of_epsilons)}
 
 
 def write_report(results: Results, out: Path) -> Path:
     """Write the tables and figures; returns the Markdown file."""
     out.mkdir(parents=True, exist_ok=True)
     scale = SCALES[results.scale]
+    notes = NOTES + (ELSEWHERE if results.scale == "paper" else "")
     text = [f"# Results at the scale `{results.scale}`\n\n"
             f"{scale.about[0].upper() + scale.about[1:]}: `{scale.flags}`.\n"
-            f"{NOTES}* Written by `python experiments/report.py --scale={results.scale}`.\n"]
+            f"{notes}* Written by `python experiments/report.py --scale={results.scale}`.\n"]
     for name, table in TABLES.items():
         text.append(f"\n## {table.title}\n\n{table_text(table, results)}")
-        figure = FIGURES[name](name, results) if name in FIGURES else None
-        if figure:
-            image = f"{results.scale}_{name}.png"
+        for image, draw in [(f"{results.scale}_{key}.png", draw) for key, (of, draw) in FIGURES.items() if of == name]:
+            (out / image).unlink(missing_ok=True)
+            figure = draw(name, results)
+            if figure is None:
+                continue
             with whole_file(out / image) as file:
                 figure.savefig(file, format="png", metadata={"Software": None})
             plt.close(figure)

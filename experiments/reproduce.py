@@ -108,11 +108,8 @@ class Runner:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.args.jobs)))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            run = RunFolder(folder)
-            if not run.lock():
-                self.elsewhere.append(experiment)
-                return say(f"{experiment.name} is being made by another process: left to it")
-            run.release()  # for the process that is about to start
+            if self.is_elsewhere(experiment):
+                return
             with open(folder / "console.log", "a") as console:
                 process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=console,
                                            stderr=console, start_new_session=True)
@@ -120,12 +117,24 @@ class Runner:
             return self.fail(experiment, f"{error.filename}: {error.strerror}")
         self.running.append(Job(experiment, slot, process))
 
+    def is_elsewhere(self, experiment: Experiment) -> bool:
+        """Whether another process is about this run, to which it is then left."""
+        run = RunFolder(self.folder(experiment))
+        if run.lock():
+            run.release()
+            return False
+        self.elsewhere.append(experiment)
+        say(f"{experiment.name} is being made by another process: left to it")
+        return True
+
     def finish(self, job: Job) -> None:
         """Write the result of a run that has ended."""
         experiment, status = job.experiment, job.process.returncode
-        if status in (128 + signal.SIGINT, 128 + signal.SIGTERM) and self.stop:
+        if self.stop and status in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT):
             return
         if status:
+            if self.is_elsewhere(experiment):  # another runner's run was in the folder a moment before ours
+                return
             return self.fail(experiment, f"status {status}: {last_line(self.folder(experiment))}")
         try:
             result = collect(experiment, self.folder(experiment), self.args.jobs)

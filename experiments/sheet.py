@@ -37,10 +37,10 @@ def sheet(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: flo
     fgsm, zerograd = (box(epsilon * g.sign(), x, epsilon) for g in (grad, kept))
     rows = {
         "image": x,
-        "gradient,\nmagnitude": (grad.abs() / grad.abs().amax(dim=(1, 2, 3), keepdim=True)).sqrt(),
+        "gradient,\nroot of\nmagnitude": (grad.abs() / grad.abs().amax(dim=(1, 2, 3), keepdim=True)).sqrt(),
         "FGSM's\nperturbation": (fgsm / epsilon + 1) / 2,
         f"ZeroGrad's,\nq = {q:g}": (zerograd / epsilon + 1) / 2,
-        "zeroed\nchannels": (kept == 0).float().mean(dim=1, keepdim=True).expand_as(x),
+        "zeroed\n(white: in all\nchannels)": (kept == 0).float().mean(dim=1, keepdim=True).expand_as(x),
         "image with\nZeroGrad's": x + zerograd,
     }
     figure, axes = plt.subplots(len(rows), len(x), figsize=(1.1 * len(x) + 1, 1.15 * len(rows)), squeeze=False,
@@ -70,7 +70,7 @@ def main() -> None:
             run, dataset = argparse.Namespace(**started["args"]), DATASETS[started["data_set"]]
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{args.run / 'args.json'} is damaged") from None
-        run.data_dir = os.path.expanduser(args.data_dir or run.data_dir)
+        run.data_dir = args.data_dir or str(ROOT / os.path.expanduser(run.data_dir))  # reproduce.py starts runs in ROOT
         model = options.MODELS[run.model](run, num_classes=dataset.classes, mean=dataset.mean, std=dataset.std)
         path = args.run / f"model_{run.epochs - 1}.pth"
         load_model(model, read_checkpoint(path), str(path))
@@ -78,6 +78,8 @@ def main() -> None:
     except UsageError as error:
         p.error(str(error))
     figure = sheet(model, x, y, run.epsilon / 255, args.zero_qval)
+    commits = dict.fromkeys(str(start["commit"])[:12] for start in started["starts"])
+    figure.suptitle(f"{args.run.resolve().name}, after epoch {run.epochs - 1}, commit {', '.join(commits)}", fontsize=8)
     try:
         with whole_file(args.out) as file:
             figure.savefig(file, format="png", metadata={"Software": None})

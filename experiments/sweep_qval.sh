@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # ZeroGrad over its quantile, one run after another. Call it again after an interruption: finished runs are kept, a cut
 # off one goes on. Flags given to it are passed on: experiments/sweep_qval.sh --data-dir ~/data --base-width 16
+# (relative paths are taken from the project's folder).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 for q in 0 0.2 0.35 0.5 0.7 0.9; do

@@ -280,6 +280,13 @@ def test_every_attack_stays_inside_and_leaves_the_model_alone(name, batch, chann
         assert value.requires_grad == wanted[key]
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_a_delta_carries_no_graph_even_where_the_image_does(name):
+    x = torch.rand(2, 3, 4, 4, requires_grad=True)
+    delta = ALL[name](SmallNet(), x, torch.tensor([0, 1]), 0.03)
+    assert not delta.requires_grad and x.grad is None
+
+
 @pytest.mark.parametrize("name, forward_passes", [
     ("fgsm zero", 1), ("fgsm random", 1), ("zerograd", 2), ("multigrad", 3), ("multigrad parallel", 1), ("pgd", 8),
     ("pgd stopped", 3)])

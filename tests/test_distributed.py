@@ -197,10 +197,11 @@ def test_processes_that_do_not_share_the_folder_are_told_so(tmp_path):
     assert done.returncode != 0 and "has to be the same folder for all processes" in done.stderr
 
 
-def test_a_world_that_torchrun_did_not_make_is_one_line(tmp_path):
-    env = {**os.environ, "WORLD_SIZE": "2"}
+@pytest.mark.parametrize("size", ("2", "many"))
+def test_a_world_that_torchrun_did_not_make_is_one_line(size, tmp_path):
+    env = {**os.environ, "WORLD_SIZE": size}
     done = script("train_cifar.py", *SMALL, "--fname", tmp_path / "run", env=env)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "WORLD_SIZE is 2" in done.stderr, done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"WORLD_SIZE is {size}" in done.stderr, done.stderr
 
 
 def test_one_process_asks_no_device_which_value_is_the_largest():

@@ -2,6 +2,8 @@
 import argparse
 import math
 import os
+import platform
+import resource
 from functools import partial
 
 import pytest
@@ -20,7 +22,7 @@ from distributed import World
 from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, train_epoch
 from precision import Precision, prepare_momentum
 from run import choose_device, first_batches
-from utils import cyclic_lr, onedrop_lr, seed_everything
+from utils import cyclic_lr, keep_freed_memory, onedrop_lr, seed_everything
 
 FLOAT32 = Precision(False, "bfloat16", "native", torch.device("cpu"))
 EPSILON = 8 / 255
@@ -52,6 +54,21 @@ def test_random_numbers_are_a_function_of_their_key(keys):
         return torch.randint(2**62, (1,)).item()
     drawn = [draw(key) for key in keys]
     assert drawn == [draw(key) for key in keys] and len(set(drawn)) == len(keys)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_freed_memory_is_used_again_without_new_pages():
+    def new_pages() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(5):
+            torch.ones(10_000_000)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    keep_freed_memory(False)
+    usual = new_pages()
+    keep_freed_memory()
+    new_pages()
+    assert new_pages() < usual / 10
 
 
 def test_a_part_of_the_batches_is_batches_0_to_the_floor():

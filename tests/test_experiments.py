@@ -1,5 +1,8 @@
 """The tables: their definitions, the runner as a user runs it, and what the report says of results known beforehand."""
+import argparse
 import json
+import os
+import re
 import shutil
 import signal
 import statistics
@@ -15,11 +18,12 @@ from folder import RunFolder
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import report
+import reproduce
 from definitions import SCALES, TABLES, Experiment, experiments
 from results import read_result, write_result
 
 
-def reproduce(tmp_path, *flags: str) -> subprocess.CompletedProcess:
+def run_tables(tmp_path, *flags: str) -> subprocess.CompletedProcess:
     return script("experiments/reproduce.py", *flags, *places(tmp_path))
 
 
@@ -53,8 +57,8 @@ def test_every_command_of_every_table_is_one_that_its_script_takes(scale):
 
 def test_a_later_flag_overrides_an_earlier_one():
     run = Experiment("paper", "cifar10", "--attack=fgsm --no-amp --lr-max=0.05", 3)
-    assert run.command == ["train_cifar.py", "--epochs=30", "--lr-schedule=cyclic", "--lr-max=0.05", "--no-amp",
-                           "--attack=fgsm", "--seed=3"]
+    assert run.command == ["train_cifar.py", "--epochs=30", "--lr-schedule=cyclic", "--lr-max=0.05", "--attack=fgsm",
+                           "--seed=3"]
     assert run.name == "cifar10_fgsm_no-amp_lr-max=0.05_seed=3"
 
 
@@ -68,7 +72,7 @@ def test_the_runs_of_the_first_table_come_first_and_one_seed_of_all_before_the_n
 @pytest.mark.slow
 def test_the_runner_makes_what_is_missing_and_makes_it_again_with_the_same_bits(tmp_path):
     flags = ["quantile", "--only=zero-qval=0_", "--seeds=2", "--jobs=2"]
-    done = reproduce(tmp_path, *flags)
+    done = run_tables(tmp_path, *flags)
     assert done.returncode == 0, done.stderr
     first = results_of(tmp_path)
     assert len(first) == 2
@@ -76,11 +80,11 @@ def test_the_runner_makes_what_is_missing_and_makes_it_again_with_the_same_bits(
     assert record["command"].startswith("python train_cifar.py --epochs=2 ") and "--seed=1" in record["command"]
     assert [epoch["epoch"] for epoch in record["epochs"]] == [0, 1] and record["final"]["images"] == 64
     assert str(tmp_path) not in json.dumps(record)
-    assert "2 of 2 runs are there" in reproduce(tmp_path, *flags).stdout
+    assert "2 of 2 runs are there" in run_tables(tmp_path, *flags).stdout
     for path in (tmp_path / "results/smoke").iterdir():
         path.unlink()
     shutil.rmtree(tmp_path / "runs/smoke/cifar10_zerograd_zero-qval=0_seed=0")  # one run anew, one result from its run
-    assert reproduce(tmp_path, *flags).returncode == 0
+    assert run_tables(tmp_path, *flags).returncode == 0
     assert results_of(tmp_path) == first
     made = script("experiments/report.py", "--scale=smoke", "--results", tmp_path / "results", "--out",
                   tmp_path / "report")
@@ -103,7 +107,7 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
     flags = ["quantile", "--only=zero-qval=0.", "--jobs=5"]
     other = RunFolder(folders[1])
     other.make()
-    done = reproduce(tmp_path, *flags)
+    done = run_tables(tmp_path, *flags)
     other.release()
     assert done.returncode == 1
     assert f"failed: {names[0]}" in done.stderr and "state.pth is cut short" in done.stdout
@@ -113,20 +117,37 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
     assert read_result(tmp_path / "results", Experiment("smoke", "cifar10", "--attack=zerograd --zero-qval=0.9", 0))
 
     (folders[0] / "state.pth").unlink()
-    started = subprocess.Popen([sys.executable, ROOT / "experiments/reproduce.py", "quantile", "--only=zero-qval=0.",
-                                *places(tmp_path)], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(folders[0] / "args.json")
-    started.send_signal(signal.SIGINT)
-    output, error = started.communicate(timeout=120)
-    assert started.returncode == 130, error
-    assert "stopped by SIGINT: 0 runs made, 2 left" in output and "Traceback" not in error
+    (folders[0] / "console.log").unlink()
+    for sign in ("console.log", "args.json"):  # before and after a run looks out for signals
+        started = subprocess.Popen([sys.executable, ROOT / "experiments/reproduce.py", "quantile",
+                                    "--only=zero-qval=0.", *places(tmp_path)], text=True, stdout=subprocess.PIPE,
+                                   stderr=subprocess.PIPE)
+        wait_for(folders[0] / sign)
+        started.send_signal(signal.SIGINT)
+        output, error = started.communicate(timeout=120)
+        assert started.returncode == 130, error
+        assert "stopped by SIGINT: 0 runs made, 2 left" in output and "failed:" not in error + output
+        assert "Traceback" not in error
     other = RunFolder(folders[0])
     other.make()  # no run goes on behind the runner's back
     other.release()
     assert "stopped by SIGTERM" in (folders[0] / "console.log").read_text()
-    done = reproduce(tmp_path, *flags)
+    done = run_tables(tmp_path, *flags)
     assert done.returncode == 0 and len(results_of(tmp_path)) == 5
     assert "# resumed" in (folders[0] / "output.log").read_text()
+
+
+def test_a_run_that_another_runner_was_quicker_to_start_is_no_failure(tmp_path):
+    runs = experiments(["cifar10"], "smoke", (0,))[:2]
+    runner = reproduce.Runner(runs, argparse.Namespace(runs=tmp_path, results=tmp_path, budget=1.0, jobs=1))
+    quicker = RunFolder(runner.folder(runs[0]))
+    quicker.make()
+    for run in runs:
+        runner.folder(run).mkdir(parents=True, exist_ok=True)
+        (runner.folder(run) / "console.log").write_text("error: --fname is in use\n")
+        runner.finish(reproduce.Job(run, 0, argparse.Namespace(returncode=2)))
+    quicker.release()
+    assert runner.elsewhere == runs[:1] and runner.failed == runs[1:]
 
 
 def wait_for(path) -> None:
@@ -137,8 +158,38 @@ def wait_for(path) -> None:
 
 
 def test_a_spent_budget_stops_the_runner(tmp_path):
-    done = reproduce(tmp_path, "cifar10", "--budget=0")
+    done = run_tables(tmp_path, "cifar10", "--budget=0")
     assert done.returncode == 0 and "the budget is spent: 0 runs made" in done.stdout and not results_of(tmp_path)
+
+
+def stub(folder, name: str, status: int) -> None:
+    """A command that writes its arguments to `calls` beside it."""
+    path = folder / name
+    path.write_text(f'#!/bin/sh\necho {name} "$@" >>{folder}/calls\nexit {status}\n')
+    path.chmod(0o755)
+
+
+def test_the_plain_sweep_makes_every_quantile_and_passes_flags_on(tmp_path):
+    stub(tmp_path, "python", 0)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    subprocess.run([ROOT / "experiments/sweep_qval.sh", "--data-dir", "a b"], env=environment, check=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [re.search("--zero-qval=(\\S+)", call)[1] for call in calls] == ["0", "0.2", "0.35", "0.5", "0.7", "0.9"]
+    assert all("--resume=auto" in call and call.endswith("--data-dir a b") for call in calls)
+    assert len({re.search("--fname=(\\S+)", call)[1] for call in calls}) == 6
+
+
+@pytest.mark.parametrize("status", (0, 1, 143))
+def test_only_the_array_task_that_was_stopped_is_put_into_the_queue_again(tmp_path, status):
+    stub(tmp_path, "srun", status)
+    stub(tmp_path, "scontrol", 0)
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "36", "SLURM_ARRAY_JOB_ID": "36",
+             "SLURM_ARRAY_TASK_ID": "5", "SLURM_CPUS_PER_TASK": "4"}
+    done = subprocess.run(["bash", ROOT / "experiments/sweep_qval.slurm", "--data-dir=d"],
+                          env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    first, *others = (tmp_path / "calls").read_text().splitlines()
+    assert done.returncode == status and "--zero-qval=0.9 " in first and first.endswith("--data-dir=d")
+    assert others == (["scontrol requeue 36_5"] if status == 143 else [])
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -181,6 +232,9 @@ def test_the_report_gives_means_deviations_and_empty_cells(tmp_path):
     for name in ("cifar10", "quantile"):
         assert (tmp_path / f"out/smoke_{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not (tmp_path / "out/smoke_epsilon.png").exists()  # one epsilon makes no curve
+    for figure in (report.figure_of_epochs("cifar10", results), report.figure_of_quantiles("quantile", results)):
+        for axes in figure.axes:
+            assert max(max(line.get_ydata()) for line in axes.lines) <= axes.get_ylim()[1] and axes.get_ylim()[0] == 0
 
 
 def test_the_committed_reports_are_those_of_the_committed_results(tmp_path):

@@ -6,6 +6,7 @@ from torch import nn
 
 import preactresnet
 from preactresnet import PreActResNet18
+from run import memory_format
 from wideresnet import WideResNet
 
 
@@ -66,3 +67,13 @@ def test_a_blocks_shortcut_convolution_reads_the_activated_input_and_an_identity
     block = preactresnet.PreActBlock(4, 4, 1).eval()
     nn.init.zeros_(block.conv2.weight)
     assert torch.equal(block(x), x)
+
+
+def test_channels_last_is_left_where_onednn_fails_in_it():
+    cpu, last = torch.device("cpu"), torch.channels_last
+    with torch.device("meta"):
+        networks = {PreActResNet18(base_width=8): torch.contiguous_format, PreActResNet18(base_width=16): last,
+                    preactresnet.PreActResNet50(base_width=8): last, WideResNet(10, 1): last}
+    for network, layout in networks.items():
+        assert memory_format(network, cpu) is layout
+        assert memory_format(network, torch.device("cuda")) is last

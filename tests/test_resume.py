@@ -153,11 +153,48 @@ def test_auto_falls_back_to_the_newest_complete_pair(tmp_path, call, small_dummy
         (part / damaged).write_bytes((part / damaged).read_bytes()[:-1000])
     (part / "model_1.pth").unlink()
     status, output, _ = call("train_cifar.py", *THREE, "--fname", part, "--resume=auto")
-    assert status == 0 and "resumed at epoch 1, step 0" in output and "model_0.pth" in output
+    assert status == 0 and "resumed at epoch 1, step 0" in output
+    assert "model_0.pth and opt_0.pth, as state.pth is damaged" in output
     assert_same_run(part, tmp_path / "whole")
+    aside = {path.name for path in (part / "earlier_1").iterdir()}
+    assert aside >= {"state.pth", "model_2.pth", "opt_1.pth", "opt_2.pth", "final.json", "output.log"}
     for path in part.glob("*.pth"):
         path.write_bytes(b"not a checkpoint")
     one_line(call("train_cifar.py", *THREE, "--fname", part, "--resume=auto"), "state.pth")
+
+
+def test_a_closing_attack_is_that_of_its_epoch(tmp_path, call, small_dummy):
+    """A run cut back to an earlier epoch is not complete because the longer one was."""
+    folder, flags = tmp_path / "run", [*THREE, "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags)[0] == 0
+    status, output, _ = call("train_cifar.py", *flags, "--resume=2", "--epochs=2", "--allow-changes")
+    assert status == 0 and "PGD2" in output and "complete" not in output
+    assert json.loads((folder / "final.json").read_text())["epoch"] == 1
+    assert json.loads((folder / "earlier_1" / "final.json").read_text())["epoch"] == 2
+
+
+def test_an_evaluation_asks_for_the_network_alone(tmp_path, call, small_dummy, monkeypatch):
+    """Not for the optimizer's file, nor for the flags that say which images a step is on."""
+    whole, lone = tmp_path / "whole", tmp_path / "lone"
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=5)  # in the second epoch
+        assert call("train_cifar.py", *THREE, "--fname", whole)[0] == 143
+    evaluate = ["--eval", "--resume=auto", "--fname", whole]
+    for more in ((), ("--batch-size=16",), ("--train-samples=40", "--seed=1")):
+        assert call("train_cifar.py", *THREE, *evaluate, *more)[0] == 0
+        assert json.loads((whole / "eval.json").read_text())["epoch"] == 1
+    lone.mkdir()
+    shutil.copy(whole / "model_0.pth", lone)
+    assert call("train_cifar.py", *THREE, "--eval", "--resume=1", "--fname", lone)[0] == 0
+    assert json.loads((lone / "eval.json").read_text())["epoch"] == 0
+    one_line(call("train_cifar.py", *THREE, "--resume=1", "--fname", lone), "opt_0.pth")
+
+
+def test_a_checkpoint_is_compared_before_data_are_looked_for(tmp_path, call, small_dummy):
+    assert call("train_cifar.py", *THREE, "--fname", tmp_path / "run")[0] == 0
+    flags = [flag for flag in THREE if flag != "--dummy"]
+    one_line(call("train_cifar.py", *flags, "--base-width=5", "--resume=auto", "--data-dir", tmp_path / "none",
+                  "--fname", tmp_path / "run"), "architecture")
 
 
 def test_resume_n_keeps_what_later_epochs_left(tmp_path, call, small_dummy):

@@ -100,6 +100,7 @@ def test_dummy_images_are_learnt(tmp_path, call):
     ("--zero-qval=1.5", "--zero-qval"), ("--zero-qval=-0.1", "--zero-qval"), ("--zero-qval=nan", "--zero-qval"),
     ("--zero-qval=much", "--zero-qval"), ("--multi-samps=0", "--multi-samps"), ("--multi-samps=1.5", "--multi-samps"),
     ("--multi-th=4", "--multi-th"), ("--multi-th=0", "--multi-th"), ("--multi-samps=5 --multi-th=6", "--multi-th"),
+    ("--attack=zerograd --multi-th=5", "--multi-th"),
     ("--multi-th=-2", "--multi-th"), ("--epsilon=-1", "--epsilon"), ("--epsilon=inf", "--epsilon"),
     ("--fgsm-alpha=-1", "--fgsm-alpha"), ("--pgd-alpha=-0.5", "--pgd-alpha"), ("--epochs=0", "--epochs"),
     ("--batch-size=0", "--batch-size"), ("--batch-size=-5", "--batch-size"), ("--model=ResNet", "--model"),
@@ -177,8 +178,8 @@ def test_data_that_cannot_be_downloaded_is_one_line(tmp_path, call, monkeypatch)
 
     for module in (downloads, cifar):
         monkeypatch.setattr(module, "download_and_extract_archive", offline)
-    one_line(call("train_cifar.py", "--data-dir", tmp_path / "none", "--fname", tmp_path / "run"), "--data-dir")
-    assert not (tmp_path / "none").exists()
+    one_line(call("train_cifar.py", "--data-dir", tmp_path / "no/ne", "--fname", tmp_path / "run"), "--data-dir")
+    assert not list(tmp_path.iterdir())
 
 
 def test_apex_is_used_as_its_o1_where_it_still_is(monkeypatch):
@@ -267,6 +268,13 @@ def test_eval_writes_its_own_log_and_changes_nothing_else(tmp_path, call, small_
                 assert path.read_bytes() == before[path.name]
 
 
+def test_a_processor_without_fast_bfloat16_is_told_of(tmp_path, call, small_dummy, monkeypatch):
+    flags = [*SMALL, "--epochs=1", "--fname", tmp_path / "run"]
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    assert "AVX-512" in call("train_cifar.py", *flags, "--amp")[1]
+    assert "AVX-512" not in call("train_cifar.py", *flags)[1]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
 def test_compiled_training_is_near_to_eager(tmp_path, call, small_dummy):
@@ -279,3 +287,12 @@ def test_compiled_training_is_near_to_eager(tmp_path, call, small_dummy):
     for key in ("train_robust_loss", "test_loss", "test_robust_loss", "defence_mean"):
         assert compiled[key] == pytest.approx(eager[key], rel=0.02), key
     assert json.loads((tmp_path / "--compile" / "final.json").read_text())["images"] == 16
+
+
+@pytest.mark.slow
+def test_without_a_compiler_compile_ends_in_one_line(tmp_path):
+    env = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = script("train_cifar.py", *SMALL, "--compile", "--base-width=16", "--fname", tmp_path / "run", env=env)
+    assert done.returncode == 1
+    assert done.stderr.startswith("train_cifar.py: error: --compile: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.endswith("; use --no-compile\n")
