@@ -118,6 +118,8 @@ TABLES = {
         *(row for name in ("FGSM", "FGSM-RS", "ZeroGrad, q = 0.7", "MultiGrad")
           for row in _precisions(name, METHODS[name])),
         *_precisions("ZeroGrad, q = 0.35, from zero", FROM_ZERO),
+        *(row for name in ("FGSM-RS", "ZeroGrad, q = 0.35")
+          for row in _precisions(f"{name}, epsilon 16", METHODS[name] + _epsilon(16))),
         *_precisions("FGSM, on CIFAR-100", METHODS["FGSM"], "cifar100"))),
     "svhn": Table("SVHN, epsilon 8/255", ("trained on",), _methods("svhn", SVHN_METHODS)),
     "collapse": Table("CIFAR-10: what decides whether ZeroGrad with q = 0.35 holds", ("changed",), (
