@@ -73,10 +73,14 @@ def hardware(device: torch.device) -> str:
     """The name of the GPU; or that of the processor and the instruction set that PyTorch uses, which decides bits."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
+    about = {}
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
+        about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = about.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in about:  # a virtual machine may hide which of the maker's processors it is
+        name += f" (family {about['cpu family']}, model {about['model']})"
+    amx = ", AMX" if "amx_tile" in about.get("flags", "").split() else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{amx}"
 
 
 def keep_freed_memory(keep: bool = True) -> None:

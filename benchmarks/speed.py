@@ -70,10 +70,10 @@ def turn(work, device, ours: bool) -> float:
     return seconds(work, device)
 
 
-def side_by_side(ours, theirs, device, rounds: int) -> tuple[float, float, float]:
-    """Median seconds of each, and the median ratio theirs / ours over the rounds, after one that is not counted."""
-    pairs = [(turn(ours, device, True), turn(theirs, device, False)) for _ in range(rounds + 1)][1:]
-    return (*(statistics.median(side) for side in zip(*pairs)), statistics.median(b / a for a, b in pairs))
+def side_by_side(ours, theirs, device, dtype: torch.dtype, rounds: int) -> list[dict[str, float]]:
+    """In turns, after a round that is not counted: seconds of each way, and a matrix product's operations a second."""
+    return [{"ours": turn(ours, device, True), "published": turn(theirs, device, False),
+             "matrix_product": peak_flops(dtype, device)} for _ in range(rounds + 1)][1:]
 
 
 def peak_flops(dtype: torch.dtype, device) -> float:
@@ -81,7 +81,7 @@ def peak_flops(dtype: torch.dtype, device) -> float:
     n = 8192 if device.type == "cuda" else 3072
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     a @ b
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(8))
+    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(4))
 
 
 def peak_memory(device) -> int:
@@ -125,14 +125,13 @@ def main() -> None:
         ours.compile(mode=args.compile_mode)
     our_optimizer = torch.optim.SGD(ours.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
     their_optimizer = torch.optim.SGD(theirs.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-    peak = peak_flops(precision.dtype, device)
     result = {**describe_machine(device, World()), "dtype": str(precision.dtype),
               "compile": args.compile and args.compile_mode, "base_width": args.base_width, "batch_size": b,
-              "rounds": args.rounds, "peak_tflops": peak / 1e12, "step": {}}
+              "steps_a_round": steps, "step": {}}
     print(f"{result['device']}, {result['threads']} threads, torch {torch.__version__}, {precision.dtype}, "
-          f"width {args.base_width}, batch {b}; matrix product {peak / 1e12:.3g} TFLOP/s\n")
-    print(f"{'step with data':20s} {'images/s':>9s} {'published':>9s} {'ratio':>6s} {'GFLOP/image':>11s} "
-          f"{'of peak':>8s} {'50,000 images, s':>17s}")
+          f"width {args.base_width}, batch {b}; medians of {args.rounds} rounds of {steps} steps\n")
+    print(f"{'step with data':20s} {'images/s':>9s} {'published':>9s} {'ratio':>6s} {'lowest':>7s} {'highest':>7s} "
+          f"{'GFLOP/image':>11s} {'of peak':>8s} {'50,000 images, s':>17s}")
     for attack in args.attacks:
         mine, published_attack = ATTACKS[attack]
         trainer = Trainer(ours, ours, our_optimizer, mine, lambda t: 0.01, images, augmentation, b, 0, precision,
@@ -149,12 +148,16 @@ def main() -> None:
         with FlopCounterMode(display=False) as counter:
             our_steps()
         work = counter.get_total_flops() / (b * steps)
-        mine_s, theirs_s, ratio = side_by_side(our_steps, their_steps, device, args.rounds)
-        speed = b * steps / mine_s
-        result["step"][attack] = {"images_per_second": speed, "published": b * steps / theirs_s, "ratio": ratio,
-                                  "gflop_per_image": work / 1e9, "share_of_peak": speed * work / peak}
-        print(f"{attack:20s} {speed:9.1f} {b * steps / theirs_s:9.1f} {ratio:6.2f} {work / 1e9:11.2f} "
-              f"{speed * work / peak:8.1%} {50_000 / speed:17.1f}", flush=True)
+        rounds = side_by_side(our_steps, their_steps, device, precision.dtype, args.rounds)
+        mine_s, theirs_s = (statistics.median(r[side] for r in rounds) for side in ("ours", "published"))
+        ratios = [r["published"] / r["ours"] for r in rounds]
+        share = statistics.median(work * b * steps / r["ours"] / r["matrix_product"] for r in rounds)
+        speed, published_speed = b * steps / mine_s, b * steps / theirs_s
+        result["step"][attack] = {"images_per_second": speed, "published": published_speed,
+                                  "ratio": statistics.median(ratios), "gflop_per_image": work / 1e9,
+                                  "share_of_peak": share, "rounds": rounds}
+        print(f"{attack:20s} {speed:9.1f} {published_speed:9.1f} {statistics.median(ratios):6.2f} {min(ratios):7.2f} "
+              f"{max(ratios):7.2f} {work / 1e9:11.2f} {share:8.1%} {50_000 / speed:17.1f}", flush=True)
         if attack == "zerograd":
             step_s = mine_s / steps
 
@@ -177,7 +180,8 @@ def main() -> None:
 def evaluation(args, ours, theirs, device, precision, result) -> None:
     """PGD-10 and the closing attack on an untrained network, at an epsilon at which about half of its images break.
 
-    Three ways: ours, whose batches are refilled as images break; ours without that; and the published one.
+    Three ways: ours, which drops images as they break and fills their places; ours on whole batches, judged at the end
+    of a restart; and the published one.
     """
     ours.load_state_dict(theirs.eval().state_dict())
     ours.eval()
@@ -191,13 +195,13 @@ def evaluation(args, ours, theirs, device, precision, result) -> None:
         epsilon = math.sqrt(low * high)
         robust = closing_attack(ours, images[:128], epsilon, epsilon / 4, 10, 3, args.batch_size, 0, precision)
         low, high = (epsilon, high) if robust["robust_acc"] > 0.5 else (low, epsilon)
-    print(f"\n{'evaluation':20s} {'seconds':>9s} {'not shrinking':>13s} {'published':>9s} {'ratio':>6s}  broken images")
+    print(f"\n{'evaluation':20s} {'seconds':>9s} {'whole batches':>13s} {'published':>9s} {'ratio':>6s}  broken images")
     for iters, restarts in dict.fromkeys(((10, 1), (args.eval_iters, args.eval_restarts))):
         attack = dict(epsilon=epsilon, alpha=epsilon / 4, steps=iters, restarts=restarts)
         ways = {
-            "shrinking": lambda attack=attack: closing_attack(
+            "ours": lambda attack=attack: closing_attack(
                 ours, images, **attack, batch_size=args.batch_size, seed=0, precision=precision)["robust_acc"],
-            "not shrinking": lambda attack=attack: unshrunk(ours, images, attack, args.batch_size, precision),
+            "whole batches": lambda attack=attack: whole_batches(ours, images, attack, args.batch_size, precision),
             "published": lambda attack=attack: published.evaluate(
                 theirs, x.contiguous(), images.labels, **attack, batch_size=args.batch_size)}
         robust, taken = {}, {name: [] for name in ways}
@@ -212,15 +216,15 @@ def evaluation(args, ours, theirs, device, precision, result) -> None:
                 elif not taken[name]:
                     timed(name, way)  # choose kernels and compile
                 taken[name].append(seconds(partial(timed, name, way), device))
-        ratio = statistics.median(b / a for a, b in zip(taken["shrinking"], taken["published"]))
+        ratio = statistics.median(b / a for a, b in zip(taken["ours"], taken["published"]))
         medians = {name: statistics.median(values) for name, values in taken.items()}
         name = f"pgd-{iters}-{restarts}"
         result[name] = {"seconds": medians, "ratio": ratio, "images": args.eval_images, "robust": robust}
-        print(f"{name:20s} {medians['shrinking']:9.1f} {medians['not shrinking']:13.1f} {medians['published']:9.1f} "
-              f"{ratio:6.2f}  {1 - robust['shrinking']:.0%} of {args.eval_images}", flush=True)
+        print(f"{name:20s} {medians['ours']:9.1f} {medians['whole batches']:13.1f} {medians['published']:9.1f} "
+              f"{ratio:6.2f}  {1 - robust['ours']:.0%} of {args.eval_images}", flush=True)
 
 
-def unshrunk(model, images: Images, attack: dict, batch_size: int, precision) -> float:
+def whole_batches(model, images: Images, attack: dict, batch_size: int, precision) -> float:
     """Robust accuracy by our attack on whole batches, the broken images among them."""
     right = 0
     for first in range(0, len(images), batch_size):

@@ -23,9 +23,10 @@ sys.path.insert(0, str(ROOT))
 from options import Parser
 from utils import whole_file
 
-COLOURS = {"FGSM": "#d62728", "FGSM-RS": "#ff7f0e", "ZeroGrad, q = 0.35": "#9467bd", "ZeroGrad, q = 0.45": "#9467bd",
-           "ZeroGrad, q = 0.7": "#1f77b4", "MultiGrad": "#2ca02c", "MultiGrad, parallel": "#17becf",
-           "PGD-10": "#444444"}
+COLOURS = {"FGSM from zero": "#d62728", "FGSM-RS": "#ff7f0e", "ZeroGrad, q = 0.35": "#9467bd",
+           "ZeroGrad, q = 0.45": "#9467bd", "ZeroGrad, q = 0.7": "#1f77b4", "MultiGrad": "#2ca02c",
+           "MultiGrad, parallel": "#17becf", "PGD-10": "#444444",
+           "0": "#8c564b", "0.2": "#e377c2", "0.35": "#9467bd", "0.5": "#bcbd22", "0.7": "#1f77b4", "0.9": "#17becf"}
 plt.rcParams.update({"figure.dpi": 110, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
                      "axes.spines.right": False, "legend.frameon": False})
 
@@ -35,9 +36,9 @@ NOTES = """
 * PGD-10 after an epoch is judged at its end; the closing attack, whose second number counts its restarts, after every
   step. In the curves, the last epoch is on all test images, the others are on a part; the best of these, in a column of
   its own, is chosen on the test images that it is reported on.
-* Seconds are the median over a run's epochs, beside as many other runs as were made at once and whatever else the
-  machine did; they tell orders of magnitude, benchmarks/speed.py tells ratios. A table whose runs were made on several
-  kinds of machine has none.
+* Seconds are the median over a run's epochs, beside whatever else the machine did (`--jobs` is of one command: there
+  may have been others); they tell orders of magnitude, benchmarks/speed.py tells ratios. A table whose runs were made
+  on several kinds of machine has none.
 """
 ELSEWHERE = """\
 * What was published elsewhere is from RobustBench's model cards, of other recipes: clean / robust as its authors report
@@ -71,12 +72,8 @@ def last(key: str) -> Callable[[Result], float]:
 
 
 def best(record: Result) -> float:
-    """The highest accuracy of an epoch, among those that were evaluated on as many images as the first.
-
-    The last is none of them, where it alone is on all images.
-    """
-    images = record["epochs"][0]["test_images"]
-    return 100 * max(epoch[PGD] for epoch in record["epochs"] if epoch["test_images"] == images)
+    """The highest accuracy of an epoch before the last, which may be on more images."""
+    return 100 * max(epoch[PGD] for epoch in record["epochs"][:-1])
 
 
 def closing(record: Result) -> float:
@@ -139,7 +136,7 @@ def table_text(table: Table, results: Results) -> str:
 
 def run_list(results: Results) -> str:
     """Every run that the numbers come from: its command, and the commits and machines it was made with."""
-    lines = ["| command | commit | machine | at once | PyTorch |\n| --- | --- | --- | --- | --- |\n"]
+    lines = ["| command | commit | machine | `--jobs` | PyTorch |\n| --- | --- | --- | --- | --- |\n"]
     for result in results.by_name.values():
         starts = [{**start, "machine": f"{start['device']}, threads: {start['threads']}"} for start in result["starts"]]
         commit, machine, version = ("; ".join(dict.fromkeys(str(start[key]) for start in starts))
@@ -166,8 +163,9 @@ def lines_over_epochs(axes, rows: list[Row], results: Results, key: str, prefix:
 def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable[[Result], float], **style) -> None:
     """A line through the means over the seeds, with the standard deviation as bars."""
     values = [[value(record) for record in by_seed.values()] for by_seed in found]
-    axes.errorbar(x, [statistics.mean(v) for v in values], [statistics.stdev(v) if len(v) > 1 else 0 for v in values],
-                  marker="o", markersize=4, capsize=2, **style)
+    deviations = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
+    axes.errorbar(x, [statistics.mean(v) for v in values], deviations if any(deviations) else None, marker="o",
+                  markersize=4, capsize=2, **style)
 
 
 def measured(table: Table, results: Results) -> list[Row]:
@@ -177,13 +175,13 @@ def measured(table: Table, results: Results) -> list[Row]:
 def figure_of_epochs(name: str, results: Results) -> plt.Figure | None:
     """PGD accuracy over epochs, in which a collapse shows, beside the accuracy on what is trained on."""
     rows = sorted(measured(TABLES[name], results), key=size)
-    if not rows:
+    if len(rows) < 2:
         return None
     prefix = f"{TABLES[name].columns[0]} = " if any(map(size, rows)) else ""
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
     lines_over_epochs(left, rows, results, PGD, prefix)
     lines_over_epochs(right, rows, results, TRAINING, prefix)
-    left.set_title("test images under PGD")
+    left.set_title("test images under PGD (last epoch: all of them)")
     right.set_title("training images under the attack trained on")
     left.set_ylabel("accuracy, %")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
