@@ -127,7 +127,7 @@ def evaluate(model: nn.Module, images: Images, attack: Callable[[nn.Module, Tens
              between: Callable[[], None] = lambda: None) -> dict[str, float]:
     """Loss and accuracy of `model` on `images`, clean and under `restarts` runs of `attack` (one restart each).
 
-    An image counts as robust if it is classified rightly at the end of every run; its robust loss is the highest.
+    An image counts as robust if it is classified correctly at the end of every run; its robust loss is the highest.
     Batches are dealt out to the processes, and what is drawn depends on `key` and the batch: any number of processes
     finds the same counts. Accuracy is judged in float32. All processes call `between` equally often.
     """
@@ -198,9 +198,10 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
             entering, queue = queue[:room], queue[room:]
             if len(entering):
                 x_new, y_new = images.batch(entering)
-                x, y = torch.cat([x, x_new]), torch.cat([y, y_new])
-                delta = torch.cat([delta, starts[entering].clamp(-x_new, 1 - x_new)])
-                index, taken = torch.cat([index, entering]), torch.cat([taken, torch.zeros_like(entering)])
+                x, delta = (torch.cat(parts).contiguous(memory_format=images.memory_format) for parts in (
+                    (x, x_new), (delta, starts[entering].clamp(-x_new, 1 - x_new))))
+                y, index, taken = (torch.cat(parts) for parts in (
+                    (y, y_new), (index, entering), (taken, torch.zeros_like(entering))))
             with precision.lowered():
                 grad, logits = input_gradient(model, x, y, delta)
             finished = taken == steps

@@ -287,7 +287,7 @@ def _cell(title: str, value) -> str:
 def _epoch_of(line: str) -> float:
     """The epoch of a log's line; headers and notes stand before every epoch, the closing attack after."""
     first = line.split("\t")[0]
-    if first.isdigit():
+    if first.isdecimal():
         return int(first)
     return -1 if first == TITLES[0] or first.startswith("#") else float("inf")
 

@@ -154,9 +154,12 @@ class Run:
 
         if not world.agree([self.progress.epoch, self.progress.step], device):
             raise UsageError(f"--fname {args.fname} has to be the same folder for all processes")
-        if args.compile or (args.compile is None and device.type == "cuda"):
+        self.compiles = args.compile or (args.compile is None and device.type == "cuda")
+        if self.compiles:
             torch._dynamo.config.recompile_limit = 64  # train, eval, attack and judge, each with its last short batch
-            model.compile(mode=args.compile_mode)
+            # A graph for each size of a batch: one for all would come into use with the first short batch, and a run
+            # that goes on in a new process would take another graph than the unbroken one, and other bits.
+            model.compile(mode=args.compile_mode, dynamic=False)
         if world.size > 1:
             forward = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         self.trainer = Trainer(model, forward, self.optimizer, attacks.from_args(args),
@@ -335,6 +338,9 @@ class Run:
         which = self.final_model
         if which == "best":
             load_model(self.model, read_checkpoint(self.folder.model_file("best")), "model_best.pth")
+        if self.compiles:  # anew: batches of every size are to come, for which one graph is enough
+            torch.compiler.reset()
+            self.model.compile()
         with tqdm(total=self.final_images, desc=f"PGD-{args.final_iters}-{args.final_restarts}", unit="image",
                   disable=None if self.world.first else True, dynamic_ncols=True) as bar:
             def progress(images_done: int) -> None:
@@ -401,9 +407,13 @@ def choose_device(args) -> torch.device:
     if device.type == "cpu":
         keep_freed_memory()
         return device
-    if device.index is not None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if device.index is not None and os.environ.get("WORLD_SIZE", "1") != "1":
         raise UsageError(f"--device {name} is one for all processes: under torchrun, use --device cuda")
-    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    local_rank = os.environ.get("LOCAL_RANK", "0")
+    if not local_rank.isdecimal():
+        raise UsageError(f"LOCAL_RANK is {local_rank}, but torchrun did not start this process: unset it, or use "
+                         f"torchrun")
+    index = int(local_rank) if device.index is None else device.index
     if index >= count:
         raise UsageError(f"--device {name} is not there: cuda:{index} is asked for, and this machine has {count} CUDA "
                          f"devices; use --device cpu")

@@ -29,12 +29,9 @@ def read_result(results: Path, experiment: Experiment) -> Result | None:
 
 def collect(experiment: Experiment, folder: Path, jobs: int) -> Result:
     """What a complete run found, and what its numbers stand with."""
-    starts = []
-    for start in json.loads((folder / "args.json").read_text())["starts"]:
-        machine = {key: start[key] for key in MACHINE}
-        if machine not in starts:
-            starts.append(machine)
-    return {"name": experiment.name, "command": _command(experiment), "jobs": jobs, "starts": starts,
+    starts = json.loads((folder / "args.json").read_text())["starts"]
+    return {"name": experiment.name, "command": _command(experiment), "jobs": jobs,
+            "starts": [{key: start[key] for key in MACHINE} for start in starts],
             "final": json.loads((folder / "final.json").read_text()),
             "epochs": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
 

@@ -289,6 +289,25 @@ def test_compiled_training_is_near_to_eager(tmp_path, call, small_dummy):
     assert json.loads((tmp_path / "--compile" / "final.json").read_text())["images"] == 16
 
 
+def test_compiled_training_has_a_graph_for_each_size_of_a_batch_whatever_came_before(tmp_path, call, small_dummy,
+                                                                                    monkeypatch):
+    """One graph for several sizes rounds otherwise, and a run that goes on would not meet it when the unbroken does."""
+    graphs, compile_module, reset = [], torch.nn.Module.compile, torch.compiler.reset
+
+    def backend(graph, inputs):
+        graphs.append("for all" if any(isinstance(value, torch.SymInt) for value in inputs) else "for one")
+        return graph.forward
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model, mode=None, dynamic=None: compile_module(
+        model, backend=backend, dynamic=dynamic))
+    monkeypatch.setattr(torch.compiler, "reset", lambda: (graphs.append("reset"), reset()))
+    monkeypatch.setitem(options.MODELS, "PreActResNet18", lambda args, num_classes, **_: SmallNet(classes=num_classes))
+    assert call("train_cifar.py", *SMALL, "--compile", "--attack=fgsm", "--fname", tmp_path / "run")[0] == 0
+    training, closing = graphs[:graphs.index("reset")], graphs[graphs.index("reset") + 1:]
+    assert "for all" not in training and len(training) >= 4, graphs  # steps and attacks, on 32 images and on 16
+    assert "for all" in closing and len(closing) <= 6, graphs
+
+
 @pytest.mark.slow
 def test_without_a_compiler_compile_ends_in_one_line(tmp_path):
     env = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
