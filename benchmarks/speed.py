@@ -122,7 +122,7 @@ def main() -> None:
     images = Images(pixels, labels).to(device, memory_format(ours, device))
     ours = ours.to(memory_format=images.memory_format)
     if args.compile:
-        ours.compile(mode=args.compile_mode)
+        ours.compile(mode=args.compile_mode, dynamic=False)
     our_optimizer = torch.optim.SGD(ours.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
     their_optimizer = torch.optim.SGD(theirs.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     result = {**describe_machine(device, World()), "dtype": str(precision.dtype),
@@ -185,6 +185,9 @@ def evaluation(args, ours, theirs, device, precision, result) -> None:
     """
     ours.load_state_dict(theirs.eval().state_dict())
     ours.eval()
+    if args.compile:  # as a run does
+        torch.compiler.reset()
+        ours.compile()
     images = Images(torch.randint(256, (args.eval_images, 32, 32, 3), dtype=torch.uint8),
                     torch.zeros(args.eval_images, dtype=torch.long)).to(device, memory_format(ours, device))
     x, _ = images.batch(slice(None))
