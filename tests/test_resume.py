@@ -18,7 +18,8 @@ from folder import RunFolder
 
 THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-schedule=cyclic", "--lr-max=0.1"]
 ATTACK_FLAGS = ["--attack=fgsm", "--attack=fgsm --fgsm-init=zero", "--attack=zerograd --zero-qval=0.7 --zero-iters=2",
-                "--attack=multigrad", "--attack=multigrad --multi-parallel --multi-th=2", "--attack=pgd --pgd-iters=2"]
+                "--attack=multigrad", "--attack=multigrad --multi-parallel --multi-th=2", "--attack=pgd --pgd-iters=2",
+                "--attack=fgsm --amp --amp-dtype=float16"]
 
 
 def interrupt(monkeypatch, at: int, number=signal.SIGTERM) -> None:
