@@ -242,6 +242,8 @@ def write_report(results: Results, out: Path) -> Path:
             f"{scale.about[0].upper() + scale.about[1:]}: `{scale.flags}`.\n"
             f"{notes}* Written by `python experiments/report.py --scale={results.scale}`.\n"]
     for name, table in TABLES.items():
+        if not table.at(results.scale):
+            continue
         text.append(f"\n## {table.title}\n\n{table_text(table, results)}")
         for image, draw in [(f"{results.scale}_{key}.png", draw) for key, (of, draw) in FIGURES.items() if of == name]:
             (out / image).unlink(missing_ok=True)
