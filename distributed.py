@@ -17,19 +17,23 @@ class World:
     size: int = 1
 
     @classmethod
-    def join(cls, cuda: bool) -> "World":
-        """The world that `torchrun` announces in the environment, joined; else this process alone."""
+    def join(cls, device: torch.device) -> "World":
+        """The world that `torchrun` announces in the environment, joined with `device`; else this process alone."""
         size = os.environ.get("WORLD_SIZE", "1")
         if size == "1":
             return cls()
         try:
-            dist.init_process_group("nccl" if cuda else "gloo")
+            if device.type == "cuda":
+                dist.init_process_group("nccl", device_id=device)  # or NCCL guesses, by rank, which GPU is whose
+            else:
+                dist.init_process_group("gloo")
             return cls(int(os.environ["RANK"]), int(size))
         except ValueError:  # a variable is missing, or no number
             raise UsageError(f"WORLD_SIZE is {size}, but torchrun did not start this process: unset it, or use "
                              f"torchrun") from None
 
     def leave(self) -> None:
+        """End it. All processes have to call it; after an error in one of them, it can wait for ever."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 

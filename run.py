@@ -39,7 +39,7 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
     try:
         options.check(args)
         device = choose_device(args)
-        world = World.join(device.type == "cuda")
+        world = World.join(device)
         folder = RunFolder(args.fname, args.eval, validated=dataset.validate or args.val_size > 0)
         work = Run(dataset, args, options.flag_of(parser), folder, device, world, signals)
         signals.listen()
@@ -48,9 +48,11 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
         else:
             work.train()
         world.wait()  # one that leaves early would break the others' connections
+        world.leave()
     except UsageError as error:
         parser.error(str(error))
     except Stopped:
+        world.leave()
         how = "" if args.eval else "; --resume auto goes on from here"
         parser.exit(128 + signals.received, f"{parser.prog}: stopped by {signals.received.name}{how}\n")
     except KeyboardInterrupt:  # before there was anything to save
@@ -72,7 +74,6 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
     finally:
         if folder:
             folder.release()
-        world.leave()
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -154,12 +155,9 @@ class Run:
 
         if not world.agree([self.progress.epoch, self.progress.step], device):
             raise UsageError(f"--fname {args.fname} has to be the same folder for all processes")
-        self.compiles = args.compile or (args.compile is None and device.type == "cuda")
+        self.compiles = to_compile(args, device)
         if self.compiles:
-            torch._dynamo.config.recompile_limit = 64  # train, eval, attack and judge, each with its last short batch
-            # A graph for each size of a batch: one for all would come into use with the first short batch, and a run
-            # that goes on in a new process would take another graph than the unbroken one, and other bits.
-            model.compile(mode=args.compile_mode, dynamic=False)
+            compile_network(model, args.compile_mode)
         if world.size > 1:
             forward = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
         self.trainer = Trainer(model, forward, self.optimizer, attacks.from_args(args),
@@ -341,6 +339,7 @@ class Run:
         if self.compiles:  # anew: batches of every size are to come, for which one graph is enough
             torch.compiler.reset()
             self.model.compile()
+        torch.backends.cudnn.benchmark = False  # likewise: each size would be timed anew
         with tqdm(total=self.final_images, desc=f"PGD-{args.final_iters}-{args.final_restarts}", unit="image",
                   disable=None if self.world.first else True, dynamic_ncols=True) as bar:
             def progress(images_done: int) -> None:
@@ -423,6 +422,26 @@ def choose_device(args) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return torch.device("cuda", index)
+
+
+def to_compile(args, device: torch.device) -> bool:
+    """Whether the network is to be compiled: as the arguments say or else, on CUDA, where it keeps their promises.
+
+    The compiler chooses kernels by timing them, which is not deterministic, and stops at every SyncBatchNorm.
+    """
+    if args.compile is None:
+        return device.type == "cuda" and not args.deterministic and not args.sync_bn
+    return args.compile
+
+
+def compile_network(model: nn.Module, mode: str) -> None:
+    """Have `model` compiled as it is trained: a graph for each size of a batch.
+
+    One for all sizes would come into use with the first short batch, and a run that goes on in a new process would take
+    another graph than the unbroken one, and other bits.
+    """
+    torch._dynamo.config.recompile_limit = 64  # train, eval, attack and judge, each with its last short batch
+    model.compile(mode=mode, dynamic=False)
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:

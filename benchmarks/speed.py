@@ -5,7 +5,8 @@
     python benchmarks/speed.py --rounds 3 --eval-iters 10 --eval-restarts 2 --eval-images 64    # on a CPU
 
 The two sides take turns, so that a machine whose speed drifts slows both; a ratio is the median over the rounds. The
-peak is that of a matrix product of the same precision, measured here; the work of a step is counted, not assumed.
+peak is that of a matrix product of the same precision, measured here; the work of a step is counted, not assumed. The
+published way has PyTorch's defaults: on CUDA, float32 convolutions in TF32, which ours are not.
 """
 import argparse
 import json
@@ -29,7 +30,7 @@ from distributed import World
 from engine import Progress, Trainer, closing_attack, judge, train_epoch
 from preactresnet import PreActResNet18
 from precision import Precision
-from run import describe_machine, memory_format
+from run import compile_network, describe_machine, memory_format
 from utils import keep_freed_memory
 
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
@@ -62,10 +63,18 @@ def seconds(work, device) -> float:
     return time.perf_counter() - began
 
 
-def turn(work, device, ours: bool) -> float:
-    """Seconds of `work()`. On a CPU, with memory handled as in a process of that side alone, once it is warm."""
+def as_alone(ours: bool, device) -> None:
+    """Have what holds for the whole process as in a process of that side alone."""
     if device.type == "cpu":
         keep_freed_memory(ours)
+    else:
+        torch.backends.cudnn.allow_tf32 = not ours
+
+
+def turn(work, device, ours: bool) -> float:
+    """Seconds of `work()`, once what the two sides have each in their own way is warm."""
+    as_alone(ours, device)
+    if device.type == "cpu":
         work()
     return seconds(work, device)
 
@@ -111,6 +120,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     torch.backends.cudnn.benchmark = True
     precision = Precision(args.amp, "bfloat16", "native", device)
     b, steps = args.batch_size, args.steps or (20 if device.type == "cuda" else 1)
@@ -122,7 +133,7 @@ def main() -> None:
     images = Images(pixels, labels).to(device, memory_format(ours, device))
     ours = ours.to(memory_format=images.memory_format)
     if args.compile:
-        ours.compile(mode=args.compile_mode, dynamic=False)
+        compile_network(ours, args.compile_mode)
     our_optimizer = torch.optim.SGD(ours.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
     their_optimizer = torch.optim.SGD(theirs.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
     result = {**describe_machine(device, World()), "dtype": str(precision.dtype),
@@ -145,7 +156,8 @@ def main() -> None:
                 x, y = published.batch(padded, plain_labels, np.arange(step * b, (step + 1) * b), device)
                 published.train_step(theirs, their_optimizer, attack, x, y)
 
-        with FlopCounterMode(display=False) as counter:
+        # The compiler gives up for good on what it first meets inside of a mode.
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             our_steps()
         work = counter.get_total_flops() / (b * steps)
         rounds = side_by_side(our_steps, their_steps, device, precision.dtype, args.rounds)
@@ -188,6 +200,7 @@ def evaluation(args, ours, theirs, device, precision, result) -> None:
     if args.compile:  # as a run does
         torch.compiler.reset()
         ours.compile()
+    torch.backends.cudnn.benchmark = False  # likewise
     images = Images(torch.randint(256, (args.eval_images, 32, 32, 3), dtype=torch.uint8),
                     torch.zeros(args.eval_images, dtype=torch.long)).to(device, memory_format(ours, device))
     x, _ = images.batch(slice(None))
@@ -214,9 +227,8 @@ def evaluation(args, ours, theirs, device, precision, result) -> None:
 
         for _ in range(args.eval_rounds):
             for name, way in ways.items():
-                if device.type == "cpu":
-                    keep_freed_memory(name != "published")
-                elif not taken[name]:
+                as_alone(name != "published", device)
+                if device.type == "cuda" and not taken[name]:
                     timed(name, way)  # choose kernels and compile
                 taken[name].append(seconds(partial(timed, name, way), device))
         ratio = statistics.median(b / a for a, b in zip(taken["ours"], taken["published"]))

@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 end=$((SECONDS + 60 * ${1:?how many minutes?})); shift
 for mode in default reduce-overhead; do
     speed=benchmarks/results/gpu_bfloat16_$mode.json
-    [ -e "$speed" ] || timeout --foreground 240 python benchmarks/speed.py --device cuda --amp --compile --compile-mode "$mode" --json "$speed" ||
+    [ -e "$speed" ] || timeout --foreground 480 python benchmarks/speed.py --device cuda --amp --compile --compile-mode "$mode" --json "$speed" ||
         echo "no figures for $mode" >&2
 done
 status=0

@@ -53,7 +53,7 @@ from engine import Progress, Trainer, closing_attack, evaluate, train_epoch
 from precision import Precision
 from preactresnet import PreActResNet18
 
-world = World.join(cuda=False)
+world = World.join(torch.device("cpu"))
 torch.manual_seed(0)
 
 class Steady(nn.Module):

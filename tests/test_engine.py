@@ -21,7 +21,7 @@ from data import Augmentation, Images
 from distributed import World
 from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, train_epoch
 from precision import Precision, prepare_momentum
-from run import choose_device, first_batches
+from run import choose_device, first_batches, to_compile
 from utils import cyclic_lr, keep_freed_memory, onedrop_lr, seed_everything
 
 FLOAT32 = Precision(False, "bfloat16", "native", torch.device("cpu"))
@@ -335,3 +335,12 @@ def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("device, flags, expected", [
+    ("cuda:0", {}, True), ("cpu", {}, False), ("cpu", {"compile": True}, True), ("cuda:0", {"compile": False}, False),
+    ("cuda:0", {"deterministic": True}, False), ("cuda:0", {"sync_bn": True}, False),
+    ("cuda:0", {"deterministic": True, "compile": True}, True)])
+def test_the_compiler_is_for_cuda_unless_it_breaks_another_flags_promise(device, flags, expected):
+    args = argparse.Namespace(**{"compile": None, "deterministic": False, "sync_bn": False, **flags})
+    assert to_compile(args, torch.device(device)) == expected
