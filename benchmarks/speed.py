@@ -72,7 +72,7 @@ def as_alone(ours: bool, device) -> None:
 
 
 def turn(work, device, ours: bool) -> float:
-    """Seconds of `work()`, once what the two sides have each in their own way is warm."""
+    """Seconds of `work()`, as in a process of that side alone; on a CPU, once its memory is warm."""
     as_alone(ours, device)
     if device.type == "cpu":
         work()
