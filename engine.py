@@ -175,7 +175,7 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
     model.eval()
     world.share_buffers(model)
     device, n = images.labels.device, len(images)
-    mine = torch.arange(world.rank, n, world.size, device=device)
+    mine = torch.arange(n, device=device)[world.rank::world.size]
     clean_loss, robust_loss = torch.zeros(2, n, device=device)
     robust = torch.zeros(n, dtype=torch.bool, device=device)
     for index in mine.split(batch_size):
@@ -235,7 +235,7 @@ def _starts(images: Images, epsilon: float, seed: int, restart: int) -> Tensor:
     return torch.empty(n, height, width, channels).uniform_(-epsilon, epsilon).permute(0, 3, 1, 2)
 
 
-def judge(model: nn.Module, x: Tensor, precision: Precision) -> Tensor:
+def judge(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision) -> Tensor:
     """The logits of a float32 forward pass, such as decides every accuracy."""
     with torch.inference_mode(), precision.full():
         return model(x).float().clone()  # under CUDA graphs, the next pass overwrites the network's own output

@@ -105,7 +105,7 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
     add(group, "--amp-impl", choices=("native", "apex"), default="native", help="whose: torch.amp or apex.amp")
     add(group, "--tf32", action="store_true", help="on CUDA, float32 products in training and in attacks as TF32")
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                       help="torch.compile the network (default: on CUDA without --deterministic or --sync-bn)")
+                       help="torch.compile the network (default: on CUDA without --deterministic, --sync-bn or apex)")
     add(group, "--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
         help="torch.compile's; all but the default use CUDA graphs")
     add(group, "--deterministic", action="store_true", help="on CUDA, too: same seed, same bits; slower")

@@ -67,6 +67,11 @@ class Precision:
         self.scaler.update()
         return finite
 
+    def forget_casts(self) -> None:
+        """For when the weights were replaced: apex keeps casts of the old ones until the next training step."""
+        if self.apex:
+            self.apex._amp_state.handle._clear_cache()
+
     def state_dict(self) -> dict:
         return self.apex.state_dict() if self.apex else self.scaler.state_dict()
 

@@ -28,6 +28,7 @@ from utils import UsageError, hardware, keep_freed_memory, seed_everything
 # In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
 # epoch's last step. (torchrun kills them 30 seconds after SIGTERM.)
 STOP_STEPS, STOP_SECONDS = 20, 5
+EVALUATION_BATCH = 128  # the most images that a process evaluates at once; --batch-size is that of all processes
 ORDER_FLAGS = ("batch_size", "seed", "train_samples", "val_size")  # they decide which images a step is on
 
 
@@ -61,6 +62,9 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
         if is_out_of_memory(error):
             parser.exit(1, f"{parser.prog}: error: out of memory: lower --batch-size (now {args.batch_size})\n")
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):  # there is no C++ compiler, say
+            if signals.received:  # which the compiler's own processes received, too
+                parser.exit(128 + signals.received, f"{parser.prog}: stopped by {signals.received.name} while "
+                                                    f"compiling; --resume auto goes on from the newest state\n")
             reason = str(error).partition("\n")[0]
             parser.exit(1, f"{parser.prog}: error: --compile: {reason}; use --no-compile\n")
         raise
@@ -263,7 +267,7 @@ class Run:
         pgd = partial(attacks.pgd, epsilon=self.epsilon, alpha=self.pgd_alpha, steps=args.test_iters)
 
         def evaluated(images: Images, part: int) -> dict[str, float]:
-            return evaluate(self.model, images, pgd, args.test_restarts, args.batch_size,
+            return evaluate(self.model, images, pgd, args.test_restarts, min(args.batch_size, EVALUATION_BATCH),
                             (args.seed, self.progress.epoch, part), self.precision, self.world, self.obey)
 
         metrics = evaluated(test, 0)
@@ -284,13 +288,15 @@ class Run:
         progress.best = max(progress.best, score)
         progress.next_epoch()
         if self.world.first:
-            self.say(self.folder.add_epoch(metrics))
+            line = self.folder.add_epoch(metrics)
             if metrics["best"]:
                 self.folder.save_model("best", self.model)
             if progress.epoch % args.chkpt_iters == 0 or progress.epoch == args.epochs:
                 self.folder.save_model(progress.epoch - 1, self.model)
                 self.folder.save_optimizer(progress.epoch - 1, self.optimizer, self.precision, progress, args)
         self.save_state()
+        if self.world.first:
+            self.say(line)  # last: standard output may be closed
 
     def save_state(self) -> None:
         """Save all that --resume auto needs to go on from here. All processes have to call it together."""
@@ -305,7 +311,7 @@ class Run:
         """Raise NotFinite if the last step left weights, or answers to test images, that are no finite numbers."""
         training = self.model.training
         x, _ = self.test.batch(slice(self.args.batch_size))
-        answers = judge(self.model.eval(), x, self.precision)
+        answers = judge(self.model.eval().forward, x, self.precision)  # not compiled: who stops does not wait for that
         self.model.train(training)
         sound = torch.stack([values.isfinite().all() for values in (*self.model.state_dict().values(), answers)]).all()
         if self.world.largest(not sound, self.device):
@@ -336,6 +342,7 @@ class Run:
         which = self.final_model
         if which == "best":
             load_model(self.model, read_checkpoint(self.folder.model_file("best")), "model_best.pth")
+            self.precision.forget_casts()
         if self.compiles:  # anew: batches of every size are to come, for which one graph is enough
             torch.compiler.reset()
             self.model.compile()
@@ -348,18 +355,19 @@ class Run:
                     self.obey()
 
             result = closing_attack(self.model, self.test[:self.final_images], self.epsilon, self.pgd_alpha,
-                                    args.final_iters, args.final_restarts, args.batch_size, args.seed, self.precision,
+                                    args.final_iters, args.final_restarts,
+                                    math.ceil(args.batch_size / self.world.size), args.seed, self.precision,
                                     self.world, progress, self.obey)
         seconds = time.perf_counter() - began
         line = "\t".join([f"PGD{args.final_iters}", f"time: {seconds:.1f}",
                           *(f"{key.replace('_', ' ')}: {result[key]:.4f}" for key in
                             ("clean_loss", "clean_acc", "robust_loss", "robust_acc"))])
-        self.say(line)
         if self.world.first:
             self.folder.add_line(line)
             self.folder.write_json(name, {
                 "model": which, "iters": args.final_iters, "restarts": args.final_restarts, "alpha": args.pgd_alpha,
                 "epsilon": args.epsilon, "seconds": seconds, **result, **more})
+        self.say(line)
 
     def evaluate_only(self) -> None:
         """What --eval does: the evaluation of an epoch on the whole test set, then the closing attack."""
@@ -427,10 +435,12 @@ def choose_device(args) -> torch.device:
 def to_compile(args, device: torch.device) -> bool:
     """Whether the network is to be compiled: as the arguments say or else, on CUDA, where it keeps their promises.
 
-    The compiler chooses kernels by timing them, which is not deterministic, and stops at every SyncBatchNorm.
+    The compiler chooses kernels by timing them, which is not deterministic, and stops at every SyncBatchNorm; apex
+    replaces PyTorch's functions by its own, which were never meant to be compiled.
     """
     if args.compile is None:
-        return device.type == "cuda" and not args.deterministic and not args.sync_bn
+        apex = args.amp and args.amp_impl == "apex"
+        return device.type == "cuda" and not args.deterministic and not args.sync_bn and not apex
     return args.compile
 
 

@@ -173,6 +173,13 @@ def test_the_shrinking_batch_finds_what_the_plain_attack_finds(batch_size):
     assert found["robust_loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
 
 
+def test_a_process_that_no_image_is_left_for_finds_nothing(monkeypatch):
+    monkeypatch.setattr(World, "_reduced", lambda self, values, operation: values)
+    monkeypatch.setattr(World, "share_buffers", lambda self, model: None)
+    found = closing_attack(Wavy(), wavy_images()[:2], EPSILON, 2 / 255, 2, 2, 8, 0, FLOAT32, World(rank=4, size=8))
+    assert found == {"clean_loss": 0, "clean_acc": 0, "robust_loss": 0, "robust_acc": 0, "images": 2}
+
+
 def test_the_shrinking_batch_does_less_work():
     images, passed = wavy_images(), []
     model = Wavy()
@@ -340,7 +347,9 @@ def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):
 @pytest.mark.parametrize("device, flags, expected", [
     ("cuda:0", {}, True), ("cpu", {}, False), ("cpu", {"compile": True}, True), ("cuda:0", {"compile": False}, False),
     ("cuda:0", {"deterministic": True}, False), ("cuda:0", {"sync_bn": True}, False),
+    ("cuda:0", {"amp": True}, True), ("cuda:0", {"amp": True, "amp_impl": "apex"}, False),
     ("cuda:0", {"deterministic": True, "compile": True}, True)])
 def test_the_compiler_is_for_cuda_unless_it_breaks_another_flags_promise(device, flags, expected):
-    args = argparse.Namespace(**{"compile": None, "deterministic": False, "sync_bn": False, **flags})
+    args = argparse.Namespace(**{"compile": None, "deterministic": False, "sync_bn": False, "amp": False,
+                                 "amp_impl": "native", **flags})
     assert to_compile(args, torch.device(device)) == expected

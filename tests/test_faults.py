@@ -3,10 +3,12 @@ import hashlib
 import random
 import resource
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
-from conftest import DATASETS, SMALL, assert_same, epochs_of, script
+from conftest import DATASETS, ROOT, SMALL, assert_same, epochs_of, script
 from test_data import write_cifar10, write_svhn
 from test_scripts import one_line
 from torchvision import datasets
@@ -18,6 +20,19 @@ import run
 TINY = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=8", "--train-samples=8", "--epochs=2",
         "--test-iters=1", "--final-iters=1", "--final-restarts=1", "--final-samples=1", "--chkpt-iters=1",
         "--attack=fgsm"]
+
+
+def test_a_closed_standard_output_costs_no_epoch(tmp_path):
+    flags = [*SMALL, "--attack=fgsm", "--fname", str(tmp_path / "run")]
+    process = subprocess.Popen([sys.executable, str(ROOT / "train_cifar.py"), *flags], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().startswith("Epoch")
+    process.stdout.close()
+    error = process.stderr.read()
+    assert process.wait(timeout=60) == 1
+    assert error == "train_cifar.py: error: standard output was closed; --resume auto goes on\n"
+    done = script("train_cifar.py", *flags, "--resume=auto")
+    assert done.returncode == 0 and "# resumed at epoch 1, step 0" in done.stdout
 
 
 def files(folder) -> dict:

@@ -11,6 +11,7 @@ from conftest import DATASETS, ROOT, SMALL, SmallNet, assert_same_run, epochs_of
 from test_data import write_cifar10, write_svhn
 
 import options
+from folder import RunFolder
 from preactresnet import PreActBlock, PreActResNet, PreActResNet18
 
 # Each script's defaults as published.
@@ -192,11 +193,15 @@ def test_apex_is_used_as_its_o1_where_it_still_is(monkeypatch):
     with pytest.raises(UsageError, match="--amp-impl native"):
         Precision(True, "float16", "apex", torch.device("cuda"))
     calls = []
-    amp = types.SimpleNamespace(initialize=lambda model, optimizer, **options: calls.append(options))
+    handle = types.SimpleNamespace(_clear_cache=lambda: calls.append("cleared"))
+    amp = types.SimpleNamespace(initialize=lambda model, optimizer, **options: calls.append(options),
+                                _amp_state=types.SimpleNamespace(handle=handle))
     monkeypatch.setitem(sys.modules, "apex", types.SimpleNamespace(amp=amp))
     model = SmallNet()
-    Precision(True, "float16", "apex", torch.device("cuda")).prepare(model, None)
-    assert calls[0]["opt_level"] == "O1"
+    precision = Precision(True, "float16", "apex", torch.device("cuda"))
+    precision.prepare(model, None)
+    precision.forget_casts()
+    assert calls[0]["opt_level"] == "O1" and calls[1:] == ["cleared"]
     with pytest.raises(UsageError, match="--amp-dtype float16"):
         Precision(True, "bfloat16", "apex", torch.device("cuda"))
 
@@ -308,6 +313,23 @@ def test_compiled_training_has_a_graph_for_each_size_of_a_batch_whatever_came_be
     training, closing = graphs[:graphs.index("reset")], graphs[graphs.index("reset") + 1:]
     assert "for all" not in training and len(training) >= 4, graphs  # steps and attacks, on 32 images and on 16
     assert "for all" in closing and len(closing) <= 6, graphs
+
+
+def test_saving_the_state_waits_for_no_compiler(tmp_path, call, small_dummy, monkeypatch):
+    """It may have to be done within seconds, and the compiler's own processes may have been stopped by the signal."""
+    done, save = [], RunFolder.save_state
+
+    def compile_module(model, mode=None, dynamic=None):
+        def compiled(x):
+            done.append("training" if model.training else "evaluation")
+            return model.forward(x)
+        model._compiled_call_impl = compiled
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_module)
+    monkeypatch.setattr(RunFolder, "save_state", lambda *args: (done.append("saved"), save(*args)))
+    flags = [*SMALL, "--compile", "--base-width=16", "--epochs=1", "--chkpt-steps=1", "--attack=fgsm"]
+    assert call("train_cifar.py", *flags, "--fname", tmp_path / "run")[0] == 0
+    assert done[:6] == ["training", "training", "saved"] * 2 and "evaluation" in done
 
 
 @pytest.mark.slow
