@@ -2,13 +2,15 @@
 
 Same network, batch and attacks as ours. What makes it slow is kept: float32 in PyTorch's default layout, backward
 passes through every parameter in an attack, a further forward pass after FGSM and PGD (which moves BatchNorm once
-more), images augmented one at a time in float64, two reads of a number from the device a step, and an evaluation that
-goes on with images already broken (and judges the perturbation of the highest loss alone).
+more), images augmented one at a time in float64 (by two processes, beside the step), two reads of a number from the
+device a step, and an evaluation that goes on with images already broken (and judges the perturbation of the highest
+loss alone).
 """
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 
 def clamp(delta: Tensor, x: Tensor) -> Tensor:
@@ -87,14 +89,25 @@ def train_step(model, optimizer, attack, x, y):
     return loss.item(), (output.max(1)[1] == y).sum().item()
 
 
-def batch(images: np.ndarray, labels: np.ndarray, index, device) -> tuple[Tensor, Tensor]:
-    """Reflect-padded images (N, 40, 40, 3), cropped and flipped one at a time, in float64 until they are moved."""
-    rows = []
-    for i in index:
+class TrainingSet(Dataset):
+    """Images uint8 (N, 32, 32, 3), padded, as float64; cropped and flipped one at a time."""
+
+    def __init__(self, pixels: np.ndarray, labels: np.ndarray):
+        padded = np.pad(pixels, ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect")
+        self.images, self.labels = padded.transpose(0, 3, 1, 2) / 255.0, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int):
         top, left = np.random.randint(9, size=2)
-        crop = images[i, top:top + 32, left:left + 32].transpose(2, 0, 1) / 255.0
-        rows.append(crop[:, :, ::-1].copy() if np.random.rand() < 0.5 else crop)
-    return torch.from_numpy(np.stack(rows)).to(device).float(), torch.from_numpy(labels[index]).to(device).long()
+        crop = self.images[i, :, top:top + 32, left:left + 32]
+        return crop[:, :, ::-1].copy() if np.random.rand() < 0.5 else crop, self.labels[i]
+
+
+def loader(pixels: np.ndarray, labels: np.ndarray, batch_size: int, device: torch.device) -> DataLoader:
+    return DataLoader(TrainingSet(pixels, labels), batch_size, shuffle=True, num_workers=2,
+                      pin_memory=device.type == "cuda", persistent_workers=True)
 
 
 def evaluate(model, x, y, epsilon, alpha, steps, restarts, batch_size) -> float:

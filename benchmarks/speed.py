@@ -18,7 +18,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import published_style as published
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,7 +30,7 @@ from engine import Progress, Trainer, closing_attack, judge, train_epoch
 from preactresnet import PreActResNet18
 from precision import Precision
 from run import compile_network, describe_machine, memory_format
-from utils import keep_freed_memory
+from utils import keep_freed_memory, whole_file
 
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
 NORMALIZATION = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
@@ -100,6 +99,14 @@ def peak_memory(device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def save(result: dict, path: str | None) -> None:
+    """Write what has been measured so far, where that is asked for."""
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(path) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -127,7 +134,7 @@ def main() -> None:
     b, steps = args.batch_size, args.steps or (20 if device.type == "cuda" else 1)
     augmentation = Augmentation(4, "reflect", True)
     pixels, labels = torch.randint(256, (b * steps, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (b * steps,))
-    padded, plain_labels = np.pad(pixels.numpy(), ((0, 0), (4, 4), (4, 4), (0, 0)), mode="reflect"), labels.numpy()
+    their_loader = published.loader(pixels.numpy(), labels.numpy(), b, device)
 
     ours, theirs = (PreActResNet18(base_width=args.base_width, **NORMALIZATION).to(device).train() for _ in range(2))
     images = Images(pixels, labels).to(device, memory_format(ours, device))
@@ -152,9 +159,8 @@ def main() -> None:
             train_epoch(trainer, Progress())
 
         def their_steps(attack=published_attack):
-            for step in range(steps):
-                x, y = published.batch(padded, plain_labels, np.arange(step * b, (step + 1) * b), device)
-                published.train_step(theirs, their_optimizer, attack, x, y)
+            for x, y in their_loader:
+                published.train_step(theirs, their_optimizer, attack, x.to(device).float(), y.to(device).long())
 
         # The compiler gives up for good on what it first meets inside of a mode.
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
@@ -170,13 +176,14 @@ def main() -> None:
                                   "share_of_peak": share, "rounds": rounds}
         print(f"{attack:20s} {speed:9.1f} {published_speed:9.1f} {statistics.median(ratios):6.2f} {min(ratios):7.2f} "
               f"{max(ratios):7.2f} {work / 1e9:11.2f} {share:8.1%} {50_000 / speed:17.1f}", flush=True)
+        save(result, args.json)
         if attack == "zerograd":
             step_s = mine_s / steps
 
     if "zerograd" in args.attacks:
         index = torch.randperm(len(images))[:b].to(device)
         drawn = {key: value.to(device) for key, value in augmentation.draw(b).items()}
-        data_s = min(seconds(lambda: images.batch(index, augmentation, drawn), device) for _ in range(10))
+        data_s = statistics.median(seconds(lambda: images.batch(index, augmentation, drawn), device) for _ in range(9))
         result["data_share_of_zerograd_step"] = data_s / step_s
         print(f"\ndata and augmentation: {1e3 * data_s:.2f} ms a batch, {data_s / step_s:.2%} of a ZeroGrad step")
 
@@ -184,9 +191,7 @@ def main() -> None:
         evaluation(args, ours, theirs, device, precision, result)
     result["peak_memory_bytes"] = peak_memory(device)
     print(f"\npeak memory, both sides: {result['peak_memory_bytes'] / 2**30:.2f} GiB")
-    if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+    save(result, args.json)
 
 
 def evaluation(args, ours, theirs, device, precision, result) -> None:
@@ -235,6 +240,7 @@ def evaluation(args, ours, theirs, device, precision, result) -> None:
         medians = {name: statistics.median(values) for name, values in taken.items()}
         name = f"pgd-{iters}-{restarts}"
         result[name] = {"seconds": medians, "ratio": ratio, "images": args.eval_images, "robust": robust}
+        save(result, args.json)
         print(f"{name:20s} {medians['ours']:9.1f} {medians['whole batches']:13.1f} {medians['published']:9.1f} "
               f"{ratio:6.2f}  {1 - robust['ours']:.0%} of {args.eval_images}", flush=True)
 
