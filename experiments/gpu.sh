@@ -4,11 +4,12 @@
 # Call it again until all runs are there; what is done is kept, and a run cut off goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-end=$((SECONDS + 60 * ${1:?how many minutes?})); shift
+[[ ${1:-} =~ ^[0-9]+$ ]] || { echo "gpu.sh: MINUTES must be a whole number, not '${1:-}'" >&2; exit 2; }
+time=$((60 * $1)) end=$((SECONDS + 60 * $1)); shift
 for mode in default reduce-overhead; do
     speed=benchmarks/results/gpu_bfloat16_$mode.json
-    [ -e "$speed" ] || timeout --foreground 480 python benchmarks/speed.py --device cuda --amp --compile --compile-mode "$mode" --json "$speed" ||
-        echo "no figures for $mode" >&2
+    [ -e "$speed" ] || timeout --foreground $((time / 6 + 1)) python benchmarks/speed.py --device cuda --amp --compile \
+        --compile-mode "$mode" --json "$speed" || echo "$mode: not all was measured; $speed has what was, if any" >&2
 done
 status=0
 python experiments/reproduce.py --scale=paper --budget="$(((end - SECONDS) > 0 ? (end - SECONDS) / 60 : 0))" "$@" || status=$?

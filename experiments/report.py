@@ -34,8 +34,8 @@ NOTES = """
 * Accuracies are in % on test images; after ±, the sample's standard deviation over the seeds, where there are several.
   The choice of images alone makes a standard error of up to 0.5 with 10,000 of them, and 1.6 with 1,000.
 * PGD-10 after an epoch is judged at its end; the closing attack, whose second number counts its restarts, after every
-  step. In the curves, the last epoch is on all test images, the others are on a part; the best of these, in a column of
-  its own, is chosen on the test images that it is reported on.
+  step. In the curves, the last epoch is on all test images, the others (but for SVHN) are on a part; the best of these,
+  in a column of its own, is chosen on the test images that it is reported on.
 * Seconds are the median over a run's epochs, beside whatever else the machine did (`--jobs` is of one command: there
   may have been others); they tell orders of magnitude, benchmarks/speed.py tells ratios. A table whose runs were made
   on several kinds of machine has none.
@@ -146,15 +146,15 @@ def run_list(results: Results) -> str:
 
 
 def lines_over_epochs(axes, rows: list[Row], results: Results, key: str, prefix: str) -> None:
-    """A line a row, named by its first cell after `prefix`: the mean over the seeds, and each seed thinly behind it."""
+    """A line a row, named by its last cell after `prefix`: the mean over the seeds, and each seed thinly behind it."""
     for i, row in enumerate(rows):
         curves = [[100 * epoch[key] for epoch in record["epochs"]] for record in results.of(row).values()]
         epochs = range(1, len(curves[0]) + 1)
-        colour = COLOURS.get(row.cells[0], f"C{i}")
+        colour = COLOURS.get(row.cells[-1], f"C{i}")
         for curve in curves:
             axes.plot(epochs, curve, color=colour, alpha=0.3, linewidth=0.8)
         axes.plot(epochs, [statistics.mean(values) for values in zip(*curves)], color=colour, marker="o", markersize=3,
-                  label=prefix + row.cells[0])
+                  label=prefix + row.cells[-1])
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(bottom=0)
@@ -225,12 +225,31 @@ def figure_of_epsilons(name: str, results: Results) -> plt.Figure | None:
     return figure
 
 
+def figure_of_epsilons_over_epochs(name: str, results: Results) -> plt.Figure | None:
+    """PGD accuracy over epochs, a panel for each epsilon at which there is something to compare."""
+    rows = sorted(measured(TABLES[name], results), key=size)
+    panels = {epsilon: [row for row in rows if row.cells[0] == epsilon] for epsilon, _ in (row.cells for row in rows)}
+    panels = {epsilon: own for epsilon, own in panels.items() if len(own) > 1}
+    if len(panels) < 2:
+        return None
+    figure, (line,) = plt.subplots(1, len(panels), figsize=(4.75 * len(panels), 3.8), squeeze=False, sharey=True,
+                                   layout="constrained")
+    for axes, (epsilon, own) in zip(line, panels.items()):
+        lines_over_epochs(axes, own, results, PGD, "")
+        axes.set_title(f"epsilon = {epsilon}/255")
+    line[0].set_ylabel("accuracy under PGD, %")
+    handles = {label: handle for axes in line for handle, label in zip(*axes.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=6)
+    figure.suptitle(f"CIFAR-10, test images (last epoch: all of them), scale {results.scale}")
+    return figure
+
+
 # The figures by name: the table that each is of, and how it is drawn.
 FIGURES = {
     "cifar10": ("cifar10", figure_of_epochs), "cifar100": ("cifar100", figure_of_epochs),
     "svhn": ("svhn", figure_of_epochs), "collapse": ("collapse", figure_of_epochs),
     "quantile": ("quantile", figure_of_quantiles), "quantile_epochs": ("quantile", figure_of_epochs),
-    "epsilon": ("epsilon", figure_of_epsilons)}
+    "epsilon": ("epsilon", figure_of_epsilons), "epsilon_epochs": ("epsilon", figure_of_epsilons_over_epochs)}
 
 
 def write_report(results: Results, out: Path) -> Path:

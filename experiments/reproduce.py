@@ -130,7 +130,8 @@ class Runner:
     def finish(self, job: Job) -> None:
         """Write the result of a run that has ended."""
         experiment, status = job.experiment, job.process.returncode
-        if self.stop and status in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT):
+        if self.stop and status in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT,
+                                    -signal.SIGKILL):
             return
         if status:
             if self.is_elsewhere(experiment):  # another runner's run was in the folder a moment before ours
@@ -212,9 +213,14 @@ def main() -> None:
             if vars(args)[name]:
                 setattr(args, name, Path(vars(args)[name]).expanduser().resolve())
         seeds = tuple(range(args.seeds)) if args.seeds else SCALES[args.scale].seeds
-        wanted = [e for e in experiments(tables or list(TABLES), args.scale, seeds) if args.only in e.name]
+        listed = experiments(tables or list(TABLES), args.scale, seeds)
+        if not listed:
+            raise UsageError(f"{' '.join(tables)}: there are no runs at --scale {args.scale}")
+        wanted = [e for e in listed if args.only in e.name]
         if not wanted:
             raise UsageError(f"no run of these tables at --scale {args.scale} has --only {args.only!r} in its name")
+        if args.scale == "paper" and not args.list and not gpus():
+            raise UsageError("--scale paper needs a GPU, and there is none here: take --scale=cpu")
         for name in ("runs", "results"):
             RunFolder(vars(args)[name]).require_writable(f"--{name}")
     except UsageError as error:
