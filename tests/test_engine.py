@@ -70,8 +70,7 @@ def new_pages():
 
 usual = new_pages()
 keep_freed_memory()
-new_pages()
-print(usual, new_pages())
+print(usual, min(new_pages() for _ in range(6)))  # not the first, and small things may be in the way of another
 """
 
 
