@@ -87,7 +87,8 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
     add(group, "--final-restarts", type=number(int, 1), default=10, help="its restarts")
     add(group, "--final-samples", type=number(int, 1), metavar="N", help="only the first N test images in it")
     add(group, "--final-model", choices=("last", "best"), default="last", help="which model the closing attack is on")
-    add(group, "--eval", action="store_true", help="evaluate the resumed model and stop")
+    add(group, "--eval", action="store_true",
+        help="evaluate the resumed model, attack --final-model (last: the resumed one), and stop")
 
     group = p.add_argument_group("files")
     add(group, "--fname", type=os.path.expanduser, help="folder of the logs and checkpoints")

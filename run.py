@@ -23,13 +23,13 @@ from distributed import World
 from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, judge, require_finite, train_epoch
 from folder import RunFolder, load_model, load_training_state, read_checkpoint, require_same_run
 from precision import Precision, prepare_momentum
-from utils import UsageError, hardware, keep_freed_memory, seed_everything
+from utils import UsageError, cuda_devices, hardware, keep_freed_memory, seed_everything
 
 # In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
 # epoch's last step. (torchrun kills them 30 seconds after SIGTERM.)
 STOP_STEPS, STOP_SECONDS = 20, 5
 EVALUATION_BATCH = 128  # the most images that a process evaluates at once; --batch-size is that of all processes
-ORDER_FLAGS = ("batch_size", "seed", "train_samples", "val_size")  # they decide which images a step is on
+ORDER_FLAGS = ("batch_size", "seed", "train_samples", "val_size", "dummy")  # they decide which images a step is on
 
 
 def main(dataset: DataSet, description: str | None = None, argv: list[str] | None = None) -> None:
@@ -259,6 +259,11 @@ class Run:
             self.signals.received = self.signals.received or signal.SIGTERM
             raise Stopped
 
+    @property
+    def evaluation_batch(self) -> int:
+        """Images that a process evaluates at once: it has to have room for them, and a GPU enough to do."""
+        return min(self.args.batch_size, EVALUATION_BATCH)
+
     def measure(self) -> dict[str, Any]:
         """The evaluation of the present model that every epoch ends with, and what it took."""
         args, began = self.args, time.perf_counter()
@@ -267,7 +272,7 @@ class Run:
         pgd = partial(attacks.pgd, epsilon=self.epsilon, alpha=self.pgd_alpha, steps=args.test_iters)
 
         def evaluated(images: Images, part: int) -> dict[str, float]:
-            return evaluate(self.model, images, pgd, args.test_restarts, min(args.batch_size, EVALUATION_BATCH),
+            return evaluate(self.model, images, pgd, args.test_restarts, self.evaluation_batch,
                             (args.seed, self.progress.epoch, part), self.precision, self.world, self.obey)
 
         metrics = evaluated(test, 0)
@@ -310,7 +315,7 @@ class Run:
     def require_sound_network(self) -> None:
         """Raise NotFinite if the last step left weights, or answers to test images, that are no finite numbers."""
         training = self.model.training
-        x, _ = self.test.batch(slice(self.args.batch_size))
+        x, _ = self.test.batch(slice(self.evaluation_batch))
         answers = judge(self.model.eval().forward, x, self.precision)  # not compiled: who stops does not wait for that
         self.model.train(training)
         sound = torch.stack([values.isfinite().all() for values in (*self.model.state_dict().values(), answers)]).all()
@@ -355,9 +360,8 @@ class Run:
                     self.obey()
 
             result = closing_attack(self.model, self.test[:self.final_images], self.epsilon, self.pgd_alpha,
-                                    args.final_iters, args.final_restarts,
-                                    math.ceil(args.batch_size / self.world.size), args.seed, self.precision,
-                                    self.world, progress, self.obey)
+                                    args.final_iters, args.final_restarts, self.evaluation_batch, args.seed,
+                                    self.precision, self.world, progress, self.obey)
         seconds = time.perf_counter() - began
         line = "\t".join([f"PGD{args.final_iters}", f"time: {seconds:.1f}",
                           *(f"{key.replace('_', ' ')}: {result[key]:.4f}" for key in
@@ -402,7 +406,7 @@ class Run:
 
 def choose_device(args) -> torch.device:
     """The device that --device names. Raises UsageError where it is not there."""
-    name, count = args.device, torch.cuda.device_count()
+    name, count = args.device, cuda_devices()
     if name == "auto":
         name = "cuda" if count else "cpu"
     try:
@@ -422,8 +426,8 @@ def choose_device(args) -> torch.device:
                          f"torchrun")
     index = int(local_rank) if device.index is None else device.index
     if index >= count:
-        raise UsageError(f"--device {name} is not there: cuda:{index} is asked for, and this machine has {count} CUDA "
-                         f"devices; use --device cpu")
+        raise UsageError(f"--device {name} is not there: cuda:{index} is asked for, and {count} CUDA devices can be "
+                         f"used here; take --device cpu")
     torch.cuda.set_device(index)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:

@@ -58,7 +58,7 @@ def onedrop_lr(t: float, lr_max: float, drop: float) -> float:
 
 
 def seed_everything(*key: int) -> None:
-    """Make all random numbers from here on a function of `key` (whole numbers, 0 or more) alone.
+    """Make all random numbers from here on a function of `key` (whole numbers; zeros at its end do not count) alone.
 
     Every training step and every evaluated batch starts with this, so that a run that goes on from any step draws
     what an unbroken run draws, and no random state needs saving.
@@ -67,6 +67,11 @@ def seed_everything(*key: int) -> None:
     random.seed(int(state[0]))
     np.random.seed(state[0])
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))
+
+
+def cuda_devices() -> int:
+    """How many GPUs can be used; of none the driver serves this PyTorch where it is too old."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0  # the count alone asks no driver to start
 
 
 def hardware(device: torch.device) -> str:

@@ -20,7 +20,6 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from definitions import ROOT, SCALES, TABLES, Experiment, experiments
 from results import collect, read_result, write_result
 from tqdm import tqdm
@@ -28,7 +27,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(ROOT))
 from folder import RunFolder
 from options import Parser
-from utils import UsageError, number
+from utils import UsageError, cuda_devices, number
 
 POLL = 0.5  # seconds between two looks at the runs
 GRACE = 120  # seconds that a run has to save its state and stop
@@ -169,7 +168,7 @@ def cores() -> int:
 
 def gpus() -> list[str]:
     """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
-    count = torch.cuda.device_count()
+    count = cuda_devices()
     return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
 
 

@@ -24,7 +24,7 @@ from distributed import World
 from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, train_epoch
 from precision import Precision, prepare_momentum
 from run import choose_device, first_batches, to_compile
-from utils import cyclic_lr, onedrop_lr, seed_everything
+from utils import UsageError, cyclic_lr, onedrop_lr, seed_everything
 
 FLOAT32 = Precision(False, "bfloat16", "native", torch.device("cpu"))
 EPSILON = 8 / 255
@@ -200,6 +200,14 @@ def test_the_shrinking_batch_does_less_work():
     assert sum(size == 8 for size in passed) > 0.5 * len(passed)
 
 
+def test_a_lower_precision_is_judged_only_where_there_is_something_to_judge():
+    passed, model = [], Wavy()
+    model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
+    lowered = Precision(True, "bfloat16", "native", torch.device("cpu"))
+    found = closing_attack(model, wavy_images(), 1e-4, 1e-4, 6, 2, 8, 0, lowered)
+    assert found["robust_acc"] > 0.5 and min(passed) > 0
+
+
 def test_evaluation_leaves_the_model_as_it_was():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
@@ -339,7 +347,7 @@ def test_tf32_is_on_only_where_it_is_asked_for_and_never_where_accuracy_is_judge
 
 def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):
     """As far as this can be seen without a GPU."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr("run.cuda_devices", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr("os.environ", {})
@@ -352,6 +360,14 @@ def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_a_gpu_whose_driver_does_not_start_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(argparse.Namespace(device="auto", deterministic=False)) == torch.device("cpu")
+    with pytest.raises(UsageError, match=r"--device cuda is not there.*take --device cpu"):
+        choose_device(argparse.Namespace(device="cuda", deterministic=False))
 
 
 @pytest.mark.parametrize("device, flags, expected", [

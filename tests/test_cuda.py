@@ -1,0 +1,74 @@
+"""The scripts on a GPU, as users run them; without one, nothing here runs."""
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, assert_same_run, epochs_of, script
+
+from utils import cuda_devices
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(cuda_devices() == 0, reason="needs a GPU")]
+
+ON_CUDA = [*SMALL, "--device=cuda"]
+LEARNING = [*ON_CUDA, "--train-samples=768", "--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.2", "--base-width=8"]
+
+
+def require_learnt(folder, done: subprocess.CompletedProcess) -> None:
+    assert done.returncode == 0, done.stderr
+    last, final = epochs_of(folder)[-1], json.loads((folder / "final.json").read_text())
+    assert last["test_acc"] > 0.8 and last["test_images"] == 512 and last["peak_memory"] > 0
+    assert final["clean_acc"] >= final["robust_acc"] > 0.5
+    state = torch.load(folder / "state.pth", map_location="cpu", weights_only=True)
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "zerograd", "multigrad", "pgd"])
+def test_every_attack_trains(attack, tmp_path):
+    done = script("train_cifar.py", *LEARNING, "--no-compile", f"--attack={attack}", "--fname", tmp_path / "run")
+    require_learnt(tmp_path / "run", done)
+
+
+@pytest.mark.parametrize("flags", [
+    [], ["--amp"], ["--amp", "--no-compile"], ["--amp", "--amp-dtype=float16"], ["--tf32"], ["--deterministic"],
+    ["--compile-mode=reduce-overhead"], ["--amp", "--compile-mode=reduce-overhead"]], ids=lambda flags: " ".join(flags))
+def test_every_precision_and_way_to_compile_trains(flags, tmp_path):
+    folder = tmp_path / "run"
+    require_learnt(folder, script("train_cifar.py", *LEARNING, "--attack=zerograd", *flags, "--fname", folder))
+    done = script("train_cifar.py", *LEARNING, *flags, "--fname", folder, "--eval", "--resume=auto")
+    assert done.returncode == 0, done.stderr
+    evaluated, final = (json.loads((folder / name).read_text()) for name in ("eval.json", "final.json"))
+    assert evaluated["clean_acc"] == pytest.approx(final["clean_acc"], abs=0.05)
+    assert evaluated["robust_acc"] == pytest.approx(final["robust_acc"], abs=0.1)
+
+
+def test_deterministic_runs_have_the_same_bits_stopped_or_not(tmp_path):
+    flags = [*ON_CUDA, "--deterministic", "--epochs=40", "--attack=zerograd", "--resume=auto"]
+    whole, again, part = (tmp_path / name for name in ("whole", "again", "part"))
+    for folder in (whole, again):
+        done = script("train_cifar.py", *flags, "--fname", folder)
+        assert done.returncode == 0, done.stderr
+    command = [sys.executable, str(ROOT / "train_cifar.py"), *flags, "--fname", str(part)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not (part / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM and len(epochs_of(part)) < 40
+    done = script("train_cifar.py", *flags, "--fname", part)
+    assert done.returncode == 0 and "resumed at epoch" in done.stdout, done.stderr
+    for folder in (again, part):
+        assert_same_run(folder, whole)
+
+
+@pytest.mark.parametrize("count, flags", [(1, []), (2, []), (2, ["--amp"]), (2, ["--sync-bn"])])
+def test_processes_train_together_over_nccl(count, flags, tmp_path):
+    if cuda_devices() < count:
+        pytest.skip(f"needs {count} GPUs")
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "train_cifar.py",
+         *LEARNING, "--attack=zerograd", *flags, "--fname", str(tmp_path / "run")],
+        capture_output=True, text=True, timeout=280, cwd=ROOT)
+    require_learnt(tmp_path / "run", done)
