@@ -1,12 +1,15 @@
 """One process or many: the little that the scripts need of torch.distributed. Alone, every call does nothing."""
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from utils import UsageError
+
+PATIENCE = timedelta(hours=1)  # of the processes that wait while the first one downloads
 
 
 @dataclass(frozen=True)
@@ -24,9 +27,9 @@ class World:
             return cls()
         try:
             if device.type == "cuda":
-                dist.init_process_group("nccl", device_id=device)  # or NCCL guesses, by rank, which GPU is whose
+                dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)  # else it guesses whose is which
             else:
-                dist.init_process_group("gloo")
+                dist.init_process_group("gloo", timeout=PATIENCE)
             return cls(int(os.environ["RANK"]), int(size))
         except ValueError:  # a variable is missing, or no number
             raise UsageError(f"WORLD_SIZE is {size}, but torchrun did not start this process: unset it, or use "

@@ -205,12 +205,11 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
             with precision.lowered():
                 grad, logits = input_gradient(model, x, y, delta)
             finished = taken == steps
-            suspect = finished | (logits.argmax(dim=1) != y)
-            if precision.is_full:
-                judged = logits[suspect]
-            else:
+            suspect = (finished | (logits.argmax(dim=1) != y)).nonzero().squeeze(1)
+            judged = logits[suspect]
+            if len(suspect) and not precision.is_full:
                 judged = judge(model, (x[suspect] + delta[suspect]).clamp(0, 1), precision)
-            wrong = torch.zeros_like(suspect)
+            wrong = torch.zeros_like(finished)
             wrong[suspect] = judged.argmax(dim=1) != y[suspect]
             loss = torch.zeros_like(robust_loss[index])
             loss[suspect] = F.cross_entropy(judged.float(), y[suspect], reduction="none")

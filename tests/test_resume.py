@@ -1,4 +1,5 @@
 """Runs that go on: the same bits as a run never stopped, from every place a run can go on from."""
+import argparse
 import io
 import json
 import math
@@ -189,6 +190,19 @@ def test_an_evaluation_asks_for_the_network_alone(tmp_path, call, small_dummy, m
     assert call("train_cifar.py", *THREE, "--eval", "--resume=1", "--fname", lone)[0] == 0
     assert json.loads((lone / "eval.json").read_text())["epoch"] == 0
     one_line(call("train_cifar.py", *THREE, "--resume=1", "--fname", lone), "opt_0.pth")
+
+
+def test_other_images_begin_the_epoch_anew(tmp_path, call, small_dummy, monkeypatch):
+    flags = [*THREE, "--fname", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=5)  # in the second epoch
+        assert call("train_cifar.py", *flags)[0] == 143
+    load = run.load
+    monkeypatch.setattr(run, "load", lambda dataset, args: load(dataset, argparse.Namespace(**{**vars(args),
+                                                                                             "dummy": True})))
+    flags = [flag for flag in flags if flag != "--dummy"]
+    status, output, _ = call("train_cifar.py", *flags, "--resume=auto", "--allow-changes")
+    assert status == 0 and "resumed at epoch 1, step 0" in output
 
 
 def test_a_checkpoint_is_compared_before_data_are_looked_for(tmp_path, call, small_dummy):
