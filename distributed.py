@@ -41,18 +41,18 @@ class World:
             dist.destroy_process_group()
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
-    def total(self, values: Tensor) -> Tensor:
+    def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over the processes; the argument stays as it is."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
-    def smallest(self, values: Tensor) -> Tensor:
+    def min(self, values: Tensor) -> Tensor:
         """Likewise the smallest."""
         return self._reduced(values, dist.ReduceOp.MIN)
 
-    def largest(self, value: float, device: torch.device) -> float:
+    def max(self, value: float, device: torch.device) -> float:
         """The largest of the processes' values; of flags, whether any is set."""
         if self.size == 1:
             return value  # every step asks: the host is not to wait for the device
@@ -61,7 +61,7 @@ class World:
     def agree(self, values: list[int], device: torch.device) -> bool:
         """Whether all processes have the same values."""
         both = torch.tensor([*values, *(-value for value in values)], device=device)
-        return torch.equal(self.smallest(both), both)
+        return torch.equal(self.min(both), both)
 
     def _reduced(self, values: Tensor, operation) -> Tensor:
         values = values.clone()
@@ -69,11 +69,11 @@ class World:
             dist.all_reduce(values, operation)
         return values
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()
 
-    def share_buffers(self, model: nn.Module) -> None:
+    def broadcast_buffers(self, model: nn.Module) -> None:
         """Give every process the first one's buffers: BatchNorm's running statistics differ from shard to shard."""
         if self.size > 1:
             for buffer in model.buffers():

@@ -94,12 +94,12 @@ def train_epoch(t: Trainer, progress: Progress, after_step: Callable[[], None] =
         share = slice(whole.start + t.world.rank, whole.stop, t.world.size)
         x, y = t.images.batch(order[share], t.augmentation, {name: values[share] for name, values in drawn.items()})
         seed_everything(STEP, t.seed, progress.epoch, progress.step, t.world.rank)
-        with t.precision.lowered():
+        with t.precision.autocast():
             delta = t.attack(t.model, x, y)
             logits = t.forward((x + delta).clamp(0, 1))
             loss = F.cross_entropy(logits, y)
         # Gradients are averaged over the processes; shares of a last batch can differ by an image.
-        finite = t.precision.descend(loss * (len(y) * t.world.size / len(whole)), t.optimizer)
+        finite = t.precision.backward_and_step(loss * (len(y) * t.world.size / len(whole)), t.optimizer)
         progress.first_fault = torch.where(finite, progress.first_fault, progress.first_fault.clamp(max=progress.step))
         correct = (logits.detach().argmax(dim=1) == y).sum()
         progress.sums += torch.stack([loss.detach().double() * len(y), correct.double(),
@@ -109,7 +109,7 @@ def train_epoch(t: Trainer, progress: Progress, after_step: Callable[[], None] =
         progress.seconds = time.perf_counter() - began
         after_step()
     require_finite(progress, t.world)
-    loss, correct, n, magnitude = t.world.total(progress.sums).tolist()
+    loss, correct, n, magnitude = t.world.sum(progress.sums).tolist()
     progress.seconds = time.perf_counter() - began
     return {"train_time": progress.seconds, "lr": t.schedule(progress.epoch + 1), "train_robust_loss": loss / n,
             "train_robust_acc": correct / n, "defence_mean": 255 * magnitude / n, "train_images": int(n)}
@@ -117,7 +117,7 @@ def train_epoch(t: Trainer, progress: Progress, after_step: Callable[[], None] =
 
 def require_finite(progress: Progress, world: World) -> None:
     """Raise NotFinite if any step of this epoch had a loss or a gradient that was not."""
-    fault = world.smallest(progress.first_fault).item()
+    fault = world.min(progress.first_fault).item()
     if fault < math.inf:
         raise NotFinite(int(fault))
 
@@ -132,7 +132,7 @@ def evaluate(model: nn.Module, images: Images, attack: Callable[[nn.Module, Tens
     finds the same counts. Accuracy is judged in float32. All processes call `between` equally often.
     """
     model.eval()
-    world.share_buffers(model)
+    world.broadcast_buffers(model)
     sums = torch.zeros(6, dtype=torch.float64, device=images.labels.device)
     for dealt in range(0, math.ceil(len(images) / batch_size), world.size):
         i = dealt + world.rank
@@ -141,19 +141,19 @@ def evaluate(model: nn.Module, images: Images, attack: Callable[[nn.Module, Tens
             break
         seed_everything(EVALUATION, *key, i)
         x, y = images.batch(slice(i * batch_size, (i + 1) * batch_size))
-        clean = judge(model, x, precision)
+        clean = float32_logits(model, x, precision)
         worst, robust, magnitude = torch.full_like(clean[:, 0], -math.inf), torch.ones_like(y, dtype=torch.bool), 0.0
         for _ in range(restarts):
-            with precision.lowered():
+            with precision.autocast():
                 delta = attack(model, x, y)
-            logits = judge(model, (x + delta).clamp(0, 1), precision)
+            logits = float32_logits(model, (x + delta).clamp(0, 1), precision)
             worst = worst.maximum(F.cross_entropy(logits, y, reduction="none"))
             robust &= logits.argmax(dim=1) == y
             magnitude = magnitude + delta.abs().mean() * len(y) / restarts
         sums += torch.stack([value.double() for value in (
             F.cross_entropy(clean, y, reduction="sum"), (clean.argmax(dim=1) == y).sum(), worst.sum(), robust.sum(),
             magnitude, torch.ones_like(y).sum())])
-    *values, n = world.total(sums).tolist()
+    *values, n = world.sum(sums).tolist()
     names = ("test_loss", "test_acc", "test_robust_loss", "test_robust_acc", "attack_mean")
     metrics = {name: value / n for name, value in zip(names, values)}
     return {**metrics, "attack_mean": 255 * metrics["attack_mean"], "test_images": int(n)}
@@ -173,14 +173,14 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
     done with, after every step; `between` is called before every restart, by all processes.
     """
     model.eval()
-    world.share_buffers(model)
+    world.broadcast_buffers(model)
     device, n = images.labels.device, len(images)
     mine = torch.arange(n, device=device)[world.rank::world.size]
     clean_loss, robust_loss = torch.zeros(2, n, device=device)
     robust = torch.zeros(n, dtype=torch.bool, device=device)
     for index in mine.split(batch_size):
         x, y = images.batch(index)
-        logits = judge(model, x, precision)
+        logits = float32_logits(model, x, precision)
         clean_loss[index] = F.cross_entropy(logits, y, reduction="none")
         robust[index] = logits.argmax(dim=1) == y
     clean_correct = robust.sum()
@@ -202,13 +202,13 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
                     (x, x_new), (delta, starts[entering].clamp(-x_new, 1 - x_new))))
                 y, index, taken = (torch.cat(parts) for parts in (
                     (y, y_new), (index, entering), (taken, torch.zeros_like(entering))))
-            with precision.lowered():
+            with precision.autocast():
                 grad, logits = input_gradient(model, x, y, delta)
             finished = taken == steps
             suspect = (finished | (logits.argmax(dim=1) != y)).nonzero().squeeze(1)
             judged = logits[suspect]
-            if len(suspect) and not precision.is_full:
-                judged = judge(model, (x[suspect] + delta[suspect]).clamp(0, 1), precision)
+            if len(suspect) and not precision.is_float32:
+                judged = float32_logits(model, (x[suspect] + delta[suspect]).clamp(0, 1), precision)
             wrong = torch.zeros_like(finished)
             wrong[suspect] = judged.argmax(dim=1) != y[suspect]
             loss = torch.zeros_like(robust_loss[index])
@@ -224,7 +224,7 @@ def closing_attack(model: nn.Module, images: Images, epsilon: float, alpha: floa
     sums = torch.stack([clean_loss.double().sum(), clean_correct.double(), robust_loss.double().sum(),
                         robust.sum().double()])
     names = ("clean_loss", "clean_acc", "robust_loss", "robust_acc")
-    return {**{name: value / n for name, value in zip(names, world.total(sums).tolist())}, "images": n}
+    return {**{name: value / n for name, value in zip(names, world.sum(sums).tolist())}, "images": n}
 
 
 def _starts(images: Images, epsilon: float, seed: int, restart: int) -> Tensor:
@@ -234,7 +234,7 @@ def _starts(images: Images, epsilon: float, seed: int, restart: int) -> Tensor:
     return torch.empty(n, height, width, channels).uniform_(-epsilon, epsilon).permute(0, 3, 1, 2)
 
 
-def judge(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision) -> Tensor:
+def float32_logits(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision) -> Tensor:
     """The logits of a float32 forward pass, such as decides every accuracy."""
-    with torch.inference_mode(), precision.full():
+    with torch.inference_mode(), precision.float32():
         return model(x).float().clone()  # under CUDA graphs, the next pass overwrites the network's own output

@@ -11,7 +11,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class Precision:
-    """The precision of a run's attacks and training steps; `full()` is float32 again, in which accuracy is judged."""
+    """The precision of a run's attacks and training steps, and the float32 in which accuracy is judged."""
 
     def __init__(self, amp: bool, dtype: str, implementation: str, device: torch.device, tf32: bool = False):
         self.device, self.tf32 = device, tf32
@@ -27,14 +27,14 @@ class Precision:
         if self.apex:
             self.apex.initialize(model, optimizer, opt_level="O1", verbosity=0)
 
-    def lowered(self) -> contextlib.AbstractContextManager:
+    def autocast(self) -> contextlib.AbstractContextManager:
         """Forward passes in here use the run's precision."""
         native = self.dtype is not torch.float32 and not self.apex
         return torch.autocast(self.device.type, self.dtype, enabled=native)
 
     @contextlib.contextmanager
-    def full(self) -> Iterator[None]:
-        """Forward passes in here are in float32, also inside `lowered()`."""
+    def float32(self) -> Iterator[None]:
+        """Forward passes in here are in float32, also inside `autocast()`."""
         with self.apex.disable_casts() if self.apex else torch.autocast(self.device.type, enabled=False):
             allow_tf32(False)
             try:
@@ -43,10 +43,10 @@ class Precision:
                 allow_tf32(self.tf32)
 
     @property
-    def is_full(self) -> bool:
+    def is_float32(self) -> bool:
         return self.dtype is torch.float32 and not self.tf32
 
-    def descend(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    def backward_and_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         """One step of the optimizer down `loss`. Returns whether loss and gradient were finite, as a tensor.
 
         With float16 the loss is scaled; a step whose scaled gradient overflows is then skipped and no fault, and so
@@ -67,7 +67,7 @@ class Precision:
         self.scaler.update()
         return finite
 
-    def forget_casts(self) -> None:
+    def clear_cast_cache(self) -> None:
         """For when the weights were replaced: apex keeps casts of the old ones until the next training step."""
         if self.apex:
             self.apex._amp_state.handle._clear_cache()

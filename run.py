@@ -20,7 +20,7 @@ import attacks
 import options
 from data import DataSet, Images, load
 from distributed import World
-from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, judge, require_finite, train_epoch
+from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, float32_logits, require_finite, train_epoch
 from folder import RunFolder, load_model, load_training_state, read_checkpoint, require_same_run
 from precision import Precision, prepare_momentum
 from utils import UsageError, cuda_devices, hardware, keep_freed_memory, seed_everything
@@ -48,7 +48,7 @@ def main(dataset: DataSet, description: str | None = None, argv: list[str] | Non
             work.evaluate_only()
         else:
             work.train()
-        world.wait()  # one that leaves early would break the others' connections
+        world.barrier()  # one that leaves early would break the others' connections
         world.leave()
     except UsageError as error:
         parser.error(str(error))
@@ -118,9 +118,9 @@ class Run:
             raise UsageError("--tf32 is for CUDA: a CPU's float32 has no lesser one")
         if args.sync_bn and (world.size == 1 or device.type != "cuda"):
             raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
-        if world.first:
+        if world.is_main:
             folder.claim()
-        world.wait()
+        world.barrier()
         found = self.folder.find(args.resume) if args.resume else None
         if args.eval and found is None:
             raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
@@ -141,18 +141,18 @@ class Run:
         if found:
             self.resume(found, flag_of)
 
-        if not world.first:
-            world.wait()  # while the first process downloads what is missing
+        if not world.is_main:
+            world.barrier()  # while the first process downloads what is missing
         train, held_out, test = load(dataset, args)
-        if world.first:
-            world.wait()
+        if world.is_main:
+            world.barrier()
         if (len(train) - 1) % args.batch_size + 1 < world.size:
             raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
                              f"{world.size} processes")
         if self.progress.sums[2] != min(self.progress.step * args.batch_size, len(train)) and not args.eval:
             raise UsageError(f"--resume: {self.source} has not trained on as many images as its steps say: it is "
                              f"damaged")
-        if not world.first:
+        if not world.is_main:
             self.progress.sums.zero_()  # the saved sums are those of all processes
         train, held_out, self.test = (images.to(device, layout) for images in (train, held_out, test))
         self.validation = held_out if args.val_size else first_batches(train, args.batch_size, 50)
@@ -167,8 +167,8 @@ class Run:
         self.trainer = Trainer(model, forward, self.optimizer, attacks.from_args(args),
                                options.SCHEDULES[args.lr_schedule](args, dataset), train, dataset.augmentation,
                                args.batch_size, args.seed, self.precision, world)
-        world.wait()  # every process has read what the first may set aside from here on
-        if world.first:
+        world.barrier()  # every process has read what the first may set aside from here on
+        if world.is_main:
             self.folder.make()
 
     def resume(self, found: tuple[dict, dict | None, int | None, str], flag_of: dict[str, str]) -> None:
@@ -199,7 +199,7 @@ class Run:
         """Train from where the run stands to the last epoch, then attack the final model."""
         if self.source and self.progress.epoch == self.args.epochs and self.closed():
             return self.say(f"{self.args.fname} is complete: nothing to do")
-        if self.world.first:
+        if self.world.is_main:
             self.open()
         if self.precision.dtype is torch.bfloat16 and self.device.type == "cpu" and \
                 torch.backends.cpu.get_cpu_capability() == "AVX2":
@@ -209,7 +209,7 @@ class Run:
         # Steps since the processes last agreed on whether to stop, that moment, and how many steps may be between.
         self.unchecked, self.checked_at, self.check_every = 0, time.perf_counter(), 1
         self.bar = tqdm(total=self.args.epochs * steps, initial=self.progress.epoch * steps + self.progress.step,
-                        unit="step", disable=None if self.world.first else True, dynamic_ncols=True)
+                        unit="step", disable=None if self.world.is_main else True, dynamic_ncols=True)
         with self.bar:
             while self.progress.epoch < self.args.epochs:
                 self.bar.set_description(f"epoch {self.progress.epoch}")
@@ -245,17 +245,17 @@ class Run:
             self.save_state()
         self.unchecked += 1
         if self.world.size == 1:
-            self.obey()
+            self.stop_if_asked()
         elif self.unchecked >= self.check_every or self.progress.step == self.trainer.steps:
-            self.obey()
+            self.stop_if_asked()
             now = time.perf_counter()
-            pace = self.world.largest((now - self.checked_at) / self.unchecked, self.device)
+            pace = self.world.max((now - self.checked_at) / self.unchecked, self.device)
             self.check_every = max(1, min(STOP_STEPS, int(STOP_SECONDS / pace)))
             self.unchecked, self.checked_at = 0, now
 
-    def obey(self) -> None:
+    def stop_if_asked(self) -> None:
         """Stop if a signal came, to whichever process. All processes have to call it together."""
-        if self.world.largest(self.signals.received is not None, self.device):
+        if self.world.max(self.signals.received is not None, self.device):
             self.signals.received = self.signals.received or signal.SIGTERM
             raise Stopped
 
@@ -273,7 +273,7 @@ class Run:
 
         def evaluated(images: Images, part: int) -> dict[str, float]:
             return evaluate(self.model, images, pgd, args.test_restarts, self.evaluation_batch,
-                            (args.seed, self.progress.epoch, part), self.precision, self.world, self.obey)
+                            (args.seed, self.progress.epoch, part), self.precision, self.world, self.stop_if_asked)
 
         metrics = evaluated(test, 0)
         if self.folder.validated:
@@ -292,7 +292,7 @@ class Run:
         metrics["best"] = score > progress.best
         progress.best = max(progress.best, score)
         progress.next_epoch()
-        if self.world.first:
+        if self.world.is_main:
             line = self.folder.add_epoch(metrics)
             if metrics["best"]:
                 self.folder.save_model("best", self.model)
@@ -300,7 +300,7 @@ class Run:
                 self.folder.save_model(progress.epoch - 1, self.model)
                 self.folder.save_optimizer(progress.epoch - 1, self.optimizer, self.precision, progress, args)
         self.save_state()
-        if self.world.first:
+        if self.world.is_main:
             self.say(line)  # last: standard output may be closed
 
     def save_state(self) -> None:
@@ -308,18 +308,19 @@ class Run:
         require_finite(self.progress, self.world)
         if self.progress.step:
             self.require_sound_network()
-        progress = replace(self.progress, sums=self.world.total(self.progress.sums))
-        if self.world.first:
+        progress = replace(self.progress, sums=self.world.sum(self.progress.sums))
+        if self.world.is_main:
             self.folder.save_state(self.model, self.optimizer, self.precision, progress, self.args)
 
     def require_sound_network(self) -> None:
         """Raise NotFinite if the last step left weights, or answers to test images, that are no finite numbers."""
         training = self.model.training
         x, _ = self.test.batch(slice(self.evaluation_batch))
-        answers = judge(self.model.eval().forward, x, self.precision)  # not compiled: who stops does not wait for that
+        # Not compiled: who stops does not wait for that.
+        answers = float32_logits(self.model.eval().forward, x, self.precision)
         self.model.train(training)
         sound = torch.stack([values.isfinite().all() for values in (*self.model.state_dict().values(), answers)]).all()
-        if self.world.largest(not sound, self.device):
+        if self.world.max(not sound, self.device):
             raise NotFinite(self.progress.step - 1)
 
     def closed(self) -> bool:
@@ -343,30 +344,30 @@ class Run:
     def close(self, name: str, **more: Any) -> None:
         """Attack the last or the best model with restarts (PGD-50-10), log it and write it and `more` to `name`."""
         args, began = self.args, time.perf_counter()
-        self.world.wait()  # for the first process to have written the best model
+        self.world.barrier()  # for the first process to have written the best model
         which = self.final_model
         if which == "best":
             load_model(self.model, read_checkpoint(self.folder.model_file("best")), "model_best.pth")
-            self.precision.forget_casts()
+            self.precision.clear_cast_cache()
         if self.compiles:  # anew: batches of every size are to come, for which one graph is enough
             torch.compiler.reset()
             self.model.compile()
         torch.backends.cudnn.benchmark = False  # likewise: each size would be timed anew
         with tqdm(total=self.final_images, desc=f"PGD-{args.final_iters}-{args.final_restarts}", unit="image",
-                  disable=None if self.world.first else True, dynamic_ncols=True) as bar:
+                  disable=None if self.world.is_main else True, dynamic_ncols=True) as bar:
             def progress(images_done: int) -> None:
                 bar.update(images_done)
                 if self.world.size == 1:  # many are not at the same step
-                    self.obey()
+                    self.stop_if_asked()
 
             result = closing_attack(self.model, self.test[:self.final_images], self.epsilon, self.pgd_alpha,
                                     args.final_iters, args.final_restarts, self.evaluation_batch, args.seed,
-                                    self.precision, self.world, progress, self.obey)
+                                    self.precision, self.world, progress, self.stop_if_asked)
         seconds = time.perf_counter() - began
         line = "\t".join([f"PGD{args.final_iters}", f"time: {seconds:.1f}",
                           *(f"{key.replace('_', ' ')}: {result[key]:.4f}" for key in
                             ("clean_loss", "clean_acc", "robust_loss", "robust_acc"))])
-        if self.world.first:
+        if self.world.is_main:
             self.folder.add_line(line)
             self.folder.write_json(name, {
                 "model": which, "iters": args.final_iters, "restarts": args.final_restarts, "alpha": args.pgd_alpha,
@@ -382,7 +383,7 @@ class Run:
         metrics = {"epoch": self.progress.epoch, **untrained, **self.measure()}
         if not math.isfinite(metrics["test_loss"]):
             raise UsageError(f"--eval: what the network in {self.source} answers is no finite number")
-        if self.world.first:
+        if self.world.is_main:
             self.say(self.folder.add_epoch(metrics))
         self.close("eval.json", epoch=self.progress.epoch, resumed=self.source,
                    **describe_machine(self.device, self.world))
@@ -399,7 +400,7 @@ class Run:
         self.say(text)
 
     def say(self, text: str) -> None:
-        if self.world.first:
+        if self.world.is_main:
             tqdm.write(text)
             sys.stdout.flush()
 
@@ -454,7 +455,7 @@ def compile_network(model: nn.Module, mode: str) -> None:
     One for all sizes would come into use with the first short batch, and a run that goes on in a new process would take
     another graph than the unbroken one, and other bits.
     """
-    torch._dynamo.config.recompile_limit = 64  # train, eval, attack and judge, each with its last short batch
+    torch._dynamo.config.recompile_limit = 64  # train, eval, attack and float32, each with its last short batch
     model.compile(mode=mode, dynamic=False)
 
 

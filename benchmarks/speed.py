@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attacks
 from data import Augmentation, Images
 from distributed import World
-from engine import Progress, Trainer, closing_attack, judge, train_epoch
+from engine import Progress, Trainer, closing_attack, float32_logits, train_epoch
 from preactresnet import PreActResNet18
 from precision import Precision
 from run import compile_network, describe_machine, memory_format
@@ -250,9 +250,9 @@ def whole_batches(model, images: Images, attack: dict, batch_size: int, precisio
     right = 0
     for first in range(0, len(images), batch_size):
         x, y = images.batch(slice(first, first + batch_size))
-        with precision.lowered():
+        with precision.autocast():
             delta = attacks.pgd(model, x, y, **attack, early_stop=True)
-        right += (judge(model, x + delta, precision).argmax(dim=1) == y).sum().item()
+        right += (float32_logits(model, x + delta, precision).argmax(dim=1) == y).sum().item()
     return right / len(images)
 
 

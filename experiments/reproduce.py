@@ -63,7 +63,7 @@ class Runner:
             with tqdm(total=sum(e.epochs for e in self.missing), initial=self.epochs_done(), unit="epoch", disable=None,
                       dynamic_ncols=True) as bar:
                 while self.running or (self.waiting and not self.stop):
-                    self.obey()
+                    self.stop_if_asked()
                     while self.waiting and len(self.running) < self.args.jobs and not self.stop:
                         self.start(self.waiting.popleft())
                     time.sleep(POLL)
@@ -149,7 +149,7 @@ class Runner:
         self.failed.append(experiment)
         say(f"{experiment.name} failed: {why}")
 
-    def obey(self) -> None:
+    def stop_if_asked(self) -> None:
         """If a signal or the budget asks for it, have the runs save their state and stop; later, kill them."""
         now = time.monotonic()
         if not self.stop and (self.signals or now > self.deadline):

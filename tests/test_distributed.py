@@ -77,10 +77,10 @@ trainer = Trainer(model, forward, optimizer, attack, lambda t: 0.01, images, Aug
 metrics = train_epoch(trainer, Progress())
 counts = evaluate(model, images, attack, 2, 5, (0,), precision, world)
 closing = closing_attack(model, images, 1 / 255, 0.5 / 255, 3, 3, 4, 0, precision, world)
-if world.first:
+if world.is_main:
     del metrics["train_time"]
     torch.save({"model": model.state_dict(), "metrics": metrics, "counts": counts, "closing": closing}, sys.argv[1])
-world.wait()
+world.barrier()
 world.leave()
 """
 

@@ -185,7 +185,7 @@ def test_the_shrinking_batch_finds_what_the_plain_attack_finds(batch_size):
 
 def test_a_process_that_no_image_is_left_for_finds_nothing(monkeypatch):
     monkeypatch.setattr(World, "_reduced", lambda self, values, operation: values)
-    monkeypatch.setattr(World, "share_buffers", lambda self, model: None)
+    monkeypatch.setattr(World, "broadcast_buffers", lambda self, model: None)
     found = closing_attack(Wavy(), wavy_images()[:2], EPSILON, 2 / 255, 2, 2, 8, 0, FLOAT32, World(rank=4, size=8))
     assert found == {"clean_loss": 0, "clean_acc": 0, "robust_loss": 0, "robust_acc": 0, "images": 2}
 
@@ -282,7 +282,7 @@ def test_a_first_step_that_float16_skips_leaves_no_trace():
     before = model.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9, fused=True)
     prepare_momentum(optimizer)
-    precision.descend(model(torch.full((1, 4), 1e38)).sum() * 1e38, optimizer)
+    precision.backward_and_step(model(torch.full((1, 4), 1e38)).sum() * 1e38, optimizer)
     assert torch.equal(model.weight, before)
     assert all((state["momentum_buffer"] == 0).all() for state in optimizer.state.values())
 
@@ -338,8 +338,8 @@ def test_tf32_is_on_only_where_it_is_asked_for_and_never_where_accuracy_is_judge
 
     for asked in (True, False):
         precision = Precision(False, "bfloat16", "native", torch.device("cpu"), tf32=asked)
-        assert allowed() == (asked, asked) and precision.is_full != asked
-        with pytest.raises(KeyError), precision.full():
+        assert allowed() == (asked, asked) and precision.is_float32 != asked
+        with pytest.raises(KeyError), precision.float32():
             assert allowed() == (False, False)
             raise KeyError
         assert allowed() == (asked, asked)

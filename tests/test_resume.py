@@ -120,17 +120,17 @@ def test_evaluating_leaves_alone_what_a_run_is_writing(tmp_path, call, small_dum
 def test_a_run_stopped_in_an_evaluation_or_in_the_closing_attack_goes_on(tmp_path, call, small_dummy, monkeypatch):
     assert call("train_cifar.py", *THREE, "--fname", tmp_path / "whole")[0] == 0
     for at in (1, 3, 5):  # after the first epoch, in the last evaluation, in the closing attack
-        part, obey, count = tmp_path / f"part_{at}", run.Run.obey, 0
+        part, stop_if_asked, count = tmp_path / f"part_{at}", run.Run.stop_if_asked, 0
 
-        def spy(self, obey=obey, at=at):
+        def spy(self, stop_if_asked=stop_if_asked, at=at):
             nonlocal count
             count += sys._getframe(1).f_code.co_name != "after_step"
             if count == at:
                 self.signals.received = signal.SIGINT
-            obey(self)
+            stop_if_asked(self)
 
         with monkeypatch.context() as patch:
-            patch.setattr(run.Run, "obey", spy)
+            patch.setattr(run.Run, "stop_if_asked", spy)
             assert call("train_cifar.py", *THREE, "--fname", part)[0] == 128 + signal.SIGINT
         assert call("train_cifar.py", *THREE, "--fname", part, "--resume=auto")[0] == 0
         assert_same_run(part, tmp_path / "whole")

@@ -200,7 +200,7 @@ def test_apex_is_used_as_its_o1_where_it_still_is(monkeypatch):
     model = SmallNet()
     precision = Precision(True, "float16", "apex", torch.device("cuda"))
     precision.prepare(model, None)
-    precision.forget_casts()
+    precision.clear_cast_cache()
     assert calls[0]["opt_level"] == "O1" and calls[1:] == ["cleared"]
     with pytest.raises(UsageError, match="--amp-dtype float16"):
         Precision(True, "bfloat16", "apex", torch.device("cuda"))
