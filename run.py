@@ -19,11 +19,12 @@ from tqdm import tqdm
 import attacks
 import options
 from data import DataSet, Images, load
+from device import choose_device, compile_network, hardware, memory_format, to_compile
 from distributed import World
 from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, float32_logits, require_finite, train_epoch
 from folder import RunFolder, load_model, load_training_state, read_checkpoint, require_same_run
 from precision import Precision, prepare_momentum
-from utils import UsageError, cuda_devices, hardware, keep_freed_memory, seed_everything
+from utils import UsageError, seed_everything
 
 # In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
 # epoch's last step. (torchrun kills them 30 seconds after SIGTERM.)
@@ -126,50 +127,32 @@ class Run:
             raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
         if found:
             self.folder.require_readable_logs()
+        self.make_network()
+        self.progress, self.source, self.from_state = Progress(), None, False
+        if found:
+            self.resume(found, flag_of)
+        train = self.load_images()
+        if not world.agree([self.progress.epoch, self.progress.step], device):
+            raise UsageError(f"--fname {args.fname} has to be the same folder for all processes")
+        self.make_trainer(train)
+        world.barrier()  # every process has read what the first may set aside from here on
+        if world.is_main:
+            self.folder.make()
+
+    def make_network(self) -> None:
+        """The network that the seed gives, on the device, and its optimizer."""
+        args, dataset = self.args, self.dataset
         seed_everything(args.seed)
         model = options.MODELS[args.model](args, num_classes=dataset.classes, mean=dataset.mean, std=dataset.std)
         if args.sync_bn:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        layout = memory_format(model, device)
-        if args.compile and layout == torch.contiguous_format:  # the compiler would choose channels_last by itself
+        self.layout = memory_format(model, self.device)
+        if args.compile and self.layout == torch.contiguous_format:  # the compiler would choose channels_last by itself
             raise UsageError("--compile on a CPU needs --base-width 16 or more")
-        self.model = forward = model.to(device, memory_format=layout)
+        self.model = model.to(self.device, memory_format=self.layout)
         self.optimizer = torch.optim.SGD(model.parameters(), args.lr_max, momentum=0.9, weight_decay=5e-4, fused=True)
         prepare_momentum(self.optimizer)
         self.precision.prepare(model, self.optimizer)
-        self.progress, self.source, self.from_state = Progress(), None, False
-        if found:
-            self.resume(found, flag_of)
-
-        if not world.is_main:
-            world.barrier()  # while the first process downloads what is missing
-        train, held_out, test = load(dataset, args)
-        if world.is_main:
-            world.barrier()
-        if (len(train) - 1) % args.batch_size + 1 < world.size:
-            raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
-                             f"{world.size} processes")
-        if self.progress.sums[2] != min(self.progress.step * args.batch_size, len(train)) and not args.eval:
-            raise UsageError(f"--resume: {self.source} has not trained on as many images as its steps say: it is "
-                             f"damaged")
-        if not world.is_main:
-            self.progress.sums.zero_()  # the saved sums are those of all processes
-        train, held_out, self.test = (images.to(device, layout) for images in (train, held_out, test))
-        self.validation = held_out if args.val_size else first_batches(train, args.batch_size, 50)
-
-        if not world.agree([self.progress.epoch, self.progress.step], device):
-            raise UsageError(f"--fname {args.fname} has to be the same folder for all processes")
-        self.compiles = to_compile(args, device)
-        if self.compiles:
-            compile_network(model, args.compile_mode)
-        if world.size > 1:
-            forward = nn.parallel.DistributedDataParallel(model, [device] if device.type == "cuda" else None)
-        self.trainer = Trainer(model, forward, self.optimizer, attacks.from_args(args),
-                               options.SCHEDULES[args.lr_schedule](args, dataset), train, dataset.augmentation,
-                               args.batch_size, args.seed, self.precision, world)
-        world.barrier()  # every process has read what the first may set aside from here on
-        if world.is_main:
-            self.folder.make()
 
     def resume(self, found: tuple[dict, dict | None, int | None, str], flag_of: dict[str, str]) -> None:
         """Load the checkpoint that `RunFolder.find` found."""
@@ -194,6 +177,39 @@ class Run:
             require_same_run(before, args, flag_of)
         if any(before.get(name, vars(args)[name]) != vars(args)[name] for name in ORDER_FLAGS):
             self.progress.restart_epoch()
+
+    def load_images(self) -> Images:
+        """Bring all images to the device; returns those to train on."""
+        args, world, progress = self.args, self.world, self.progress
+        if not world.is_main:
+            world.barrier()  # while the first process downloads what is missing
+        train, held_out, test = load(self.dataset, args)
+        if world.is_main:
+            world.barrier()
+        if (len(train) - 1) % args.batch_size + 1 < world.size:
+            raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
+                             f"{world.size} processes")
+        if progress.sums[2] != min(progress.step * args.batch_size, len(train)) and not args.eval:
+            raise UsageError(f"--resume: {self.source} has not trained on as many images as its steps say: it is "
+                             f"damaged")
+        train, held_out, self.test = (images.to(self.device, self.layout) for images in (train, held_out, test))
+        self.validation = held_out if args.val_size else first_batches(train, args.batch_size, 50)
+        return train
+
+    def make_trainer(self, images: Images) -> None:
+        """Compile the network, join it with those of the other processes, and make ready to train on `images`."""
+        args, model = self.args, self.model
+        if not self.world.is_main:
+            self.progress.sums.zero_()  # the saved sums are those of all processes
+        self.compiles = to_compile(args, self.device)
+        if self.compiles:
+            compile_network(model, args.compile_mode)
+        forward = model
+        if self.world.size > 1:
+            forward = nn.parallel.DistributedDataParallel(model, [self.device] if self.device.type == "cuda" else None)
+        self.trainer = Trainer(model, forward, self.optimizer, attacks.from_args(args),
+                               options.SCHEDULES[args.lr_schedule](args, self.dataset), images,
+                               self.dataset.augmentation, args.batch_size, args.seed, self.precision, self.world)
 
     def train(self) -> None:
         """Train from where the run stands to the last epoch, then attack the final model."""
@@ -403,71 +419,6 @@ class Run:
         if self.world.is_main:
             tqdm.write(text)
             sys.stdout.flush()
-
-
-def choose_device(args) -> torch.device:
-    """The device that --device names. Raises UsageError where it is not there."""
-    name, count = args.device, cuda_devices()
-    if name == "auto":
-        name = "cuda" if count else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
-        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {name}")
-    if device.type == "cpu":
-        keep_freed_memory()
-        return device
-    if device.index is not None and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError(f"--device {name} is one for all processes: under torchrun, use --device cuda")
-    local_rank = os.environ.get("LOCAL_RANK", "0")
-    if not local_rank.isdecimal():
-        raise UsageError(f"LOCAL_RANK is {local_rank}, but torchrun did not start this process: unset it, or use "
-                         f"torchrun")
-    index = int(local_rank) if device.index is None else device.index
-    if index >= count:
-        raise UsageError(f"--device {name} is not there: cuda:{index} is asked for, and {count} CUDA devices can be "
-                         f"used here; take --device cpu")
-    torch.cuda.set_device(index)
-    torch.backends.cudnn.benchmark = not args.deterministic
-    if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return torch.device("cuda", index)
-
-
-def to_compile(args, device: torch.device) -> bool:
-    """Whether the network is to be compiled: as the arguments say or else, on CUDA, where it keeps their promises.
-
-    The compiler chooses kernels by timing them, which is not deterministic, and stops at every SyncBatchNorm; apex
-    replaces PyTorch's functions by its own, which were never meant to be compiled.
-    """
-    if args.compile is None:
-        apex = args.amp and args.amp_impl == "apex"
-        return device.type == "cuda" and not args.deterministic and not args.sync_bn and not apex
-    return args.compile
-
-
-def compile_network(model: nn.Module, mode: str) -> None:
-    """Have `model` compiled as it is trained: a graph for each size of a batch.
-
-    One for all sizes would come into use with the first short batch, and a run that goes on in a new process would take
-    another graph than the unbroken one, and other bits.
-    """
-    torch._dynamo.config.recompile_limit = 64  # train, eval, attack and float32, each with its last short batch
-    model.compile(mode=mode, dynamic=False)
-
-
-def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """The layout in which convolutions are fastest, where it can be trusted.
-
-    On CPUs, oneDNN computes the weight gradient of a strided 1x1 convolution in channels_last with memory errors if it
-    has fewer than 16 input channels (uxlfoundation/oneDNN issue 6035).
-    """
-    faulty = any(isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride != (1, 1) and
-                 layer.in_channels < 16 for layer in model.modules())
-    return torch.contiguous_format if device.type == "cpu" and faulty else torch.channels_last
 
 
 def first_batches(images: Images, batch_size: int, part: int) -> Images:

@@ -1,11 +1,9 @@
 """What every module may need: errors, checked numbers, learning-rate schedules, seeds, normalization, whole files."""
 import argparse
 import contextlib
-import ctypes
 import fcntl
 import hashlib
 import os
-import platform
 import random
 import sys
 import tempfile
@@ -67,40 +65,6 @@ def seed_everything(*key: int) -> None:
     random.seed(int(state[0]))
     np.random.seed(state[0])
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))
-
-
-def cuda_devices() -> int:
-    """How many GPUs can be used; of none the driver serves this PyTorch where it is too old."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0  # the count alone asks no driver to start
-
-
-def hardware(device: torch.device) -> str:
-    """The name of the GPU; or that of the processor and the instruction set that PyTorch uses, which decides bits."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    about = {}
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
-        about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = about.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in about:  # a virtual machine may hide which of the maker's processors it is
-        name += f" (family {about['cpu family']}, model {about['model']})"
-    amx = ", AMX" if "amx_tile" in about.get("flags", "").split() else ""
-    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{amx}"
-
-
-def keep_freed_memory(keep: bool = True) -> None:
-    """Have the C library keep freed memory for this process, or no longer; does nothing where that is not glibc.
-
-    By default, glibc gives the large blocks that activations live in back to the kernel, which zeroes their pages anew
-    for every layer: a tenth of a training step on a CPU.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0 if keep else 65536)      # M_MMAP_MAX: how many blocks are mapped apart, and so unmapped
-        libc.mallopt(-1, -1 if keep else 64 << 20)  # M_TRIM_THRESHOLD: from where on the heap shrinks (-1: never)
-        if not keep:  # these are the defaults, and the thresholds that glibc comes to by itself
-            libc.mallopt(-3, 32 << 20)              # M_MMAP_THRESHOLD
-            libc.malloc_trim(0)
 
 
 class Normalize(nn.Module):

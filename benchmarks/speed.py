@@ -25,12 +25,13 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attacks
 from data import Augmentation, Images
+from device import compile_network, keep_freed_memory, memory_format
 from distributed import World
 from engine import Progress, Trainer, closing_attack, float32_logits, train_epoch
 from preactresnet import PreActResNet18
 from precision import Precision
-from run import compile_network, describe_machine, memory_format
-from utils import keep_freed_memory, whole_file
+from run import describe_machine
+from utils import whole_file
 
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
 NORMALIZATION = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))

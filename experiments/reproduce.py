@@ -25,9 +25,10 @@ from results import collect, read_result, write_result
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
+from device import cuda_devices
 from folder import RunFolder
 from options import Parser
-from utils import UsageError, cuda_devices, number
+from utils import UsageError, number
 
 POLL = 0.5  # seconds between two looks at the runs
 GRACE = 120  # seconds that a run has to save its state and stop

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, assert_same_run, epochs_of, script
 
-from utils import cuda_devices
+from device import cuda_devices
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(cuda_devices() == 0, reason="needs a GPU")]
 

@@ -20,10 +20,11 @@ import train_cifar
 import train_svhn
 from attacks import fgsm, pgd, zerograd
 from data import Augmentation, Images
+from device import choose_device, to_compile
 from distributed import World
 from engine import NotFinite, Progress, Trainer, closing_attack, evaluate, train_epoch
 from precision import Precision, prepare_momentum
-from run import choose_device, first_batches, to_compile
+from run import first_batches
 from utils import UsageError, cyclic_lr, onedrop_lr, seed_everything
 
 FLOAT32 = Precision(False, "bfloat16", "native", torch.device("cpu"))
@@ -60,7 +61,7 @@ def test_random_numbers_are_a_function_of_their_key(keys):
 
 PAGES = """
 import resource, torch
-from utils import keep_freed_memory
+from device import keep_freed_memory
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -347,7 +348,7 @@ def test_tf32_is_on_only_where_it_is_asked_for_and_never_where_accuracy_is_judge
 
 def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):
     """As far as this can be seen without a GPU."""
-    monkeypatch.setattr("run.cuda_devices", lambda: 1)
+    monkeypatch.setattr("device.cuda_devices", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr("os.environ", {})

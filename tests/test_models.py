@@ -5,8 +5,8 @@ import torchvision
 from torch import nn
 
 import preactresnet
+from device import memory_format
 from preactresnet import PreActResNet18
-from run import memory_format
 from wideresnet import WideResNet
 
 
