@@ -12,7 +12,8 @@ from utils import UsageError
 
 def choose_device(args) -> torch.device:
     """The device that --device names. Raises UsageError where it is not there."""
-    name, count = args.device, cuda_devices()
+    name = args.device
+    count = 0 if name == "cpu" else cuda_devices()  # a driver that is too old complains
     if name == "auto":
         name = "cuda" if count else "cpu"
     try:
@@ -43,7 +44,7 @@ def choose_device(args) -> torch.device:
 
 
 def cuda_devices() -> int:
-    """How many GPUs can be used; of none the driver serves this PyTorch where it is too old."""
+    """How many GPUs can be used: none where the driver is missing, or too old for this PyTorch."""
     return torch.cuda.device_count() if torch.cuda.is_available() else 0  # the count alone asks no driver to start
 
 

@@ -236,5 +236,5 @@ def _starts(images: Images, epsilon: float, seed: int, restart: int) -> Tensor:
 
 def float32_logits(model: Callable[[Tensor], Tensor], x: Tensor, precision: Precision) -> Tensor:
     """The logits of a float32 forward pass, such as decides every accuracy."""
-    with torch.inference_mode(), precision.float32():
+    with torch.no_grad(), precision.float32():
         return model(x).float().clone()  # under CUDA graphs, the next pass overwrites the network's own output

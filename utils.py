@@ -56,10 +56,11 @@ def onedrop_lr(t: float, lr_max: float, drop: float) -> float:
 
 
 def seed_everything(*key: int) -> None:
-    """Make all random numbers from here on a function of `key` (whole numbers; zeros at its end do not count) alone.
+    """Make all random numbers from here on a function of `key` (whole numbers, 0 or more) alone.
 
     Every training step and every evaluated batch starts with this, so that a run that goes on from any step draws
-    what an unbroken run draws, and no random state needs saving.
+    what an unbroken run draws, and no random state needs saving. (NumPy fills a short key up with zeros: (5,) is the
+    same as (5, 0, 0, 0).)
     """
     state = np.random.SeedSequence(key).generate_state(2)
     random.seed(int(state[0]))

@@ -60,10 +60,10 @@ def call(capsys):
     return run_main
 
 
-def script(name: str, *flags: str, **options) -> subprocess.CompletedProcess:
+def script(name: str, *flags: str, timeout: float = 280, **options) -> subprocess.CompletedProcess:
     """Run a script as a user does."""
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], capture_output=True, text=True,
-                          timeout=280, **options)
+                          timeout=timeout, **options)
 
 
 def epochs_of(folder: Path) -> list[dict]:
@@ -71,8 +71,8 @@ def epochs_of(folder: Path) -> list[dict]:
 
 
 def without_times(folder: Path) -> tuple[list[dict], list[list[str]], dict]:
-    """All that a run's logs say but for how long it took and that it was resumed."""
-    records = [{key: value for key, value in record.items() if not key.endswith("_time")}
+    """All that a run's logs say but for how long it took, a GPU's memory (of each process), and that it was resumed."""
+    records = [{key: value for key, value in record.items() if not key.endswith("_time") and key != "peak_memory"}
                for record in epochs_of(folder)]
     lines = [line.split("\t") for line in (folder / "output.log").read_text().splitlines() if not line.startswith("#")]
     rows = [[cell for i, cell in enumerate(line) if i not in (1, 2) and not cell.startswith("time")] for line in lines]

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,11 @@ from conftest import ROOT, SMALL, assert_same_run, epochs_of, script
 
 from device import cuda_devices
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(cuda_devices() == 0, reason="needs a GPU")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800),
+              pytest.mark.skipif(cuda_devices() == 0, reason="needs a GPU")]
+
+TIMEOUT = 600  # the compiler may take minutes
+train = partial(script, "train_cifar.py", timeout=TIMEOUT)
 
 ON_CUDA = [*SMALL, "--device=cuda"]
 LEARNING = [*ON_CUDA, "--train-samples=768", "--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.2", "--base-width=8"]
@@ -28,7 +33,7 @@ def require_learnt(folder, done: subprocess.CompletedProcess) -> None:
 
 @pytest.mark.parametrize("attack", ["fgsm", "zerograd", "multigrad", "pgd"])
 def test_every_attack_trains(attack, tmp_path):
-    done = script("train_cifar.py", *LEARNING, "--no-compile", f"--attack={attack}", "--fname", tmp_path / "run")
+    done = train(*LEARNING, "--no-compile", f"--attack={attack}", "--fname", tmp_path / "run")
     require_learnt(tmp_path / "run", done)
 
 
@@ -37,8 +42,8 @@ def test_every_attack_trains(attack, tmp_path):
     ["--compile-mode=reduce-overhead"], ["--amp", "--compile-mode=reduce-overhead"]], ids=lambda flags: " ".join(flags))
 def test_every_precision_and_way_to_compile_trains(flags, tmp_path):
     folder = tmp_path / "run"
-    require_learnt(folder, script("train_cifar.py", *LEARNING, "--attack=zerograd", *flags, "--fname", folder))
-    done = script("train_cifar.py", *LEARNING, *flags, "--fname", folder, "--eval", "--resume=auto")
+    require_learnt(folder, train(*LEARNING, "--attack=zerograd", *flags, "--fname", folder))
+    done = train(*LEARNING, *flags, "--fname", folder, "--eval", "--resume=auto")
     assert done.returncode == 0, done.stderr
     evaluated, final = (json.loads((folder / name).read_text()) for name in ("eval.json", "final.json"))
     assert evaluated["clean_acc"] == pytest.approx(final["clean_acc"], abs=0.05)
@@ -49,7 +54,7 @@ def test_deterministic_runs_have_the_same_bits_stopped_or_not(tmp_path):
     flags = [*ON_CUDA, "--deterministic", "--epochs=40", "--attack=zerograd", "--resume=auto"]
     whole, again, part = (tmp_path / name for name in ("whole", "again", "part"))
     for folder in (whole, again):
-        done = script("train_cifar.py", *flags, "--fname", folder)
+        done = train(*flags, "--fname", folder)
         assert done.returncode == 0, done.stderr
     command = [sys.executable, str(ROOT / "train_cifar.py"), *flags, "--fname", str(part)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -57,18 +62,18 @@ def test_deterministic_runs_have_the_same_bits_stopped_or_not(tmp_path):
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM and len(epochs_of(part)) < 40
-    done = script("train_cifar.py", *flags, "--fname", part)
+    done = train(*flags, "--fname", part)
     assert done.returncode == 0 and "resumed at epoch" in done.stdout, done.stderr
     for folder in (again, part):
         assert_same_run(folder, whole)
 
 
 @pytest.mark.parametrize("count, flags", [(1, []), (2, []), (2, ["--amp"]), (2, ["--sync-bn"])])
-def test_processes_train_together_over_nccl(count, flags, tmp_path):
+def test_processes_train_together(count, flags, tmp_path):
     if cuda_devices() < count:
         pytest.skip(f"needs {count} GPUs")
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}", "train_cifar.py",
          *LEARNING, "--attack=zerograd", *flags, "--fname", str(tmp_path / "run")],
-        capture_output=True, text=True, timeout=280, cwd=ROOT)
+        capture_output=True, text=True, timeout=TIMEOUT, cwd=ROOT)
     require_learnt(tmp_path / "run", done)

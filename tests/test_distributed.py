@@ -205,7 +205,7 @@ def test_a_world_that_torchrun_did_not_make_is_one_line(size, tmp_path):
 
 
 def test_one_process_asks_no_device_which_value_is_the_largest():
-    assert World().largest(True, torch.device("meta")) is True  # from that device nothing could be read
+    assert World().max(True, torch.device("meta")) is True  # from that device nothing could be read
 
 
 def test_a_last_batch_too_small_for_the_processes_is_one_line(tmp_path):
