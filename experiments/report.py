@@ -248,7 +248,7 @@ def figure_of_epsilons_over_epochs(name: str, results: Results) -> plt.Figure | 
 FIGURES = {
     "cifar10": ("cifar10", figure_of_epochs), "cifar100": ("cifar100", figure_of_epochs),
     "svhn": ("svhn", figure_of_epochs), "collapse": ("collapse", figure_of_epochs),
-    "collapse12": ("collapse12", figure_of_epochs),
+    "collapse12": ("collapse12", figure_of_epochs), "from_zero": ("from_zero", figure_of_epochs),
     "quantile": ("quantile", figure_of_quantiles), "quantile_epochs": ("quantile", figure_of_epochs),
     "epsilon": ("epsilon", figure_of_epsilons), "epsilon_epochs": ("epsilon", figure_of_epsilons_over_epochs)}
 
