@@ -184,7 +184,8 @@ def figure_of_epochs(name: str, results: Results) -> plt.Figure | None:
     left.set_title("test images under PGD (last epoch: all of them)")
     right.set_title("training images under the attack trained on")
     left.set_ylabel("accuracy, %")
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    longest = max(len(row.cells[-1]) for row in rows)
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4 if longest < 30 else 2)
     figure.suptitle(f"{TABLES[name].title}, scale {results.scale}")
     return figure
 
