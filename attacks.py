@@ -4,46 +4,59 @@ Everything is in pixel space: images x in [0, 1] of shape (B, C, H, W), labels y
 the same unit (8/255, not 8), and a `model` (an nn.Module) that takes images in [0, 1] to logits (B, classes). Each
 attack returns a perturbation delta, shaped like x, with abs(delta) <= epsilon (for l_2: its norm) and
 0 <= x + delta <= 1, detached. It leaves the model's parameters, their `.grad` and the model's mode as it found them;
-in train mode its forward passes move BatchNorm's running statistics, as in the published method.
+in train mode its forward passes move BatchNorm's running statistics, as in the published method. In training, `step`
+is what it shares with the rest of the step; anyone else leaves it out.
 
 Sources: FGSM, Goodfellow et al. (arXiv 1412.6572); its random start, Wong et al. (arXiv 2001.03994); ZeroGrad and
 MultiGrad, Golgooni et al. (arXiv 2103.15476); PGD, Madry et al. (arXiv 1706.06083).
 """
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import UsageError, number
+
+@dataclass
+class Step:
+    """What a training step tells its attack and its objective beside images and labels, and they each other.
+
+    time: in epochs since the run began; kept: what the method itself keeps from step to step, by name, a part of the
+    run's state; start, logits: where the attack's first forward pass was (a perturbation) and what it found there.
+    """
+
+    time: float = 0.0
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    start: Tensor | None = None
+    logits: Tensor | None = None
 
 
-def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, init: str = "random") -> Tensor:
+def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, init: str = "random",
+         step: Step | None = None) -> Tensor:
     """One step of alpha along the gradient's sign, from zero or (FGSM-RS) from a uniform start."""
     delta = start(x, epsilon, init)
-    grad, _ = input_gradient(model, x, y, delta)
+    grad, _ = input_gradient(model, x, y, delta, step)
     return box(delta + alpha * grad.sign(), x, epsilon)
 
 
 def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, q: float, steps: int = 1,
-             init: str = "random") -> Tensor:
+             init: str = "random", step: Step | None = None) -> Tensor:
     """FGSM without the smallest entries of each image's gradient (arXiv 2103.15476, ZeroGrad).
 
     In each step at most a fraction `q` of an image's entries are made to stay where they are; see `quantile_mask`.
     """
     delta = start(x, epsilon, init)
     for _ in range(steps):
-        grad, _ = input_gradient(model, x, y, delta)
+        grad, _ = input_gradient(model, x, y, delta, step)
         delta = box(delta + alpha * quantile_mask(grad, q).sign(), x, epsilon)
     return delta
 
 
 def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, samples: int = 3,
-              threshold: int | None = None, parallel: bool = False) -> Tensor:
+              threshold: int | None = None, parallel: bool = False, step: Step | None = None) -> Tensor:
     """One step from zero where the gradient signs at `samples` uniform starts agree (arXiv 2103.15476, MultiGrad).
 
     `threshold` of the samples must agree, all of them if None; see `sign_consensus`. `parallel` computes the samples
@@ -55,12 +68,12 @@ def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: flo
         xs, ys = torch.cat([x] * samples), torch.cat([y] * samples)
         grads = input_gradient(model, xs, ys, start(xs, epsilon))[0].unflatten(0, (samples, len(x)))
     else:
-        grads = torch.stack([input_gradient(model, x, y, start(x, epsilon))[0] for _ in range(samples)])
+        grads = torch.stack([input_gradient(model, x, y, start(x, epsilon), step)[0] for _ in range(samples)])
     return box(alpha * sign_consensus(grads, samples if threshold is None else threshold), x, epsilon)
 
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, steps: int, restarts: int = 1,
-        norm: str = "l_inf", early_stop: bool = False) -> Tensor:
+        norm: str = "l_inf", early_stop: bool = False, step: Step | None = None) -> Tensor:
     """`steps` projected steps from each of `restarts` random starts; per image, the delta of the highest loss.
 
     `norm` is "l_inf" or "l_2". With `early_stop` an image that is already misclassified moves no further.
@@ -69,7 +82,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     for _ in range(restarts):
         delta = start(x, epsilon, norm=norm)
         for _ in range(steps):
-            grad, logits = input_gradient(model, x, y, delta)
+            grad, logits = input_gradient(model, x, y, delta, step)
             moved = pgd_step(delta, grad, x, epsilon, alpha, norm)
             if early_stop:
                 right = logits.argmax(dim=1) == y
@@ -121,7 +134,8 @@ def sign_consensus(grads: Tensor, threshold: int) -> Tensor:
     return s.masked_fill(s.abs() < threshold - (n - threshold), 0).sign()
 
 
-def input_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def input_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor,
+                   step: Step | None = None) -> tuple[Tensor, Tensor]:
     """The gradient of the mean cross-entropy at x + delta with respect to delta alone, and the logits there."""
     delta = delta.detach().requires_grad_()
     with frozen(model), torch.enable_grad():
@@ -129,7 +143,26 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> tup
         loss = F.cross_entropy(logits, y)
         scale = 8 * 2 ** (len(x) - 1).bit_length()  # a power of two: exact, and float16 gradients do not vanish
         grad, = torch.autograd.grad(loss * scale, delta)
+    if step is not None and step.start is None:
+        step.start, step.logits = delta.detach(), logits.detach()
     return grad / scale, logits.detach()
+
+
+def confident_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    """As `input_gradient`, but each image's gradient is scaled so that it does not vanish however sure the model is.
+
+    With m = logsumexp of the other classes' logits - the label's logit, the cross-entropy is log(1 + exp(m)): m has the
+    same gradient but for a positive factor, which rounds to 0 where the label's probability rounds to 1. For attacks
+    that take the gradient's sign or direction alone.
+    """
+    delta = delta.detach().requires_grad_()
+    with frozen(model), torch.enable_grad():
+        logits = model(x + delta)
+        label = y.unsqueeze(1)
+        wide = logits.float()
+        m = wide.scatter(1, label, -math.inf).logsumexp(dim=1) - wide.gather(1, label).squeeze(1)
+        grad, = torch.autograd.grad(8 * m.sum(), delta)
+    return grad, logits.detach()
 
 
 @torch.no_grad()
@@ -175,51 +208,3 @@ def _per_image(values: Tensor) -> Tensor:
 def _norm(values: Tensor) -> Tensor:
     """Each image's l_2 norm, never quite 0: (B, C, H, W) -> (B, 1, 1, 1)."""
     return _per_image(values.flatten(1).norm(dim=1).clamp(min=torch.finfo(values.dtype).tiny))
-
-
-class Flag(NamedTuple):
-    """A command-line flag and the attack's keyword it feeds; `convert(value, args)` brings it to the attack's unit."""
-
-    name: str
-    keyword: str
-    options: dict[str, Any]
-    convert: Callable[[Any, Any], Any] = lambda value, args: value
-
-
-def _threshold(value: int, args) -> int:
-    if value == -1:
-        return args.multi_samps
-    if value > args.multi_samps:
-        raise UsageError(f"--multi-th must be from 1 to --multi-samps ({args.multi_samps}), or -1, not {value}")
-    return value
-
-
-ALPHA = Flag("--fgsm-alpha", "alpha", dict(type=number(float, 0), default=2.0, help="step of the single-step attacks, "
-             "in epsilons"), lambda value, args: value * args.epsilon / 255)
-INIT = Flag("--fgsm-init", "init", dict(choices=("zero", "random"), default="random", help="start of fgsm, zerograd"))
-
-# The attacks to train on. A new one needs its function above and its line here; the command line follows from it.
-ATTACKS: dict[str, tuple[Callable[..., Tensor], tuple[Flag, ...]]] = {
-    "multigrad": (multigrad, (
-        ALPHA,
-        Flag("--multi-samps", "samples", dict(type=number(int, 1, 1000), default=3, help="MultiGrad's random starts")),
-        Flag("--multi-th", "threshold", dict(type=number(int, 1, also=(-1,)), default=-1, help="how many of them must "
-             "agree on a sign; -1: all"), _threshold),
-        Flag("--multi-parallel", "parallel", dict(action="store_true", help="all starts as one batch")))),
-    "zerograd": (zerograd, (
-        ALPHA, INIT,
-        Flag("--zero-qval", "q", dict(type=number(float, 0, 1), help="fraction of an image's gradient to zero")),
-        Flag("--zero-iters", "steps", dict(type=number(int, 1), default=1, help="ZeroGrad's steps")))),
-    "fgsm": (fgsm, (ALPHA, INIT)),
-    "pgd": (pgd, (
-        Flag("--pgd-alpha", "alpha", dict(type=number(float, 0), default=2.0, help="PGD's step in 1/255, in training "
-             "and in evaluation"), lambda value, args: value / 255),
-        Flag("--pgd-iters", "steps", dict(type=number(int, 1), default=10, help="PGD's steps in training")))),
-}
-
-
-def from_args(args) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """The training attack that the command line asks for, as a function of (model, x, y)."""
-    attack, flags = ATTACKS[args.attack]
-    values = {f.keyword: f.convert(getattr(args, f.name[2:].replace("-", "_")), args) for f in flags}
-    return functools.partial(attack, epsilon=args.epsilon / 255, **values)

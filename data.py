@@ -1,23 +1,27 @@
 """The data sets: read by torchvision, held on the device as uint8, augmented there a batch at a time."""
 import contextlib
+import http.client
 import io
 import math
-import urllib.error
+import os
+import tarfile
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
-from utils import UsageError, one_at_a_time
+from options import DataSet
+from utils import UsageError, lock
 
-SIZE = 32  # the height and width of every image, in pixels
 DUMMY_SIZES = {True: 2048, False: 512}  # synthetic images to train and to test on
+DUMMY_SIDE = 32
 
 
 @dataclass(frozen=True)
@@ -45,22 +49,22 @@ class Augmentation:
             "angle": torch.empty(n, dtype=torch.float64).uniform_(-self.degrees, self.degrees),
         }
 
-    def apply(self, images: Tensor, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor) -> Tensor:
-        """The images (N, 32, 32, 3) at `index` (B,), augmented: (B, 32, 32, 3); the parameters are as `draw` gives."""
-        side = torch.arange(SIZE, device=images.device)
-        rows, cols = side.view(1, -1, 1), side.view(1, 1, -1)
+    def apply(self, images: Tensor, index, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor) -> Tensor:
+        """The images (N, H, W, 3) at `index` (B,), augmented: (B, H, W, 3); the parameters are as `draw` gives."""
+        _, height, width, _ = images.shape
+        rows = torch.arange(height, device=images.device).view(1, -1, 1)
+        cols = torch.arange(width, device=images.device).view(1, 1, -1)
         if self.degrees:
             rows, cols = rotated(rows, cols, angle)
-        inside = _inside(rows) & _inside(cols)
-        cols = torch.where(flip.view(-1, 1, 1), SIZE - 1 - cols, cols)
+        inside = _inside(rows, height) & _inside(cols, width)
+        cols = torch.where(flip.view(-1, 1, 1), width - 1 - cols, cols)
         rows = rows + top.view(-1, 1, 1) - self.padding
         cols = cols + left.view(-1, 1, 1) - self.padding
         if self.pad_mode == "reflect":
-            rows, cols = _reflected(rows), _reflected(cols)
+            rows, cols = _reflected(rows, height), _reflected(cols, width)
         else:
-            inside = inside & _inside(rows) & _inside(cols)
-        rows, cols = rows.clamp(0, SIZE - 1), cols.clamp(0, SIZE - 1)
-        pixels = images[index.view(-1, 1, 1), rows, cols]
+            inside = inside & _inside(rows, height) & _inside(cols, width)
+        pixels = images[index.view(-1, 1, 1), rows.clamp(0, height - 1), cols.clamp(0, width - 1)]
         return pixels if self.pad_mode == "reflect" and not self.degrees else pixels * inside.unsqueeze(-1)
 
 
@@ -72,26 +76,26 @@ def rotated(rows: Tensor, cols: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
     def fixed(value: Tensor) -> Tensor:
         return (value * 65536 + 0.5).floor().long().view(-1, 1, 1)
 
-    radians, centre = -angle * (math.pi / 180), SIZE / 2
+    radians, y, x = -angle * (math.pi / 180), rows.numel() / 2, cols.numel() / 2
     cos, sin = radians.cos(), radians.sin()
-    from_col = centre - cos * centre - sin * centre + 0.5 * cos + 0.5 * sin
-    from_row = centre + sin * centre - cos * centre - 0.5 * sin + 0.5 * cos
+    from_col = x - cos * x - sin * y + 0.5 * cos + 0.5 * sin
+    from_row = y + sin * x - cos * y - 0.5 * sin + 0.5 * cos
     cols_from = fixed(from_col) + cols * fixed(cos) + rows * fixed(sin)
     rows_from = fixed(from_row) - cols * fixed(sin) + rows * fixed(cos)
     return rows_from >> 16, cols_from >> 16
 
 
-def _inside(position: Tensor) -> Tensor:
-    return (position >= 0) & (position < SIZE)
+def _inside(position: Tensor, size: int) -> Tensor:
+    return (position >= 0) & (position < size)
 
 
-def _reflected(position: Tensor) -> Tensor:
-    return SIZE - 1 - (SIZE - 1 - position.abs()).abs()
+def _reflected(position: Tensor, size: int) -> Tensor:
+    return size - 1 - (size - 1 - position.abs()).abs()
 
 
 @dataclass
 class Images:
-    """Images on a device, uint8 of shape (N, 32, 32, 3), their labels (N,), and how batches of them are laid out."""
+    """Images on a device, uint8 of shape (N, H, W, 3), their labels (N,), and how batches of them are laid out."""
 
     pixels: Tensor
     labels: Tensor
@@ -107,115 +111,120 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device), memory_format)
 
     def batch(self, index: Tensor | slice, augmentation: Augmentation = Augmentation(), drawn=None):
-        """x in [0, 1], float32 (B, 3, 32, 32), and y (B,); augmented where `drawn` is given."""
-        pixels = self.pixels[index] if drawn is None else augmentation.apply(self.pixels, index, **drawn)
+        """x in [0, 1], float32 (B, 3, H, W), and y (B,); augmented where `drawn` is given."""
+        pixels = augmentation.apply(self.pixels, index, **drawn) if drawn else self.pixels[index]
         x = pixels.permute(0, 3, 1, 2).float().div_(255)
         return x.contiguous(memory_format=self.memory_format), self.labels[index]
 
 
-@dataclass(frozen=True)
-class DataSet:
-    """What tells one data set from another; a training script states one and hands it to `run.main`.
-
-    name: as users write it; read: (data_dir, train) -> (pixels uint8 (N, 32, 32, 3), labels); mean, std: of the pixels
-    in [0, 1], per channel; augmentation: of the training images; peak: (epochs) -> the epoch at which the cyclic
-    learning rate is highest; validate: whether the best checkpoint is chosen on images from the training set even
-    without --val-size; defaults: those of the command line that are this data set's own.
-    """
-
-    name: str
-    read: Callable[[str, bool], tuple[np.ndarray, Any]]
-    classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    defaults: dict[str, Any]
-    augmentation: Augmentation = Augmentation()
-    peak: Callable[[int], int] = lambda epochs: epochs // 2
-    validate: bool = False
-
-
 def load(dataset: DataSet, args) -> tuple[Images, Images, Images]:
-    """The images to train on, those held out of the training set to choose the best checkpoint on, and the test set.
+    """The images to train on, those to choose the best checkpoint on where they are training images, and the test set.
 
-    Training takes the first --train-samples of the training set, validation the last --val-size of it.
+    Training takes the first --train-samples of the training set; --val-size holds the last ones out. Without it, a data
+    set that validates does so on the first fiftieth of the images that it trains on.
     """
-    if args.dummy:
-        train, test = (dummy(dataset.classes, train) for train in (True, False))
-    else:
-        train, test = (_images(dataset, args.data_dir, train) for train in (True, False))
+    train, test = dummy(dataset.classes) if args.dummy else _read(dataset, args.data_dir)
     most = len(train) - args.val_size
     if most < 1:
         raise UsageError(f"--val-size must leave images to train on: {len(train) - 1} or less, not {args.val_size}")
     if args.train_samples is not None and args.train_samples > most:
         raise UsageError(f"--train-samples must be from 1 to {most} (all but --val-size), not {args.train_samples}")
-    return train[:args.train_samples or most], train[len(train) - args.val_size:], test
+    held_out, train = train[most:], train[:args.train_samples or most]
+    if dataset.validate and not args.val_size:
+        held_out = train[:math.ceil(len(train) / 50)]
+    return train, held_out, test
 
 
-def dummy(classes: int, train: bool) -> Images:
-    """Synthetic images that can be learnt: a coarse pattern for each class, shifted in brightness, under noise."""
+def dummy(classes: int) -> tuple[Images, Images]:
+    """Synthetic images to train and to test on: a coarse pattern for each class, shifted in brightness, under noise."""
     generator = torch.Generator().manual_seed(classes)
     patterns = torch.rand(classes, 4, 4, 3, generator=generator)
-    patterns = patterns.repeat_interleave(SIZE // 4, dim=1).repeat_interleave(SIZE // 4, dim=2)
-    generator.manual_seed(classes * 2 + train)
-    labels = torch.arange(DUMMY_SIZES[train]) % classes
-    shift = 0.2 * torch.rand(len(labels), 1, 1, 1, generator=generator) - 0.1
-    noise = 0.1 * torch.randn(len(labels), SIZE, SIZE, 3, generator=generator)
-    return Images(((patterns[labels] + shift + noise).clamp(0, 1) * 255).round().byte(), labels)
+    patterns = patterns.repeat_interleave(DUMMY_SIDE // 4, dim=1).repeat_interleave(DUMMY_SIDE // 4, dim=2)
+
+    def drawn(train: bool) -> Images:
+        generator.manual_seed(classes * 2 + train)
+        labels = torch.arange(DUMMY_SIZES[train]) % classes
+        shift = 0.2 * torch.rand(len(labels), 1, 1, 1, generator=generator) - 0.1
+        noise = 0.1 * torch.randn(len(labels), DUMMY_SIDE, DUMMY_SIDE, 3, generator=generator)
+        return Images(((patterns[labels] + shift + noise).clamp(0, 1) * 255).round().byte(), labels)
+
+    return drawn(True), drawn(False)
 
 
-def cifar(source: type) -> Callable[[str, bool], tuple[np.ndarray, Any]]:
-    """A reader for torchvision's CIFAR10 or CIFAR100. Their files are pickles: checked before they are opened."""
-    def read(data_dir: str, train: bool):
-        listed = source.train_list + source.test_list + [(source.meta["filename"], source.meta["md5"])]
-        files = {Path(data_dir, source.base_folder, name): md5 for name, md5 in listed}
-        held = _verified(files, data_dir, partial(source, data_dir, train))
-        return held.data, held.targets
-    return read
+def read_torchvision(name: str, data_dir: str):
+    """The training and the test images and labels of torchvision's CIFAR10, CIFAR100 or SVHN."""
+    source = getattr(datasets, name)
+    verified = type(name, (source,), {"_check_integrity": lambda self: True})  # or each file is hashed three times
+    if name == "SVHN":  # cropped digits; the digit 0 has label 0
+        splits = [source.split_list[split] for split in ("train", "test")]
+        have(data_dir, {file: md5 for _, file, md5 in splits},
+             lambda folder: [source(folder, split, download=True) for split in ("train", "test")])
+        parts = [verified(data_dir, split) for split in ("train", "test")]
+        return [(part.data.transpose(0, 2, 3, 1), part.labels) for part in parts]
+    listed = [*source.train_list, *source.test_list, [source.meta["filename"], source.meta["md5"]]]
+    have(data_dir, {f"{source.base_folder}/{file}": md5 for file, md5 in listed},
+         lambda folder: source(folder, download=True))
+    return [(part.data, part.targets) for part in (verified(data_dir, train) for train in (True, False))]
 
 
-def svhn(source: type) -> Callable[[str, bool], tuple[np.ndarray, Any]]:
-    """A reader for torchvision's SVHN (cropped digits; the label of the digit 0 is 0)."""
-    def read(data_dir: str, train: bool):
-        split = "train" if train else "test"
-        _, name, md5 = source.split_list[split]
-        held = _verified({Path(data_dir, name): md5}, data_dir, partial(source, data_dir, split))
-        return held.data.transpose(0, 2, 3, 1), held.labels
-    return read
-
-
-def _verified(files: dict[Path, str], data_dir: str, source: Callable):
-    """`source()`, torchvision's data set, once all its files are there with the right sums; downloads if none is."""
+def have(data_dir: str, files: dict[str, str], download: Callable[[str], Any]) -> None:
+    """Make sure that the files, a name and an MD5 sum each, are in `data_dir`; if none is, `download(folder)` them."""
+    root = Path(data_dir)
     try:
-        missing = not any(file.exists() for file in files)
-    except (OSError, ValueError):  # a name that is no name to the system
-        raise UsageError(f"--data-dir {data_dir} cannot be read") from None
-    if missing:
-        new = [folder for folder in (Path(data_dir), *Path(data_dir).parents) if not folder.exists()]
-        try:
-            with contextlib.redirect_stdout(io.StringIO()):
-                return source(download=True)
-        except (OSError, RuntimeError, urllib.error.URLError) as error:
-            for folder in new:  # torchvision makes them before it tries
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-            raise UsageError(f"--data-dir {data_dir} has no {next(iter(files))}, and the download failed "
-                             f"({_one_line(error)}): put the files there, or use --dummy") from None
-    for file, md5 in files.items():
-        if not file.exists():
-            raise UsageError(f"--data-dir {data_dir} lacks {file}: put it there, or delete {file.parent} to download")
-        if not check_integrity(str(file), md5):
-            raise UsageError(f"--data-dir {data_dir}: {file} is cut short or altered (its MD5 sum should be {md5}): "
-                             f"replace it, or delete {file if len(files) == 1 else file.parent} to download")
+        if not any((root / name).exists() for name in files):
+            _download(root, files, download)
+        for name, md5 in files.items():
+            file = root / name
+            again = file if "/" not in name else file.parent
+            if not file.exists():
+                raise UsageError(f"--data-dir {data_dir} lacks {file}: put it there, or delete {again} to download")
+            if not check_integrity(str(file), md5):
+                raise UsageError(f"--data-dir {data_dir}: {file} is cut short or altered (its MD5 sum should be {md5}):"
+                                 f" replace it, or delete {again} to download")
+    except (ValueError, OSError) as error:  # a name that is no name to the system, a file that may not be read
+        raise UsageError(f"--data-dir {data_dir} cannot be read ({_one_line(error)})") from None
+
+
+def _download(root: Path, files: dict[str, str], download: Callable[[str], Any]) -> None:
+    """Into a folder of its own first, so that nothing partial is ever under a final name; one process at a time."""
+    new, held = [folder for folder in (root, *root.parents) if not folder.exists()], None
     try:
-        return source()
+        root.mkdir(parents=True, exist_ok=True)
+        held = lock(root / ".lock")
+        if any((root / name).exists() for name in files):  # another process was quicker
+            return
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as arriving, \
+                contextlib.redirect_stdout(io.StringIO()):
+            download(arriving)
+            for top in dict.fromkeys(name.split("/")[0] for name in files):
+                os.replace(Path(arriving, top), root / top)
+    except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
+        if root in new:
+            (root / ".lock").unlink(missing_ok=True)
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise UsageError(f"--data-dir {root} has no {next(iter(files))}, and the download failed ({_one_line(error)}): "
+                         f"put the files there, or use --dummy") from None
+    finally:
+        if held:
+            held.release()
+
+
+def _read(dataset: DataSet, data_dir: str) -> tuple[Images, Images]:
+    try:
+        source = dataset.source
+        parts = source(data_dir) if callable(source) else read_torchvision(source, data_dir)
+    except UsageError:
+        raise
     except Exception as error:  # whatever a parser raises at a file that it cannot read
         raise UsageError(f"--data-dir {data_dir}: its files cannot be read ({_one_line(error)})") from None
+    train, test = (_images(dataset, data_dir, *map(np.asarray, part)) for part in parts)
+    return train, test
 
 
-def _images(dataset: DataSet, data_dir: str, train: bool) -> Images:
-    with one_at_a_time(data_dir):
-        pixels, labels = (np.asarray(part) for part in dataset.read(data_dir, train))
-    if pixels.dtype != np.uint8 or pixels.shape != (len(pixels), SIZE, SIZE, 3) or not len(pixels) or \
+def _images(dataset: DataSet, data_dir: str, pixels: np.ndarray, labels: np.ndarray) -> Images:
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels) or \
             labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or \
             labels.min() < 0 or labels.max() >= dataset.classes:
         raise UsageError(f"--data-dir {data_dir} does not hold {dataset.name}: its files have other images or labels")

@@ -1,130 +1,231 @@
-"""The command line: every flag of every script, grouped, with its default, its unit and the values it may have."""
+"""The command line: what can be chosen by name, every flag with its default and unit, and the checks of their values.
+
+Nothing here needs PyTorch, so that --help and a refused flag answer at once.
+"""
 import argparse
 import os
-from typing import NoReturn
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
 
-import preactresnet
-from attacks import ATTACKS, from_args
-from data import DataSet
-from precision import DTYPES
-from utils import UsageError, cyclic_lr, number, onedrop_lr
-from wideresnet import WideResNet
+import schedules
+from utils import UsageError
 
-# A model by name: (arguments, num_classes=, mean=, std=) -> network.
-MODELS = {
-    **{f"PreActResNet{depth}": lambda args, depth=depth, **kwargs: getattr(preactresnet, f"PreActResNet{depth}")(
-        base_width=args.base_width, **kwargs) for depth in (18, 34, 50, 101, 152)},
-    "WideResNet": lambda args, **kwargs: WideResNet(34, args.width_factor, **kwargs),
+
+@dataclass(frozen=True)
+class DataSet:
+    """What tells one data set from another; a training script states one.
+
+    name: as users write it; source: the class in torchvision.datasets, or a function (data_dir) -> (training images,
+    labels), (test images, labels), the images uint8 (N, H, W, 3); mean, std: of the pixels in [0, 1], per channel;
+    defaults: those of the command line that are this data set's own; augmentation: keywords of `data.Augmentation`, for
+    the training images; peak: (epochs) -> the epoch at which the cyclic learning rate is highest; validate: whether the
+    best checkpoint is chosen on training images even without --val-size.
+    """
+
+    name: str
+    source: str | Callable[[str], tuple]
+    classes: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    defaults: dict[str, Any]
+    augmentation: dict[str, Any] = field(default_factory=dict)
+    peak: Callable[[int], int] = lambda epochs: epochs // 2
+    validate: bool = False
+
+
+# Each name is that of a function: of attacks.py, objectives.py, or a network's module. What it is called with, beside
+# images, labels and epsilon, is what its line here takes from the arguments. Pixel units begin here: 8 becomes 8/255.
+
+ATTACKS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "multigrad": lambda a: dict(alpha=_step(a), samples=a.multi_samps, threshold=_threshold(a),
+                                parallel=a.multi_parallel),
+    "zerograd": lambda a: dict(alpha=_step(a), q=a.zero_qval, steps=a.zero_iters, init=a.fgsm_init),
+    "fgsm": lambda a: dict(alpha=_step(a), init=a.fgsm_init),
+    "pgd": lambda a: dict(alpha=a.pgd_alpha / 255, steps=a.pgd_iters),
 }
 
-# A learning-rate schedule by name: (arguments, data set) -> function of the time in epochs.
-SCHEDULES = {
-    "cyclic": lambda args, dataset: lambda t: cyclic_lr(t, args.lr_max, dataset.peak(args.epochs), args.epochs),
-    "onedrop": lambda args, dataset: lambda t: onedrop_lr(t, args.lr_max, args.lr_drop),
+OBJECTIVES: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "ce": lambda a: {},
 }
+
+SCHEDULES: dict[str, Callable[[Any, DataSet], Callable[[float], float]]] = {
+    "cyclic": lambda a, d: lambda t: schedules.cyclic(t, a.lr_max, d.peak(a.epochs), a.epochs),
+    "onedrop": lambda a, d: lambda t: schedules.onedrop(t, a.lr_max, a.lr_drop),
+}
+
+MODELS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
+    **{f"PreActResNet{depth}": ("preactresnet", lambda a: dict(base_width=a.base_width))
+       for depth in (18, 34, 50, 101, 152)},
+    "WideResNet": ("wideresnet", lambda a: dict(depth=34, width_factor=a.width_factor)),
+}
+
+
+def _step(a) -> float:
+    """The step of the single-step attacks, given in epsilons."""
+    return a.fgsm_alpha * a.epsilon / 255
+
+
+def _threshold(a) -> int:
+    return a.multi_samps if a.multi_th == -1 else a.multi_th
+
+
+def number(kind: type, low: float, high: float = float("inf"), also: tuple = ()) -> Callable[[str], float]:
+    """An argparse type: a finite `kind` (int or float) from `low` to `high`, or one of the values in `also`."""
+    noun = "a whole number" if kind is int else "a number"
+    span = f"{low} or more" if high == float("inf") else f"from {low} to {high}"
+    rule = f"must be {noun}, {span}" + "".join(f", or {value}" for value in also)
+
+    def parse_number(text: str):
+        for value in also:
+            if text == str(value):
+                return value
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{rule}, not {text!r}") from None
+        if not low <= value <= high or value == float("inf"):
+            raise argparse.ArgumentTypeError(f"{rule}, not {text}")
+        if value > sys.maxsize and kind is int:
+            raise argparse.ArgumentTypeError(f"{rule}, and at most {sys.maxsize}, not {text}")
+        return value
+
+    return parse_number
+
+
+def path(text: str) -> str:
+    """An argparse type: a path, in which ~ is the home folder; an empty one is most likely an unset variable."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, and is empty")
+    return os.path.expanduser(text)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """The description as it stands, and every default that says something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        silent = action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS)
+        untold = action.option_strings and not silent and "(default: " not in (action.help or "")  # Python 3.10's is
+        return (action.help or "") + (" (default: %(default)s)" if untold else "")
 
 
 class Parser(argparse.ArgumentParser):
     """argparse, but an error is one line and no usage text."""
 
-    def parse_args(self, *args, **kwargs):
-        parsed = super().parse_args(*args, **kwargs)
-        for action in self._actions:  # argparse leaves an unchecked list where a flag's value is "--"
-            if action.nargs is None and isinstance(getattr(parsed, action.dest, None), list):
-                self.error(f"argument {action.option_strings[0]}: expected one argument")
-        return parsed
+    def __init__(self, description: str | None):
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
+def parse(dataset: DataSet, description: str | None = None, argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of the script that trains on `dataset`; --help and a mistake end the process."""
+    p = parser(dataset, description)
+    args = p.parse_args(argv)
+    try:
+        check(args)
+    except UsageError as error:
+        p.error(str(error))
+    return args
+
+
 def parser(dataset: DataSet, description: str | None) -> Parser:
     """The command line of the script that trains on `dataset`."""
-    p = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.set_defaults(data_set=dataset.name)
-
-    def add(group, flag: str, **options) -> None:
-        name = flag[2:].replace("-", "_")
-        default = options["default"] = dataset.defaults.get(name, options.get("default"))
-        if options.get("action") == "store_true":
-            options["default"] = False
-        elif default is not None:
-            options["help"] += f" (default: {default})"
-        group.add_argument(flag, **options)
-
-    group = p.add_argument_group("data")
-    add(group, "--data-dir", type=os.path.expanduser, help="torchvision's root; what is missing is downloaded")
-    add(group, "--dummy", action="store_true", help="learnable synthetic images instead: no files, no network")
-    add(group, "--train-samples", type=number(int, 1), metavar="N", help="the first N training images only")
-    add(group, "--val-size", type=number(int, 0), default=0, metavar="N",
-        help="hold the last N training images out and choose the best checkpoint on them")
-
-    group = p.add_argument_group("model")
-    add(group, "--model", choices=MODELS, default="PreActResNet18", help="PreActResNet by depth, or WideResNet-34")
-    add(group, "--base-width", type=number(int, 1, 1024), default=64, help="width of PreActResNet's stem")
-    add(group, "--width-factor", type=number(int, 1, 64), default=10, help="width of WideResNet")
-
-    group = p.add_argument_group("training")
-    add(group, "--epochs", type=number(int, 1, 10**6), help="passes over the training images")
-    add(group, "--batch-size", type=number(int, 1, 10**6), default=128, help="images a step, over all processes")
-    add(group, "--lr-schedule", choices=SCHEDULES, help="cyclic: up and down; onedrop: constant, then a tenth")
-    add(group, "--lr-max", type=number(float, 0), help="the highest learning rate")
-    add(group, "--lr-drop", type=number(float, 0), default=50, help="the epoch of onedrop's drop")
-    add(group, "--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random")
-
-    group = p.add_argument_group("attack to train on")
-    add(group, "--attack", choices=ATTACKS, default="multigrad", help="how training images are perturbed")
-    add(group, "--epsilon", type=number(float, 0, 255), default=8.0,
-        help="radius of the l_inf ball in 1/255, in training and in evaluation")
-    for flag, options in {f.name: f.options for _, flags in ATTACKS.values() for f in flags}.items():
-        add(group, flag, **options)
-
-    group = p.add_argument_group("evaluation")
-    add(group, "--full-test", action="store_true", help="every epoch on the whole test set, not a tenth of it")
-    add(group, "--test-iters", type=number(int, 1), default=10, help="PGD's steps in an epoch's evaluation")
-    add(group, "--test-restarts", type=number(int, 1), default=1, help="its restarts")
-    add(group, "--final-iters", type=number(int, 1), default=50, help="PGD's steps in the closing attack")
-    add(group, "--final-restarts", type=number(int, 1), default=10, help="its restarts")
-    add(group, "--final-samples", type=number(int, 1), metavar="N", help="only the first N test images in it")
-    add(group, "--final-model", choices=("last", "best"), default="last", help="which model the closing attack is on")
-    add(group, "--eval", action="store_true",
-        help="evaluate the resumed model, attack --final-model (last: the resumed one), and stop")
-
-    group = p.add_argument_group("files")
-    add(group, "--fname", type=os.path.expanduser, help="folder of the logs and checkpoints")
-    add(group, "--resume", type=number(int, 0, also=("auto",)), default=0, metavar="N|auto",
-        help="N: go on from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest complete state, if there is one")
-    add(group, "--allow-changes", action="store_true", help="go on although flags differ from the run's")
-    add(group, "--chkpt-iters", type=number(int, 1), default=10, help="epochs between model_E.pth files")
-    add(group, "--chkpt-steps", type=number(int, 1), metavar="N", help="also save the state every N steps")
-
-    group = p.add_argument_group("machine")
-    add(group, "--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    group.add_argument("--amp", action=argparse.BooleanOptionalAction, default=False,
-                       help="mixed precision in training and in attacks (default: off)")
-    add(group, "--amp-dtype", choices=DTYPES, default="bfloat16", help="its lower precision")
-    add(group, "--amp-impl", choices=("native", "apex"), default="native", help="whose: torch.amp or apex.amp")
-    add(group, "--tf32", action="store_true", help="on CUDA, float32 products in training and in attacks as TF32")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=None,
-                       help="torch.compile the network (default: on CUDA without --deterministic, --sync-bn or apex)")
-    add(group, "--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
-        help="torch.compile's; all but the default use CUDA graphs")
-    add(group, "--deterministic", action="store_true", help="on CUDA, too: same seed, same bits; slower")
-    add(group, "--sync-bn", action="store_true", help="under torchrun on CUDA: BatchNorm over all processes")
+    p = Parser(description)
+    for add_group in (_data, _model, _training, _attack, _evaluation, _files, _machine):
+        add_group(p)
+    p.set_defaults(data_set=dataset.name, **dataset.defaults)
     return p
 
 
-def flag_of(p: argparse.ArgumentParser) -> dict[str, str]:
-    """The flag that each argument of the command line comes from."""
-    return {action.dest: action.option_strings[0] for action in p._actions if action.option_strings}
+def _data(p: Parser) -> None:
+    add = p.add_argument_group("data").add_argument
+    add("--data-dir", type=path, help="torchvision's root; what is missing is downloaded")
+    add("--dummy", action="store_true", help="learnable synthetic images instead: no files, no network")
+    add("--train-samples", type=number(int, 1), metavar="N", help="the first N training images only")
+    add("--val-size", type=number(int, 0), default=0, metavar="N",
+        help="hold the last N training images out and choose the best checkpoint on them")
 
 
-def check(args) -> None:
+def _model(p: Parser) -> None:
+    add = p.add_argument_group("model").add_argument
+    add("--model", choices=MODELS, default="PreActResNet18", help="PreActResNet by depth, or WideResNet-34")
+    add("--base-width", type=number(int, 1, 1024), default=64, help="width of PreActResNet's stem")
+    add("--width-factor", type=number(int, 1, 64), default=10, help="width of WideResNet")
+
+
+def _training(p: Parser) -> None:
+    add = p.add_argument_group("training").add_argument
+    add("--epochs", type=number(int, 1, 10**6), help="passes over the training images")
+    add("--batch-size", type=number(int, 1, 10**6), default=128, help="images a step, over all processes")
+    add("--lr-schedule", choices=SCHEDULES, help="cyclic: up and down; onedrop: constant, then a tenth")
+    add("--lr-max", type=number(float, 0), help="the highest learning rate")
+    add("--lr-drop", type=number(float, 0), default=50, help="the epoch of onedrop's drop")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random")
+    add("--objective", choices=OBJECTIVES, default="ce", help="what is minimized at the perturbed images")
+
+
+def _attack(p: Parser) -> None:
+    add = p.add_argument_group("attack to train on").add_argument
+    add("--attack", choices=ATTACKS, default="multigrad", help="how training images are perturbed")
+    add("--epsilon", type=number(float, 0, 255), default=8.0,
+        help="radius of the l_inf ball in 1/255, in training and in evaluation")
+    add("--fgsm-alpha", type=number(float, 0), default=2.0, help="step of the single-step attacks, in epsilons")
+    add("--fgsm-init", choices=("zero", "random"), default="random", help="start of fgsm, zerograd")
+    add("--zero-qval", type=number(float, 0, 1), help="fraction of an image's gradient to zero")
+    add("--zero-iters", type=number(int, 1), default=1, help="ZeroGrad's steps")
+    add("--multi-samps", type=number(int, 1, 1000), default=3, help="MultiGrad's random starts")
+    add("--multi-th", type=number(int, 1, also=(-1,)), default=-1, help="how many must agree on a sign; -1: all")
+    add("--multi-parallel", action="store_true", help="all starts as one batch")
+    add("--pgd-alpha", type=number(float, 0), default=2.0, help="PGD's step in 1/255, in training and in evaluation")
+    add("--pgd-iters", type=number(int, 1), default=10, help="PGD's steps in training")
+
+
+def _evaluation(p: Parser) -> None:
+    add = p.add_argument_group("evaluation").add_argument
+    add("--full-test", action="store_true", help="every epoch on the whole test set, not on 1,000 images of it")
+    add("--test-iters", type=number(int, 1), default=10, help="PGD's steps in an epoch's evaluation")
+    add("--test-restarts", type=number(int, 1), default=1, help="its restarts")
+    add("--final-iters", type=number(int, 1), default=50, help="PGD's steps in the final evaluation")
+    add("--final-restarts", type=number(int, 1), default=10, help="its restarts")
+    add("--final-samples", type=number(int, 1), metavar="N", help="only the first N test images in it")
+    add("--final-model", choices=("last", "best"), default="last", help="which model the final evaluation is of")
+    add("--eval", action="store_true", help="evaluate the resumed model (--final-model=best: the best one), and stop")
+
+
+def _files(p: Parser) -> None:
+    add = p.add_argument_group("files").add_argument
+    add("--fname", type=path, help="folder of the logs and checkpoints")
+    add("--resume", type=number(int, 0, also=("auto",)), default=0, metavar="N|auto",
+        help="N: go on from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest complete state, if there is one")
+    add("--allow-changes", action="store_true", help="go on although flags differ from the run's")
+    add("--chkpt-iters", type=number(int, 1), default=10, help="epochs between model_E.pth files")
+    add("--chkpt-steps", type=number(int, 1), metavar="N", help="also save the state every N steps")
+
+
+def _machine(p: Parser) -> None:
+    add = p.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--amp", action=argparse.BooleanOptionalAction, default=False,
+        help="mixed precision in training and in attacks")
+    add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="its lower precision")
+    add("--amp-impl", choices=("native", "apex"), default="native", help="whose: torch.amp or apex.amp")
+    add("--tf32", action=argparse.BooleanOptionalAction, default=True,
+        help="on CUDA, train with convolutions in TF32, as PyTorch does by default; --no-tf32: in full float32")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the training step")
+    add("--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
+        help="torch.compile's; all but the default use CUDA graphs")
+    add("--deterministic", action="store_true", help="on CUDA, too: same seed, same bits; slower")
+    add("--sync-bn", action="store_true", help="under torchrun on CUDA: BatchNorm over all processes")
+
+
+def check(args: argparse.Namespace) -> None:
     """Raise UsageError where flags do not go together."""
-    for attack in ATTACKS:  # also those flags that this run does not use
-        from_args(argparse.Namespace(**{**vars(args), "attack": attack}))
+    if args.multi_th > args.multi_samps:
+        raise UsageError(f"--multi-th must be from 1 to --multi-samps ({args.multi_samps}), or -1, not {args.multi_th}")
     if args.eval and args.resume == 0:
         raise UsageError("--eval needs a model: --resume N for model_{N-1}.pth, or --resume auto")
     if isinstance(args.resume, int) and args.resume > args.epochs and not args.eval:
         raise UsageError(f"--resume must be from 0 to --epochs ({args.epochs}), or auto, not {args.resume}")
-

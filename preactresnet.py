@@ -3,10 +3,26 @@
 The parameter names are those of the checkpoints that the field exchanges for CIFAR (`conv1`, `layer1.0.bn1`, ...,
 `bn`, `linear`), so published state dicts load.
 """
+from collections.abc import Callable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import Normalize
+
+class Normalize(nn.Module):
+    """(x - mean) / std, channel by channel; the constants travel with the module but not in its state dict."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
 
 
 class PreActBlock(nn.Module):
@@ -76,13 +92,14 @@ class PreActResNet(nn.Module):
         self.normalize = Normalize(mean, std)
         self.conv1 = nn.Conv2d(3, base_width, 3, padding=1, bias=False)
         in_planes = base_width
+        stages = []
         for stage, count in enumerate(blocks):
-            planes = base_width * 2**stage
-            layer = []
+            planes, layer = base_width * 2**stage, nn.Sequential()
             for i in range(count):
                 layer.append(block(in_planes, planes, stride=2 if stage > 0 and i == 0 else 1))
                 in_planes = planes * block.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*layer))
+            stages.append(layer)
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.bn = nn.BatchNorm2d(in_planes)
         self.linear = nn.Linear(in_planes, num_classes)
 
@@ -93,21 +110,14 @@ class PreActResNet(nn.Module):
         return self.linear(out.mean(dim=(2, 3)))
 
 
-def PreActResNet18(**kwargs) -> PreActResNet:
-    return PreActResNet(PreActBlock, (2, 2, 2, 2), **kwargs)
+def _depth(block, *blocks: int) -> Callable[..., PreActResNet]:
+    def network(num_classes: int = 10, **kwargs) -> PreActResNet:
+        return PreActResNet(block, blocks, num_classes, **kwargs)
+    return network
 
 
-def PreActResNet34(**kwargs) -> PreActResNet:
-    return PreActResNet(PreActBlock, (3, 4, 6, 3), **kwargs)
-
-
-def PreActResNet50(**kwargs) -> PreActResNet:
-    return PreActResNet(PreActBottleneck, (3, 4, 6, 3), **kwargs)
-
-
-def PreActResNet101(**kwargs) -> PreActResNet:
-    return PreActResNet(PreActBottleneck, (3, 4, 23, 3), **kwargs)
-
-
-def PreActResNet152(**kwargs) -> PreActResNet:
-    return PreActResNet(PreActBottleneck, (3, 8, 36, 3), **kwargs)
+PreActResNet18 = _depth(PreActBlock, 2, 2, 2, 2)
+PreActResNet34 = _depth(PreActBlock, 3, 4, 6, 3)
+PreActResNet50 = _depth(PreActBottleneck, 3, 4, 6, 3)
+PreActResNet101 = _depth(PreActBottleneck, 3, 4, 23, 3)
+PreActResNet152 = _depth(PreActBottleneck, 3, 8, 36, 3)

@@ -3,16 +3,13 @@
     python train_svhn.py --epochs=15 --lr-schedule=cyclic --lr-max=0.01 --attack=zerograd --zero-qval=0.7 --full-test
     python train_svhn.py --epochs=15 --lr-schedule=cyclic --lr-max=0.01 --attack=multigrad --multi-samps=3 --full-test
 
-The best checkpoint, on which the closing attack is run, is chosen on training images.
+The best checkpoint, on which the final evaluation is run, is chosen on training images.
 """
-from torchvision.datasets import SVHN
-
-from data import DataSet, svhn
-from run import main
+from options import DataSet, parse
 
 DATASET = DataSet(
     name="SVHN",
-    read=svhn(SVHN),
+    source="SVHN",
     classes=10,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
@@ -23,4 +20,7 @@ DATASET = DataSet(
 )
 
 if __name__ == "__main__":
-    main(DATASET, __doc__)
+    args = parse(DATASET, __doc__)
+    from train import main  # after the command line, which answers without PyTorch
+
+    main(DATASET, args)

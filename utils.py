@@ -1,58 +1,34 @@
-"""What every module may need: errors, checked numbers, learning-rate schedules, seeds, normalization, whole files."""
-import argparse
+"""What every module may need: errors of one line, signals, seeds, locks, and files that are written whole."""
 import contextlib
-import fcntl
-import hashlib
 import os
 import random
+import signal
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING, NoReturn
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:  # the command line answers without what takes long to import
+    import filelock
 
 
 class UsageError(Exception):
     """A mistake the user can mend: one line that names the flag or file and says what would be right."""
 
-
-def number(kind: type, low: float, high: float = float("inf"), also: tuple = ()) -> Callable[[str], float]:
-    """An argparse type: a finite `kind` (int or float) from `low` to `high`, or one of the values in `also`."""
-    noun = "a whole number" if kind is int else "a number"
-    span = f"{low} or more" if high == float("inf") else f"from {low} to {high}"
-    rule = f"must be {noun}, {span}" + "".join(f", or {value}" for value in also)
-
-    def parse(text: str):
-        for value in also:
-            if text == str(value):
-                return value
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{rule}, not {text!r}") from None
-        if not low <= value <= high or value == float("inf"):
-            raise argparse.ArgumentTypeError(f"{rule}, not {text}")
-        if value > sys.maxsize and kind is int:
-            raise argparse.ArgumentTypeError(f"{rule}, and at most {sys.maxsize}, not {text}")
-        return value
-
-    return parse
+    told = False  # by another process
 
 
-def cyclic_lr(t: float, lr_max: float, peak: float, epochs: int) -> float:
-    """The rate at time `t` in epochs: linear from 0 to `lr_max` at `peak`, and back to 0 at `epochs`."""
-    if t < peak:
-        return lr_max * (t / peak)
-    return lr_max * ((epochs - t) / (epochs - peak))
+class Failure(Exception):
+    """What ends a run though no flag or file is wrong: one line, exit status 1."""
 
 
-def onedrop_lr(t: float, lr_max: float, drop: float) -> float:
-    """The rate at time `t` in epochs: `lr_max`, and a tenth of it from `drop` on."""
-    return lr_max if t < drop else lr_max / 10
+class Stopped(Exception):
+    """A signal asked the run to end."""
+
+    def __init__(self, number: signal.Signals, how: str = ""):
+        super().__init__(f"stopped by {number.name}{how}")
+        self.number = number
 
 
 def seed_everything(*key: int) -> None:
@@ -62,22 +38,13 @@ def seed_everything(*key: int) -> None:
     what an unbroken run draws, and no random state needs saving. (NumPy fills a short key up with zeros: (5,) is the
     same as (5, 0, 0, 0).)
     """
+    import numpy as np
+    import torch
+
     state = np.random.SeedSequence(key).generate_state(2)
     random.seed(int(state[0]))
     np.random.seed(state[0])
     torch.manual_seed(int(state[0]) << 32 | int(state[1]))
-
-
-class Normalize(nn.Module):
-    """(x - mean) / std, channel by channel; the constants travel with the module but not in its state dict."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]):
-        super().__init__()
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
 
 
 @contextlib.contextmanager
@@ -94,17 +61,95 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    directory = os.open(path.parent, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # shared folders may not know how to flush a directory
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def lock(path: str | Path, wait: float = -1) -> "filelock.BaseFileLock | None":
+    """Lock the file `path` until the returned lock is released; None if another process has it for `wait` seconds.
+
+    A wait of -1 has no end. Where the file system knows no locks, a warning says so and nothing is locked.
+    """
+    import filelock
+
+    held = filelock.FileLock(path)
     try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+        held.acquire(timeout=wait)
+    except filelock.Timeout:
+        return None
+    except NotImplementedError:
+        say(f"warning: {Path(path).parent} is on a file system without locks: two runs there could overwrite each "
+            f"other's files", error=True)
+    return held
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print a line, above a progress bar if there is one. A stream that is closed or that a letter does not fit into
+    is no reason to end."""
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:
+        return
+    from tqdm import tqdm
+
+    tqdm.write(text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8"), stream)
+    stream.flush()
+
+
+class StopSignals:
+    """Within `with`, notes SIGINT, SIGTERM and SIGHUP, for loops to obey between two steps; a second one acts at once.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Only a program's main thread can do this; in
+    another one nothing changes.
+    """
+
+    received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.received = signal.Signals(number)
+        if "WORLD_SIZE" not in os.environ:  # a scheduler and torchrun may both pass on the same signal
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
-def one_at_a_time(place: str | Path) -> Iterator[None]:
-    """Of several processes on this machine that get here with the same file or folder, one is let in at a time."""
-    key = hashlib.md5(os.path.abspath(place).encode(errors="surrogateescape")).hexdigest()
-    with open(Path(tempfile.gettempdir(), f"lock-{os.getuid()}-{key}"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+def one_line_errors(folder: str = "") -> Iterator[None]:
+    """Errors of the kinds above, and those of the system, end the process with a line on standard error."""
+    def end(status: int, text: str) -> NoReturn:
+        if text:
+            say(f"{Path(sys.argv[0]).name}: {text}", error=True)
+        sys.exit(status)
+
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed: else the next file would take its place
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
+    try:
         yield
+    except UsageError as error:
+        end(2, "" if error.told else f"error: {' '.join(str(error).split())}")
+    except Failure as error:
+        end(1, f"error: {error}")
+    except Stopped as stop:
+        end(128 + stop.number, str(stop))
+    except KeyboardInterrupt:  # before there was anything to save
+        end(128 + signal.SIGINT, "stopped by SIGINT")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python, at its end, would fail again
+        end(1, "error: standard output was closed; --resume auto goes on")
+    except OSError as error:
+        end(1, f"error: {error.filename or folder}: {error.strerror or error}")

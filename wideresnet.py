@@ -5,8 +5,7 @@ The parameter names are those of the checkpoints in exchange (`conv1`, `block1.l
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from preactresnet import PreActBlock
-from utils import Normalize
+from preactresnet import Normalize, PreActBlock
 
 
 class WideBlock(PreActBlock):

@@ -1,20 +1,21 @@
-"""How fast the training step, the data and the closing attack are, beside the published way, in one process.
+"""How fast the training step, the data and the final evaluation are, beside the published way, in one process.
 
     python benchmarks/speed.py                                         # float32, full width
     python benchmarks/speed.py --amp --json benchmarks/results/gpu.json
     python benchmarks/speed.py --rounds 3 --eval-iters 10 --eval-restarts 2 --eval-images 64    # on a CPU
 
 The two sides take turns, so that a machine whose speed drifts slows both; a ratio is the median over the rounds. The
-peak is that of a matrix product of the same precision, measured here; the work of a step is counted, not assumed. The
-published way has PyTorch's defaults: on CUDA, float32 convolutions in TF32, which ours are not.
+peak is that of a matrix product of the same precision, measured here; the work of a step is counted, not assumed.
+Flags of train_cifar.py that say what network, batch and machine are ours hold here, too. The published way has the same
+network and PyTorch's defaults: on CUDA, float32 convolutions in TF32, as ours are without --no-tf32.
 """
-import argparse
 import json
 import math
 import resource
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,31 +25,27 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import attacks
-from data import Augmentation, Images
-from device import compile_network, keep_freed_memory, memory_format
-from distributed import World
-from engine import Progress, Trainer, closing_attack, float32_logits, train_epoch
-from preactresnet import PreActResNet18
-from precision import Precision
-from run import describe_machine
-from utils import whole_file
+import options
+import train
+from checkpoint import Folder
+from data import Images
+from evaluate import PGD, evaluate
+from machine import Precision, World, choose_device, describe, keep_freed_memory
+from train_cifar import DATASET
+from utils import StopSignals, one_line_errors, whole_file
 
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
-NORMALIZATION = dict(mean=(0.4914, 0.4822, 0.4465), std=(0.2471, 0.2435, 0.2616))
 
 # Attack by name: ours, the published way's.
 ATTACKS = {
-    "fgsm": (partial(attacks.fgsm, epsilon=EPSILON, alpha=2 * EPSILON),
-             partial(published.fgsm, epsilon=EPSILON, alpha=2 * EPSILON)),
-    "zerograd": (partial(attacks.zerograd, epsilon=EPSILON, alpha=2 * EPSILON, q=0.35),
-                 partial(published.zerograd, epsilon=EPSILON, alpha=2 * EPSILON, q=0.35)),
-    "multigrad": (partial(attacks.multigrad, epsilon=EPSILON, alpha=2 * EPSILON),
-                  partial(published.multigrad, epsilon=EPSILON, alpha=2 * EPSILON, samples=3, parallel=False)),
-    "multigrad parallel": (
-        partial(attacks.multigrad, epsilon=EPSILON, alpha=2 * EPSILON, parallel=True),
-        partial(published.multigrad, epsilon=EPSILON, alpha=2 * EPSILON, samples=3, parallel=True)),
-    "pgd-10": (partial(attacks.pgd, epsilon=EPSILON, alpha=PGD_ALPHA, steps=10),
-               partial(published.pgd, epsilon=EPSILON, alpha=PGD_ALPHA, steps=10)),
+    "fgsm": (partial(attacks.fgsm, alpha=2 * EPSILON), partial(published.fgsm, alpha=2 * EPSILON)),
+    "zerograd": (partial(attacks.zerograd, alpha=2 * EPSILON, q=0.35),
+                 partial(published.zerograd, alpha=2 * EPSILON, q=0.35)),
+    "multigrad": (partial(attacks.multigrad, alpha=2 * EPSILON),
+                  partial(published.multigrad, alpha=2 * EPSILON, samples=3, parallel=False)),
+    "multigrad parallel": (partial(attacks.multigrad, alpha=2 * EPSILON, parallel=True),
+                           partial(published.multigrad, alpha=2 * EPSILON, samples=3, parallel=True)),
+    "pgd-10": (partial(attacks.pgd, alpha=PGD_ALPHA, steps=10), partial(published.pgd, alpha=PGD_ALPHA, steps=10)),
 }
 
 
@@ -63,34 +60,38 @@ def seconds(work, device) -> float:
     return time.perf_counter() - began
 
 
-def as_alone(ours: bool, device) -> None:
+def as_alone(ours: bool, precision: Precision) -> None:
     """Have what holds for the whole process as in a process of that side alone."""
-    if device.type == "cpu":
+    if precision.device.type == "cpu":
         keep_freed_memory(ours)
     else:
-        torch.backends.cudnn.allow_tf32 = not ours
+        torch.backends.cudnn.allow_tf32 = precision.tf32 or not ours
 
 
-def turn(work, device, ours: bool) -> float:
+def turn(work, precision: Precision, ours: bool) -> float:
     """Seconds of `work()`, as in a process of that side alone; on a CPU, once its memory is warm."""
-    as_alone(ours, device)
-    if device.type == "cpu":
+    as_alone(ours, precision)
+    if precision.device.type == "cpu":
         work()
-    return seconds(work, device)
+    return seconds(work, precision.device)
 
 
-def side_by_side(ours, theirs, device, dtype: torch.dtype, rounds: int) -> list[dict[str, float]]:
+def side_by_side(ours, theirs, precision: Precision, rounds: int) -> list[dict[str, float]]:
     """In turns, after a round that is not counted: seconds of each way, and a matrix product's operations a second."""
-    return [{"ours": turn(ours, device, True), "published": turn(theirs, device, False),
-             "matrix_product": peak_flops(dtype, device)} for _ in range(rounds + 1)][1:]
+    return [{"ours": turn(ours, precision, True), "published": turn(theirs, precision, False),
+             "matrix_product": peak_flops(precision)} for _ in range(rounds + 1)][1:]
 
 
-def peak_flops(dtype: torch.dtype, device) -> float:
-    """The best of a few large matrix products, in operations a second."""
+def peak_flops(precision: Precision) -> float:
+    """The best of a few large matrix products in the precision of our convolutions, in operations a second."""
+    device = precision.device
     n = 8192 if device.type == "cuda" else 3072
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
+    a, b = torch.randn(2, n, n, device=device).to(precision.dtype)
+    torch.backends.cuda.matmul.allow_tf32 = precision.tf32
     a @ b
-    return 2 * n**3 / min(seconds(lambda: a @ b, device) for _ in range(4))
+    best = min(seconds(lambda: a @ b, device) for _ in range(4))
+    torch.backends.cuda.matmul.allow_tf32 = False  # PyTorch's default, of which the networks' last layer is
+    return 2 * n**3 / best
 
 
 def peak_memory(device) -> int:
@@ -109,42 +110,35 @@ def save(result: dict, path: str | None) -> None:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--amp", action="store_true", help="our side in bfloat16")
-    p.add_argument("--compile", action="store_true", help="our side under torch.compile")
-    p.add_argument("--compile-mode", default="default", help="its mode; reduce-overhead uses CUDA graphs")
-    p.add_argument("--base-width", type=int, default=64)
-    p.add_argument("--batch-size", type=int, default=128)
-    p.add_argument("--rounds", type=int, default=5)
-    p.add_argument("--steps", type=int, default=0, help="steps a round (default: 20 on CUDA, 1 on CPU)")
-    p.add_argument("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS))
-    p.add_argument("--eval-iters", type=int, default=50)
-    p.add_argument("--eval-restarts", type=int, default=10)
-    p.add_argument("--eval-images", type=int, default=1024, help="0: no evaluation")
-    p.add_argument("--eval-rounds", type=int, default=1)
-    p.add_argument("--json", help="also write the figures here")
-    args = p.parse_args()
+    p = options.parser(DATASET, __doc__)
+    add = p.add_argument_group("measurement").add_argument
+    add("--rounds", type=options.number(int, 1), default=5, help="turns of each side")
+    add("--steps", type=options.number(int, 1), help="steps a round (default: 20 on CUDA, 1 on CPU)")
+    add("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS), help="whose steps are measured")
+    add("--eval-iters", type=options.number(int, 1), default=50, help="PGD's steps in an evaluation")
+    add("--eval-restarts", type=options.number(int, 1), default=10, help="its restarts")
+    add("--eval-images", type=options.number(int, 0), default=1024, help="0: no evaluation")
+    add("--eval-rounds", type=options.number(int, 1), default=1, help="turns of each evaluation")
+    add("--json", help="also write the figures here")
+    p.set_defaults(lr_max=0.01)
+    with one_line_errors():
+        measure(p.parse_args())
 
-    torch.manual_seed(0)
-    device = torch.device(args.device)
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)
-    torch.backends.cudnn.benchmark = True
-    precision = Precision(args.amp, "bfloat16", "native", device)
-    b, steps = args.batch_size, args.steps or (20 if device.type == "cuda" else 1)
-    augmentation = Augmentation(4, "reflect", True)
+
+def measure(args) -> None:
+    device = choose_device(args)
+    state, layout = train.build(DATASET, args, device, World(device=device))
+    ours, precision, b = state.model.train(), state.precision, args.batch_size
+    steps = args.steps or (20 if device.type == "cuda" else 1)
     pixels, labels = torch.randint(256, (b * steps, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (b * steps,))
+    images = Images(pixels, labels).to(device, layout)
+    # An epoch ends with a look at what the network makes of test images: here one, as there is nothing of a step in it.
+    run = train.assemble(DATASET, args, state, Folder(args.fname), World(device=device), StopSignals(),
+                         [images, images[:0], images[:1]])
     their_loader = published.loader(pixels.numpy(), labels.numpy(), b, device)
-
-    ours, theirs = (PreActResNet18(base_width=args.base_width, **NORMALIZATION).to(device).train() for _ in range(2))
-    images = Images(pixels, labels).to(device, memory_format(ours, device))
-    ours = ours.to(memory_format=images.memory_format)
-    if args.compile:
-        compile_network(ours, args.compile_mode)
-    our_optimizer = torch.optim.SGD(ours.parameters(), 0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+    theirs = train.new_network(DATASET, args).to(device).train()
     their_optimizer = torch.optim.SGD(theirs.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-    result = {**describe_machine(device, World()), "dtype": str(precision.dtype),
+    result = {**describe(device), "dtype": str(precision.dtype), "tf32": precision.tf32,
               "compile": args.compile and args.compile_mode, "base_width": args.base_width, "batch_size": b,
               "steps_a_round": steps, "step": {}}
     print(f"{result['device']}, {result['threads']} threads, torch {torch.__version__}, {precision.dtype}, "
@@ -153,11 +147,11 @@ def main() -> None:
           f"{'GFLOP/image':>11s} {'of peak':>8s} {'50,000 images, s':>17s}")
     for attack in args.attacks:
         mine, published_attack = ATTACKS[attack]
-        trainer = Trainer(ours, ours, our_optimizer, mine, lambda t: 0.01, images, augmentation, b, 0, precision,
-                          World())
+        attacked, published_attack = replace(run, attack=mine), partial(published_attack, epsilon=args.epsilon / 255)
 
-        def our_steps(trainer=trainer):
-            train_epoch(trainer, Progress())
+        def our_steps(run=attacked):
+            state.begin_epoch(0)
+            train.train_epoch(run)
 
         def their_steps(attack=published_attack):
             for x, y in their_loader:
@@ -167,7 +161,7 @@ def main() -> None:
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             our_steps()
         work = counter.get_total_flops() / (b * steps)
-        rounds = side_by_side(our_steps, their_steps, device, precision.dtype, args.rounds)
+        rounds = side_by_side(our_steps, their_steps, precision, args.rounds)
         mine_s, theirs_s = (statistics.median(r[side] for r in rounds) for side in ("ours", "published"))
         ratios = [r["published"] / r["ours"] for r in rounds]
         share = statistics.median(work * b * steps / r["ours"] / r["matrix_product"] for r in rounds)
@@ -183,46 +177,48 @@ def main() -> None:
 
     if "zerograd" in args.attacks:
         index = torch.randperm(len(images))[:b].to(device)
-        drawn = {key: value.to(device) for key, value in augmentation.draw(b).items()}
-        data_s = statistics.median(seconds(lambda: images.batch(index, augmentation, drawn), device) for _ in range(9))
+        drawn = {key: value.to(device) for key, value in run.augmentation.draw(b).items()}
+        data_s = statistics.median(seconds(lambda: images.batch(index, run.augmentation, drawn), device)
+                                   for _ in range(9))
         result["data_share_of_zerograd_step"] = data_s / step_s
         print(f"\ndata and augmentation: {1e3 * data_s:.2f} ms a batch, {data_s / step_s:.2%} of a ZeroGrad step")
 
     if args.eval_images:
-        evaluation(args, ours, theirs, device, precision, result)
+        evaluation(args, ours, theirs, layout, precision, result)
     result["peak_memory_bytes"] = peak_memory(device)
     print(f"\npeak memory, both sides: {result['peak_memory_bytes'] / 2**30:.2f} GiB")
     save(result, args.json)
 
 
-def evaluation(args, ours, theirs, device, precision, result) -> None:
-    """PGD-10 and the closing attack on an untrained network, at an epsilon at which about half of its images break.
+def evaluation(args, ours, theirs, layout, precision, result) -> None:
+    """PGD-10 and the final evaluation of an untrained network, at an epsilon at which about half of its images break.
 
     Three ways: ours, which drops images as they break and fills their places; ours on whole batches, judged at the end
     of a restart; and the published one.
     """
+    device = precision.device
     ours.load_state_dict(theirs.eval().state_dict())
     ours.eval()
-    if args.compile:  # as a run does
-        torch.compiler.reset()
-        ours.compile()
-    torch.backends.cudnn.benchmark = False  # likewise
+    torch.backends.cudnn.benchmark = False  # as a run does
     images = Images(torch.randint(256, (args.eval_images, 32, 32, 3), dtype=torch.uint8),
-                    torch.zeros(args.eval_images, dtype=torch.long)).to(device, memory_format(ours, device))
+                    torch.zeros(args.eval_images, dtype=torch.long)).to(device, layout)
+
+    def robust_accuracy(images: Images, **attack) -> float:
+        return evaluate(ours, images, PGD(**attack), args.batch_size, precision).metrics()["robust_acc"]
+
     x, _ = images.batch(slice(None))
     with torch.no_grad():
         images.labels = torch.cat([theirs(part).argmax(dim=1) for part in x.split(args.batch_size)])
     low, high = 1e-6, 0.1
     for _ in range(8):
         epsilon = math.sqrt(low * high)
-        robust = closing_attack(ours, images[:128], epsilon, epsilon / 4, 10, 3, args.batch_size, 0, precision)
-        low, high = (epsilon, high) if robust["robust_acc"] > 0.5 else (low, epsilon)
+        robust = robust_accuracy(images[:128], epsilon=epsilon, alpha=epsilon / 4, steps=10, restarts=3)
+        low, high = (epsilon, high) if robust > 0.5 else (low, epsilon)
     print(f"\n{'evaluation':20s} {'seconds':>9s} {'whole batches':>13s} {'published':>9s} {'ratio':>6s}  broken images")
     for iters, restarts in dict.fromkeys(((10, 1), (args.eval_iters, args.eval_restarts))):
         attack = dict(epsilon=epsilon, alpha=epsilon / 4, steps=iters, restarts=restarts)
         ways = {
-            "ours": lambda attack=attack: closing_attack(
-                ours, images, **attack, batch_size=args.batch_size, seed=0, precision=precision)["robust_acc"],
+            "ours": lambda attack=attack: robust_accuracy(images, **attack),
             "whole batches": lambda attack=attack: whole_batches(ours, images, attack, args.batch_size, precision),
             "published": lambda attack=attack: published.evaluate(
                 theirs, x.contiguous(), images.labels, **attack, batch_size=args.batch_size)}
@@ -233,9 +229,9 @@ def evaluation(args, ours, theirs, device, precision, result) -> None:
 
         for _ in range(args.eval_rounds):
             for name, way in ways.items():
-                as_alone(name != "published", device)
+                as_alone(name != "published", precision)
                 if device.type == "cuda" and not taken[name]:
-                    timed(name, way)  # choose kernels and compile
+                    timed(name, way)  # choose kernels
                 taken[name].append(seconds(partial(timed, name, way), device))
         ratio = statistics.median(b / a for a, b in zip(taken["ours"], taken["published"]))
         medians = {name: statistics.median(values) for name, values in taken.items()}
@@ -253,7 +249,7 @@ def whole_batches(model, images: Images, attack: dict, batch_size: int, precisio
         x, y = images.batch(slice(first, first + batch_size))
         with precision.autocast():
             delta = attacks.pgd(model, x, y, **attack, early_stop=True)
-        right += (float32_logits(model, x + delta, precision).argmax(dim=1) == y).sum().item()
+        right += (precision.float32_logits(model, x + delta).argmax(dim=1) == y).sum().item()
     return right / len(images)
 
 

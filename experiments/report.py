@@ -5,7 +5,6 @@
 reads experiments/results/SCALE/*.json, as reproduce.py writes them, and writes experiments/report/SCALE.md with every
 table, and the figures SCALE_*.png. A cell that was not measured stays empty.
 """
-import argparse
 import statistics
 import sys
 from collections.abc import Callable
@@ -76,7 +75,7 @@ def best(record: Result) -> float:
     return 100 * max(epoch[PGD] for epoch in record["epochs"][:-1])
 
 
-def closing(record: Result) -> float:
+def final(record: Result) -> float:
     return 100 * record["final"]["robust_acc"]
 
 
@@ -107,7 +106,7 @@ def table_text(table: Table, results: Results) -> str:
     records = [record for by_seed in found for record in by_seed.values()]
     if not records:
         return "None of its runs has been made yet.\n"
-    final, epoch = records[0]["final"], records[0]["epochs"][-1]
+    judged, epoch = records[0]["final"], records[0]["epochs"][-1]
     flags = SCALES[results.scale].flags.split()
     steps = next((flag.split("=")[1] for flag in flags if flag.startswith("--test-iters=")), 10)
     images = f"{epoch['test_images']:,} images"
@@ -116,11 +115,11 @@ def table_text(table: Table, results: Results) -> str:
         f"clean, {images}": last(CLEAN),
         f"PGD-{steps}, {images}": last(PGD),
         f"PGD-{steps}, {best_of}": best,
-        f"PGD-{final['iters']}-{final['restarts']}, {final['images']:,} images": closing,
+        f"PGD-{judged['iters']}-{judged['restarts']}, {judged['images']:,} images": final,
     }
-    if final["model"] == "best":  # the closing attack is on another network than the columns before it
+    if judged["model"] == "best":  # the final evaluation is of another network than the columns before it
         attack = list(columns)[-1]
-        columns[f"best model: clean, {final['images']:,} images"] = lambda record: 100 * record["final"]["clean_acc"]
+        columns[f"best model: clean, {judged['images']:,} images"] = lambda record: 100 * record["final"]["clean_acc"]
         columns[f"best model: {attack}"] = columns.pop(attack)
     if len({(start["device"], start["threads"], record["jobs"]) for record in records
             for start in record["starts"]}) == 1:
@@ -283,10 +282,10 @@ def write_report(results: Results, out: Path) -> Path:
 
 
 def main() -> None:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--scale", choices=SCALES, default="paper", help="(default: paper)")
-    p.add_argument("--results", type=Path, default=ROOT / "experiments/results", help="(default: experiments/results)")
-    p.add_argument("--out", type=Path, default=ROOT / "experiments/report", help="(default: experiments/report)")
+    p = Parser(__doc__)
+    p.add_argument("--scale", choices=SCALES, default="paper", help="of which runs")
+    p.add_argument("--results", type=Path, default=ROOT / "experiments/results", help="where the results are")
+    p.add_argument("--out", type=Path, default=ROOT / "experiments/report", help="where the report goes")
     args = p.parse_args()
     results = Results(args.results, args.scale)
     for path in results.refused:

@@ -9,7 +9,6 @@ and it is not made again while that is there. A run that was cut off goes on whe
 of the budget have the runs save their state and stop; a run that fails is named, and the others go on. On several
 GPUs, jobs are dealt out to them; on a CPU, they share its cores.
 """
-import argparse
 import os
 import shlex
 import signal
@@ -25,10 +24,10 @@ from results import collect, read_result, write_result
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
-from device import cuda_devices
-from folder import RunFolder
-from options import Parser
-from utils import UsageError, number
+from checkpoint import Folder
+from machine import cuda_devices
+from options import Parser, number
+from utils import UsageError
 
 POLL = 0.5  # seconds between two looks at the runs
 GRACE = 120  # seconds that a run has to save its state and stop
@@ -108,9 +107,9 @@ class Runner:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // self.args.jobs)))
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            if self.is_elsewhere(experiment):
-                return
             with open(folder / "console.log", "a") as console:
+                if self.is_elsewhere(experiment):
+                    return
                 process = subprocess.Popen(command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=console,
                                            stderr=console, start_new_session=True)
         except OSError as error:
@@ -119,13 +118,15 @@ class Runner:
 
     def is_elsewhere(self, experiment: Experiment) -> bool:
         """Whether another process is about this run, to which it is then left."""
-        run = RunFolder(self.folder(experiment))
-        if run.lock():
-            run.release()
-            return False
-        self.elsewhere.append(experiment)
-        say(f"{experiment.name} is being made by another process: left to it")
-        return True
+        folder = Folder(self.folder(experiment))
+        try:
+            folder.lock()
+        except UsageError:
+            self.elsewhere.append(experiment)
+            say(f"{experiment.name} is being made by another process: left to it")
+            return True
+        folder.release()
+        return False
 
     def finish(self, job: Job) -> None:
         """Write the result of a run that has ended."""
@@ -143,7 +144,7 @@ class Runner:
         except (OSError, ValueError, KeyError) as error:
             return self.fail(experiment, f"its result cannot be read or written ({type(error).__name__}: {error})")
         self.made.append(experiment)
-        say(f"{experiment.name}: clean {result['epochs'][-1]['test_acc']:.1%}, closing attack "
+        say(f"{experiment.name}: clean {result['epochs'][-1]['test_acc']:.1%}, final evaluation "
             f"{result['final']['robust_acc']:.1%}")
 
     def fail(self, experiment: Experiment, why: str) -> None:
@@ -189,20 +190,19 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (default: all, in this order)")
     p.add_argument("--scale", choices=SCALES, default="paper",
-                   help="; ".join(f"{name}: {scale.about}" for name, scale in SCALES.items()) + " (default: paper)")
+                   help="; ".join(f"{name}: {scale.about}" for name, scale in SCALES.items()))
     p.add_argument("--seeds", type=number(int, 1, 1000), metavar="N",
                    help="seeds 0 to N-1 of each row (default: the scale's)")
     p.add_argument("--only", metavar="TEXT", default="", help="only the runs with this in their names")
-    p.add_argument("--jobs", type=number(int, 1, 1000), default=1, metavar="K", help="runs at once (default: 1)")
+    p.add_argument("--jobs", type=number(int, 1, 1000), default=1, metavar="K", help="runs at once")
     p.add_argument("--budget", type=number(float, 0), default=float("inf"), metavar="MINUTES",
                    help="stop after this time")
     p.add_argument("--data-dir", help="torchvision's root, for all data sets (default: the scripts')")
-    p.add_argument("--runs", default=ROOT / "runs", help="where the runs' folders are (default: runs)")
-    p.add_argument("--results", default=ROOT / "experiments/results",
-                   help="where the results are (default: experiments/results)")
+    p.add_argument("--runs", default=ROOT / "runs", help="where the runs' folders are")
+    p.add_argument("--results", default=ROOT / "experiments/results", help="where the results are")
     p.add_argument("--list", action="store_true", help="only say what is there and what is missing")
     tables = vars(args := p.parse_args()).pop("tables")
     try:
@@ -222,7 +222,7 @@ def main() -> None:
         if args.scale == "paper" and not args.list and not gpus():
             raise UsageError("--scale paper needs a GPU, and there is none here: take --scale=cpu")
         for name in ("runs", "results"):
-            RunFolder(vars(args)[name]).require_writable(f"--{name}")
+            Folder(vars(args)[name]).require_writable(f"--{name}")
     except UsageError as error:
         p.error(str(error))
     missing = [e for e in wanted if read_result(args.results, e) is None]

@@ -9,7 +9,7 @@ from definitions import ROOT, Experiment
 sys.path.insert(0, str(ROOT))
 from utils import whole_file
 
-Result = dict  # name, command, jobs (runs at once), starts, final (the closing attack), epochs (one dict each)
+Result = dict  # name, command, jobs (runs at once), starts, final (the final evaluation), epochs (one dict each)
 MACHINE = ("commit", "device", "threads", "torch", "torchvision", "python")
 
 

@@ -4,11 +4,11 @@
 
 draws test images under the last model of a finished run, whose arguments (data set, epsilon) are used.
 """
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib
 import torch
@@ -18,14 +18,15 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 sys.path.insert(0, str(ROOT))
-import options
 import train_cifar
 import train_cifar100
 import train_svhn
 from attacks import box, input_gradient, quantile_mask
+from checkpoint import Folder, load_network, read_checkpoint
 from data import load
-from folder import load_model, read_checkpoint
-from utils import UsageError, number, whole_file
+from options import Parser, number
+from train import new_network
+from utils import UsageError, whole_file
 
 DATASETS = {module.DATASET.name: module.DATASET for module in (train_cifar, train_cifar100, train_svhn)}
 
@@ -55,25 +56,24 @@ def sheet(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: flo
 
 
 def main() -> None:
-    p = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser(__doc__)
     p.add_argument("run", type=Path, help="the folder of a finished run")
-    p.add_argument("--images", type=number(int, 1, 64), default=8, help="how many, from the first on (default: 8)")
-    p.add_argument("--zero-qval", type=number(float, 0, 1), default=0.7, help="ZeroGrad's q (default: 0.7)")
+    p.add_argument("--images", type=number(int, 1, 64), default=8, help="how many, from the first on")
+    p.add_argument("--zero-qval", type=number(float, 0, 1), default=0.7, help="ZeroGrad's q")
     p.add_argument("--data-dir", help="torchvision's root (default: the run's)")
-    p.add_argument("--out", type=Path, default=Path("sheet.png"), help="(default: sheet.png)")
+    p.add_argument("--out", type=Path, default=Path("sheet.png"), help="the picture")
     args = p.parse_args()
     try:
         if not (args.run / "args.json").exists():
             raise UsageError(f"{args.run} is not the folder of a run: it has no args.json")
         try:
             started = json.loads((args.run / "args.json").read_text())
-            run, dataset = argparse.Namespace(**started["args"]), DATASETS[started["data_set"]]
+            run, dataset = SimpleNamespace(**started["args"]), DATASETS[started["data_set"]]
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{args.run / 'args.json'} is damaged") from None
         run.data_dir = args.data_dir or str(ROOT / os.path.expanduser(run.data_dir))  # reproduce.py starts runs in ROOT
-        model = options.MODELS[run.model](run, num_classes=dataset.classes, mean=dataset.mean, std=dataset.std)
-        path = args.run / f"model_{run.epochs - 1}.pth"
-        load_model(model, read_checkpoint(path), str(path))
+        model, path = new_network(dataset, run), Folder(args.run).file("model", run.epochs - 1)
+        load_network(model, read_checkpoint(path), str(path))
         x, y = load(dataset, run)[2].batch(slice(args.images))
     except UsageError as error:
         p.error(str(error))

@@ -1,5 +1,6 @@
 """The attacks against the paper's formulas, written out again here in float64."""
 import copy
+import inspect
 from fractions import Fraction
 
 import numpy as np
@@ -11,7 +12,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from attacks import ATTACKS, fgsm, multigrad, pgd, quantile_mask, sign_consensus, zerograd
+import attacks
+import objectives
+import options
+import train_cifar
+from attacks import Step, confident_gradient, fgsm, multigrad, pgd, quantile_mask, sign_consensus, zerograd
 
 EPSILON = 8 / 255
 
@@ -287,6 +292,44 @@ def test_a_delta_carries_no_graph_even_where_the_image_does(name):
     assert not delta.requires_grad and x.grad is None
 
 
+@problems
+def test_the_confident_gradient_is_that_of_each_images_own_loss_but_for_a_positive_factor(kind, batch):
+    model, x, y = problem(kind, batch)
+    model.eval()
+    delta = reference_start(x, EPSILON)
+    found, logits = confident_gradient(model, x, y, delta)
+    expected = reference_gradient(model, x, delta, y)
+    factor = found.flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)
+    assert (factor > 0).all() and torch.equal(logits, model(x + delta))
+    torch.testing.assert_close(found, expected * factor.view(-1, 1, 1, 1))
+
+
+@pytest.mark.parametrize("dtype, scale", [(torch.float32, 1e4), (torch.bfloat16, 1e3)])
+def test_the_confident_gradient_does_not_vanish_where_that_of_the_loss_does(dtype, scale):
+    torch.manual_seed(0)
+    model, x = SmallNet().eval(), torch.rand(4, 3, 5, 5)
+    expected, _ = confident_gradient(model, x, y := model(x).argmax(dim=1), torch.zeros_like(x))
+    with torch.no_grad():
+        model.linear.weight *= scale
+        model.linear.bias *= scale
+    model, x = model.to(dtype), x.to(dtype)
+    assert (attacks.input_gradient(model, x, y, torch.zeros_like(x))[0] == 0).all()
+    found, _ = confident_gradient(model, x, y, torch.zeros_like(x))
+    assert found.isfinite().all() and found.flatten(1).any(dim=1).all()
+    assert F.cosine_similarity(found.float().flatten(1), expected.flatten(1)).min() > 0.5
+
+
+@pytest.mark.parametrize("name", ["fgsm", "zerograd", "multigrad", "pgd"])
+def test_a_step_is_told_where_the_first_forward_pass_was_and_what_it_found(name):
+    model, x, y = problem("smooth", 4)
+    step, further = Step(), dict(steps=3) if name == "pgd" else dict(q=0.4, steps=2) if name == "zerograd" else {}
+    found, start = same_draws(
+        lambda: getattr(attacks, name)(model.eval(), x, y, EPSILON, 2 * EPSILON, step=step, **further),
+        lambda: reference_start(x, EPSILON))
+    assert torch.equal(step.start, start) and torch.equal(step.logits, model(x + start))
+    assert not step.start.requires_grad and not step.logits.requires_grad and not torch.equal(found, start)
+
+
 @pytest.mark.parametrize("name, forward_passes", [
     ("fgsm zero", 1), ("fgsm random", 1), ("zerograd", 2), ("multigrad", 3), ("multigrad parallel", 1), ("pgd", 8),
     ("pgd stopped", 3)])
@@ -338,5 +381,9 @@ def test_a_wrong_argument_is_named(wrong, message):
         wrong(*problem("smooth", 2))
 
 
-def test_the_table_names_every_attack():
-    assert {"multigrad", "zerograd", "fgsm", "pgd"} <= set(ATTACKS)
+def test_the_tables_name_functions_and_give_them_their_keywords():
+    assert {"multigrad", "zerograd", "fgsm", "pgd"} <= set(options.ATTACKS) and "ce" in options.OBJECTIVES
+    args = options.parse(train_cifar.DATASET, argv=[])
+    for module, table, arguments in ((attacks, options.ATTACKS, 4), (objectives, options.OBJECTIVES, 5)):
+        for name, keywords in table.items():
+            inspect.signature(getattr(module, name)).bind(*[None] * arguments, step=None, **keywords(args))

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, assert_same_run, epochs_of, script
 
-from device import cuda_devices
+from machine import cuda_devices
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800),
               pytest.mark.skipif(cuda_devices() == 0, reason="needs a GPU")]
@@ -33,19 +33,21 @@ def require_learnt(folder, done: subprocess.CompletedProcess) -> None:
 
 @pytest.mark.parametrize("attack", ["fgsm", "zerograd", "multigrad", "pgd"])
 def test_every_attack_trains(attack, tmp_path):
-    done = train(*LEARNING, "--no-compile", f"--attack={attack}", "--fname", tmp_path / "run")
+    done = train(*LEARNING, f"--attack={attack}", "--fname", tmp_path / "run")
     require_learnt(tmp_path / "run", done)
 
 
 @pytest.mark.parametrize("flags", [
-    [], ["--amp"], ["--amp", "--no-compile"], ["--amp", "--amp-dtype=float16"], ["--tf32"], ["--deterministic"],
-    ["--compile-mode=reduce-overhead"], ["--amp", "--compile-mode=reduce-overhead"]], ids=lambda flags: " ".join(flags))
+    [], ["--compile"], ["--amp"], ["--amp", "--compile"], ["--amp", "--amp-dtype=float16"], ["--no-tf32"],
+    ["--no-tf32", "--compile"], ["--deterministic"], ["--compile", "--compile-mode=reduce-overhead"],
+    ["--amp", "--compile", "--compile-mode=reduce-overhead"]], ids=lambda flags: " ".join(flags))
 def test_every_precision_and_way_to_compile_trains(flags, tmp_path):
     folder = tmp_path / "run"
     require_learnt(folder, train(*LEARNING, "--attack=zerograd", *flags, "--fname", folder))
     done = train(*LEARNING, *flags, "--fname", folder, "--eval", "--resume=auto")
     assert done.returncode == 0, done.stderr
-    evaluated, final = (json.loads((folder / name).read_text()) for name in ("eval.json", "final.json"))
+    evaluations, final = (json.loads((folder / name).read_text()) for name in ("evaluation.json", "final.json"))
+    evaluated = evaluations[-1]["final"]
     assert evaluated["clean_acc"] == pytest.approx(final["clean_acc"], abs=0.05)
     assert evaluated["robust_acc"] == pytest.approx(final["robust_acc"], abs=0.1)
 

@@ -1,12 +1,25 @@
-"""The data: augmentation against torchvision's own, the readers on files in the true formats, splits, dummy images."""
+"""The data: augmentation against torchvision's own, files in the true formats, downloads, splits, dummy images."""
+import collections
+import contextlib
+import dataclasses
 import hashlib
+import http.server
+import io
+import json
 import pickle
+import subprocess
+import sys
+import tarfile
+import threading
+import time
 
 import numpy as np
 import pytest
 import scipy.io
 import torch
+import torchvision.datasets.utils
 import torchvision.transforms.functional as TF
+from conftest import DATASETS, ROOT, SMALL, epochs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,18 +29,19 @@ import data
 import train_cifar
 import train_cifar100
 import train_svhn
-from data import Augmentation, Images, dummy
+from data import Augmentation, Images, dummy, read_torchvision
+from utils import UsageError
 
 
-def noise_images(n: int, seed: int = 0) -> torch.Tensor:
-    return torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+def noise_images(n: int, seed: int = 0, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
+    return torch.randint(256, (n, *size, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def by_torchvision(image: torch.Tensor, augmentation: Augmentation, top, left, flip, angle) -> np.ndarray:
     """One image through the published transforms, on PIL images, with given parameters."""
     picture = Image.fromarray(image.numpy())
     mode = {"reflect": "reflect", "zero": "constant"}[augmentation.pad_mode]
-    picture = TF.crop(TF.pad(picture, augmentation.padding, padding_mode=mode), int(top), int(left), 32, 32)
+    picture = TF.crop(TF.pad(picture, augmentation.padding, padding_mode=mode), int(top), int(left), *image.shape[:2])
     if flip:
         picture = TF.hflip(picture)
     if augmentation.degrees:
@@ -35,10 +49,11 @@ def by_torchvision(image: torch.Tensor, augmentation: Augmentation, top, left, f
     return np.asarray(picture)
 
 
-@pytest.mark.parametrize("augmentation", [train_cifar.DATASET.augmentation, train_cifar100.DATASET.augmentation,
-                                          train_svhn.DATASET.augmentation, Augmentation(4, "reflect", True, 15)])
-def test_augmentation_is_torchvisions_pixel_by_pixel(augmentation):
-    images = noise_images(200)
+@pytest.mark.parametrize("size", [(32, 32), (16, 25)])
+@pytest.mark.parametrize("augmentation", [
+    *(Augmentation(**dataset.augmentation) for dataset in DATASETS.values()), Augmentation(4, "reflect", True, 15)])
+def test_augmentation_is_torchvisions_pixel_by_pixel(augmentation, size):
+    images = noise_images(200, size=size)
     index = torch.randperm(200)
     torch.manual_seed(0)
     drawn = augmentation.draw(200)
@@ -60,7 +75,7 @@ def test_augmentation_is_torchvisions_at_any_angle(top, left, flip, angle):
 
 def test_augmentation_parameters_have_the_published_distribution():
     torch.manual_seed(0)
-    drawn = train_cifar100.DATASET.augmentation.draw(90_000)
+    drawn = Augmentation(**train_cifar100.DATASET.augmentation).draw(90_000)
     for name in ("top", "left"):
         counts = torch.bincount(drawn[name], minlength=9)
         assert len(counts) == 9 and ((counts - 10_000).abs() < 500).all()
@@ -117,29 +132,194 @@ def write_svhn(root, monkeypatch, n=12):
 
 def test_cifar_files_are_read_upright_and_in_order(tmp_path, monkeypatch):
     _, batch = write_cifar10(tmp_path, monkeypatch)
-    pixels, labels = train_cifar.DATASET.read(str(tmp_path), True)
+    (pixels, labels), (test, _) = read_torchvision("CIFAR10", str(tmp_path))
     assert pixels.shape == (30, 32, 32, 3) and list(labels) == list(range(6)) * 5
     assert np.array_equal(pixels[7], batch(2)["data"][1].reshape(3, 32, 32).transpose(1, 2, 0))
-    assert train_cifar.DATASET.read(str(tmp_path), False)[0].shape == (6, 32, 32, 3)
+    assert np.array_equal(test[5], batch(0)["data"][5].reshape(3, 32, 32).transpose(1, 2, 0)) and len(test) == 6
 
 
 def test_svhn_files_are_read_upright_and_ten_is_zero(tmp_path, monkeypatch):
     pixels, labels = write_svhn(tmp_path, monkeypatch)
-    found, classes = train_svhn.DATASET.read(str(tmp_path), True)
-    assert found.shape == (12, 32, 32, 3) and np.array_equal(found[3], pixels[..., 3])
-    assert list(classes) == [int(label) % 10 for label in labels.flatten()]
+    for found, classes in read_torchvision("SVHN", str(tmp_path)):
+        assert found.shape == (12, 32, 32, 3) and np.array_equal(found[3], pixels[..., 3])
+        assert list(classes) == [int(label) % 10 for label in labels.flatten()]
 
 
-@pytest.mark.parametrize("dataset", [train_cifar.DATASET, train_cifar100.DATASET, train_svhn.DATASET])
+@pytest.mark.parametrize("name, write", [("CIFAR10", write_cifar10), ("SVHN", write_svhn)])
+def test_every_file_is_hashed_once_and_a_folder_that_is_read_only_stays_as_it_is(name, write, tmp_path, monkeypatch):
+    write(tmp_path, monkeypatch)
+    before, hashed = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, collections.Counter()
+    calculate = torchvision.datasets.utils.calculate_md5
+    monkeypatch.setattr(torchvision.datasets.utils, "calculate_md5",
+                        lambda path, **rest: (hashed.update([path]), calculate(path, **rest))[1])
+    for path in (tmp_path, *before):
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    try:
+        read_torchvision(name, str(tmp_path))
+    finally:
+        for path in (tmp_path, *before):
+            path.chmod(0o755)
+    hashed.pop(str(tmp_path / "cifar-10-batches-py/batches.meta"), None)  # a few bytes, which torchvision itself checks
+    assert set(hashed.values()) == {1} and len(hashed) == {"CIFAR10": 6, "SVHN": 2}[name]
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+@contextlib.contextmanager
+def serving(answer):
+    """A server on this machine that answers every GET by `answer(handler)`: its address, and the paths asked for."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            with contextlib.suppress(OSError):  # torchvision looks where a first request leads to, and hangs up
+                answer(self)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}", asked
+        finally:
+            server.shutdown()
+
+
+def sending(content: bytes, announced: int | None = None):
+    def answer(handler):
+        handler.send_response(200)
+        handler.send_header("Content-Length", str(len(content) if announced is None else announced))
+        handler.end_headers()
+        handler.wfile.write(content)
+    return answer
+
+
+def archived(tmp_path, monkeypatch) -> bytes:
+    """CIFAR-10's archive, small, whose sum torchvision expects."""
+    folder, _ = write_cifar10(tmp_path / "source", monkeypatch)
+    with io.BytesIO() as file, tarfile.open(fileobj=file, mode="w:gz") as archive:
+        archive.add(folder, folder.name)
+        archive.close()
+        content = file.getvalue()
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", hashlib.md5(content).hexdigest())
+    return content
+
+
+CIFAR_FILES = ["batches.meta", *(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("fault", ["cut off", "nothing", "another page", "not found", "SSH"])
+def test_a_download_that_fails_is_one_line_and_leaves_nothing(fault, there, tmp_path, monkeypatch):
+    content, root = archived(tmp_path, monkeypatch), tmp_path / "new" / "data"
+    if there:
+        root.mkdir(parents=True)
+    answer = {"cut off": sending(content[:-50], len(content)), "nothing": lambda handler: None,
+              "another page": sending(b"<html>Sign in</html>"), "not found": lambda handler: handler.send_error(404),
+              "SSH": lambda handler: handler.wfile.write(b"SSH-2.0-OpenSSH_9.6\r\n")}[fault]
+    with serving(answer) as (address, _):
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/cifar-10-python.tar.gz")
+        with pytest.raises(UsageError, match=r"--data-dir .*/data has no .*download failed .* use --dummy") as error:
+            read_torchvision("CIFAR10", str(root))
+        assert "\n" not in str(error.value)
+    assert (tmp_path / "new").exists() == there and [path.name for path in root.glob("*")] in ([], [".lock"])
+    with serving(sending(content)) as (address, _):  # and the next one is not disturbed
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/cifar-10-python.tar.gz")
+        assert len(read_torchvision("CIFAR10", str(root))[0][0]) == 30
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "cifar-10-batches-py"]
+    assert sorted(path.name for path in (root / "cifar-10-batches-py").iterdir()) == CIFAR_FILES
+
+
+def test_svhn_whose_second_file_does_not_arrive_leaves_no_first_one(tmp_path, monkeypatch):
+    write_svhn(tmp_path / "source", monkeypatch)
+    root, arrives = tmp_path / "data", {"train_32x32.mat"}
+
+    def answer(handler):
+        name = handler.path[1:]
+        sending((tmp_path / "source" / name).read_bytes() if name in arrives else b"")(handler)
+
+    with serving(answer) as (address, _):
+        monkeypatch.setattr(datasets.SVHN, "split_list", {
+            split: [f"{address}/{name}", name, md5] for split, (_, name, md5) in datasets.SVHN.split_list.items()})
+        with pytest.raises(UsageError, match="download failed"):
+            read_torchvision("SVHN", str(root))
+        assert not root.exists()
+        arrives.add("test_32x32.mat")
+        assert [len(labels) for _, labels in read_torchvision("SVHN", str(root))] == [12, 12]
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "test_32x32.mat", "train_32x32.mat"]
+
+
+def test_of_two_processes_that_lack_the_same_files_one_downloads_and_one_waits(tmp_path, monkeypatch):
+    content, go = archived(tmp_path, monkeypatch), threading.Event()
+    program = """if True:
+        import json, sys
+        from torchvision import datasets
+        import data
+        for name, value in json.loads(sys.argv[1]).items():
+            setattr(datasets.CIFAR10, name, value)
+        print("begins", flush=True)
+        print(len(data.read_torchvision("CIFAR10", sys.argv[2])[0][0]))"""
+
+    def answer(handler):
+        assert go.wait(120)
+        sending(content)(handler)
+
+    def begun():
+        process = subprocess.Popen([sys.executable, "-c", program, json.dumps(attributes), str(tmp_path / "data")],
+                                   cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        assert process.stdout.readline() == "begins\n"
+        return process
+
+    with serving(answer) as (address, asked):
+        attributes = {name: getattr(datasets.CIFAR10, name) for name in ("train_list", "test_list", "meta", "tgz_md5")}
+        attributes["url"] = f"{address}/cifar-10-python.tar.gz"
+        first = begun()
+        while not asked:
+            time.sleep(0.01)
+        second = begun()
+        time.sleep(1)
+        assert len(asked) == 1 and second.poll() is None
+        go.set()
+        for process in (first, second):
+            output, error = process.communicate(timeout=120)
+            assert (process.returncode, output) == (0, "30\n"), error
+        assert len(asked) == 2  # torchvision first asks where the address leads to
+
+
+def test_the_size_of_images_is_that_of_the_data(tmp_path, call, monkeypatch):
+    def read(data_dir: str):
+        rng, labels = np.random.default_rng(0), np.arange(48) % 10
+        return [(rng.integers(0, 256, (48, 16, 16, 3), dtype=np.uint8), labels) for _ in range(2)]
+
+    for name in DATASETS:  # with every augmentation
+        monkeypatch.setitem(DATASETS, name, dataclasses.replace(DATASETS[name], source=read))
+        flags = [flag for flag in SMALL if flag != "--dummy" and "samples" not in flag]
+        assert call(name, *flags, "--epochs=1", "--attack=zerograd", "--fname", tmp_path / name)[0] == 0
+        record, = epochs_of(tmp_path / name)
+        assert record["train_images"] == record["test_images"] == 48
+
+
+@pytest.mark.parametrize("pixels, labels", [
+    (np.zeros((4, 3, 8, 8), np.uint8), np.zeros(4, int)), (np.zeros((4, 8, 8, 3), np.float32), np.zeros(4, int)),
+    (np.zeros((4, 8, 8, 3), np.uint8), np.full(4, 10)), (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3, int)),
+    (np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int)), (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4))])
+def test_images_and_labels_of_another_kind_are_refused(pixels, labels, tmp_path, call, monkeypatch):
+    source = dataclasses.replace(train_cifar.DATASET, source=lambda data_dir: [(pixels, labels)] * 2)
+    monkeypatch.setitem(DATASETS, "train_cifar.py", source)
+    status, output, error = call("train_cifar.py", "--device=cpu", "--base-width=4", "--fname", tmp_path / "run")
+    assert (status, output) == (2, "") and error.count("\n") == 1 and "does not hold CIFAR-10" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("dataset", DATASETS.values())
 def test_dummy_images_come_in_the_data_sets_shape_and_all_its_classes(dataset):
-    for train in (True, False):
-        images = dummy(dataset.classes, train)
+    for train, images, again in zip((True, False), dummy(dataset.classes), dummy(dataset.classes)):
         assert images.pixels.shape == (data.DUMMY_SIZES[train], 32, 32, 3) and images.pixels.dtype == torch.uint8
         assert len(images.labels.unique()) == dataset.classes
-        again = dummy(dataset.classes, train)
         assert torch.equal(images.pixels, again.pixels) and torch.equal(images.labels, again.labels)
     # A test image is nearest to the training images of its own class: the classes can be learnt.
-    train, test = (dummy(dataset.classes, part) for part in (True, False))
+    train, test = dummy(dataset.classes)
     means = torch.stack([train.pixels[train.labels == c].float().mean(dim=0).flatten() for c in range(dataset.classes)])
     nearest = torch.cdist(test.pixels.float().flatten(1), means).argmin(dim=1)
     assert (nearest == test.labels).float().mean() > 0.95
@@ -149,9 +329,13 @@ def test_training_takes_the_first_images_and_validation_the_last(small_dummy):
     class Args:
         dummy, data_dir, train_samples, val_size = True, "", 50, 20
 
-    whole = dummy(10, True)
+    whole, _ = dummy(10)
     train, held_out, test = data.load(train_cifar.DATASET, Args)
     assert torch.equal(train.pixels, whole.pixels[:50]) and torch.equal(held_out.pixels, whole.pixels[-20:])
     Args.train_samples, Args.val_size = None, 0
     train, held_out, test = data.load(train_cifar.DATASET, Args)
     assert (len(train), len(held_out), len(test)) == (96, 0, 64)
+    train, held_out, test = data.load(train_svhn.DATASET, Args)  # a fiftieth of the images that it trains on
+    assert (len(train), len(held_out)) == (96, 2) and torch.equal(held_out.pixels, train.pixels[:2])
+    Args.val_size = 20
+    assert torch.equal(data.load(train_svhn.DATASET, Args)[1].pixels, whole.pixels[-20:])

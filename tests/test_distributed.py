@@ -1,15 +1,18 @@
 """Two gloo processes under torchrun, on this machine, against one."""
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, assert_same_run, epochs_of, script
+from conftest import ROOT, SMALL, assert_same_run, epochs_of
+from test_scripts import one_line
 
-from distributed import World
+from machine import World
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -19,12 +22,33 @@ def torchrun(name: str, *flags: str, launcher: tuple[str, ...] = (), **options) 
                           cwd=ROOT, **options)
 
 
-def test_two_processes_train_about_as_well_as_one_and_evaluate_alike(tmp_path):
+def program(path, change: str) -> str:
+    """train_cifar.py after a change to the modules; returns its path."""
+    path.write_text(f"import os, signal, sys, threading, time\nsys.path.insert(0, {str(ROOT)!r})\n"
+                    f"import options, train, train_cifar\n{change}\n"
+                    "train.main(train_cifar.DATASET, options.parse(train_cifar.DATASET))\n")
+    return str(path)
+
+
+# `changed(run)` is called after every step.
+AFTER_STEP = """
+between_steps = train.between_steps
+def between_steps_changed(run, bar):
+    after_step = between_steps(run, bar)
+    def both():
+        changed(run)
+        after_step()
+    return both
+train.between_steps = between_steps_changed
+"""
+
+
+def test_two_processes_train_about_as_well_as_one_and_evaluate_alike(tmp_path, call):
     flags = [*SMALL, "--train-samples=768", "--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.2", "--base-width=8",
              "--attack=multigrad", "--multi-parallel"]
-    for count, start in (("one", script), ("two", torchrun)):
-        done = start("train_cifar.py", *flags, "--fname", tmp_path / count)
-        assert done.returncode == 0, done.stderr
+    assert call("train_cifar.py", *flags, "--fname", tmp_path / "one")[0] == 0
+    done = torchrun("train_cifar.py", *flags, "--fname", tmp_path / "two")
+    assert done.returncode == 0, done.stderr
     one, two = (epochs_of(tmp_path / count) for count in ("one", "two"))
     assert len(two) == 4 and [record["train_images"] for record in two] == [768] * 4
     assert json.loads((tmp_path / "two" / "args.json").read_text())["starts"][0]["processes"] == 2
@@ -34,26 +58,31 @@ def test_two_processes_train_about_as_well_as_one_and_evaluate_alike(tmp_path):
     for name in ("test_acc", "test_robust_acc", "train_robust_acc"):
         assert abs(one[-1][name] - two[-1][name]) < 0.1, name
     # One process evaluates what two have trained, and finds the very counts that they found.
-    done = script("train_cifar.py", *flags, "--fname", tmp_path / "two", "--eval", "--resume=auto")
-    assert done.returncode == 0, done.stderr
-    alone, together = (json.loads((tmp_path / "two" / name).read_text()) for name in ("eval.json", "final.json"))
+    assert call("train_cifar.py", *flags, "--fname", tmp_path / "two", "--eval", "--resume=auto")[0] == 0
+    (evaluation,), together = (json.loads((tmp_path / "two" / name).read_text()) for name in
+                               ("evaluation.json", "final.json"))
+    alone = evaluation["final"]
     assert (alone["clean_acc"], alone["robust_acc"]) == (together["clean_acc"], together["robust_acc"])
     cells = (tmp_path / "two" / "eval.log").read_text().splitlines()[1].split("\t")
     assert cells[7] == f"{two[-1]['test_acc']:.4f}" and cells[9] == f"{two[-1]['test_robust_acc']:.4f}"
 
 
 GRADIENTS = """
-import sys, torch
+import argparse, sys, torch
 from functools import partial
 from torch import nn
 from attacks import fgsm
+from checkpoint import Folder, State
 from data import Augmentation, Images
-from distributed import World
-from engine import Progress, Trainer, closing_attack, evaluate, train_epoch
-from precision import Precision
+from evaluate import PGD, evaluate
+from machine import Precision, World
+from objectives import ce
 from preactresnet import PreActResNet18
+from train import Run, train_epoch
+from utils import StopSignals
 
-world = World.join(torch.device("cpu"))
+device = torch.device("cpu")
+world = World.join(device)
 torch.manual_seed(0)
 
 class Steady(nn.Module):
@@ -70,62 +99,55 @@ model = Steady().eval()
 pixels, labels = torch.randint(256, (27, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (27,))
 images = Images(pixels, labels, torch.contiguous_format)
 forward = nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
-optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-attack = partial(fgsm, epsilon=8 / 255, alpha=8 / 255, init="zero")
-precision = Precision(False, "bfloat16", "native", torch.device("cpu"))
-trainer = Trainer(model, forward, optimizer, attack, lambda t: 0.01, images, Augmentation(), 12, 0, precision, world)
-metrics = train_epoch(trainer, Progress())
-counts = evaluate(model, images, attack, 2, 5, (0,), precision, world)
-closing = closing_attack(model, images, 1 / 255, 0.5 / 255, 3, 3, 4, 0, precision, world)
+args = argparse.Namespace(batch_size=12, seed=0, epsilon=8, amp=False, amp_dtype="bfloat16", tf32=True)
+state = State(model, torch.optim.SGD(model.parameters(), lr=0.1), Precision(args, device))
+run = Run(args, state, Folder(sys.argv[1]), world, StopSignals(), model, forward,
+          partial(fgsm, alpha=8 / 255, init="zero"), ce, lambda t: 0.01, Augmentation(), images, images[:0], images)
+metrics = train_epoch(run)
+del metrics["train_time"]
+weak, strong = (evaluate(model, images, PGD(epsilon / 255, 0.5 / 255, 3, restarts), 5, state.precision, world)
+                for epsilon, restarts in ((1, 3), (8, 1)))
 if world.is_main:
-    del metrics["train_time"]
-    torch.save({"model": model.state_dict(), "metrics": metrics, "counts": counts, "closing": closing}, sys.argv[1])
-world.barrier()
+    torch.save({"model": model.state_dict(), "metrics": metrics, "weak": weak.metrics(), "strong": strong.metrics()},
+               sys.argv[1])
 world.leave()
 """
 
 
-def test_gradients_are_averaged_over_shards_of_unequal_size(tmp_path):
+def test_gradients_are_averaged_over_shards_of_unequal_size(tmp_path, monkeypatch):
     """An epoch of batches of 12, 12 and 3, BatchNorm in eval mode: one process and two agree to rounding."""
-    program = tmp_path / "program.py"
-    program.write_text(GRADIENTS)
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, program, tmp_path / "one.pt"], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    done = torchrun(str(program), tmp_path / "two.pt", env=env)
+    path = tmp_path / "gradients.py"
+    path.write_text(GRADIENTS)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), str(tmp_path / "one.pt")])
+        runpy.run_path(str(path))
+    done = torchrun(str(path), tmp_path / "two.pt", env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0, done.stderr
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     for key, value in one["model"].items():
         torch.testing.assert_close(two["model"][key], value, rtol=1e-9, atol=1e-11)
-    for part in ("metrics", "counts", "closing"):
+    for part in ("metrics", "weak", "strong"):
         for key, value in one[part].items():
             assert two[part][key] == pytest.approx(value, rel=1e-6), key
 
 
 def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tmp_path):
     """One of two processes is killed in the second epoch; torchrun starts both again, from the newest state."""
-    program = tmp_path / "dying.py"
-    program.write_text(
-        "import os, signal, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import run, train_cifar\n"
-        "after_step = run.Run.after_step\n"
-        "def dying(self):\n"
-        "    after_step(self)\n"
-        "    first_life = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
-        "    if first_life and self.world.rank == 1 and self.progress.epoch == 1 and self.progress.step == 2:\n"
-        "        os.kill(os.getpid(), signal.SIGKILL)\n"
-        "run.Run.after_step = dying\n"
-        "run.main(train_cifar.DATASET)\n")
+    dying = program(tmp_path / "dying.py", """
+def changed(run):
+    first_life = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+    if first_life and run.world.rank == 1 and run.state.epoch == 1 and run.state.step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+""" + AFTER_STEP)
     flags = [*SMALL, "--epochs=3", "--attack=fgsm", "--resume=auto"]
     whole = torchrun("train_cifar.py", *flags, "--fname", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    died = torchrun(str(program), *flags, "--fname", tmp_path / "part")
+    died = torchrun(dying, *flags, "--fname", tmp_path / "part")
     assert died.returncode != 0 and "SIGKILL" in died.stderr
     # Without this setting torchrun's new processes may read the dead ones' addresses from a store that they share.
     env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     flags += ["--fname", tmp_path / "restarted"]
-    again = torchrun(str(program), *flags, launcher=("--max-restarts=1",), env=env)
+    again = torchrun(dying, *flags, launcher=("--max-restarts=1",), env=env)
     assert again.returncode == 0, again.stderr
     assert "# resumed at epoch 1, step 0" in again.stdout
     assert_same_run(tmp_path / "restarted", tmp_path / "whole")
@@ -133,27 +155,23 @@ def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tmp_path):
 
 @pytest.mark.parametrize("during, slow, goes_on", [
     ("train_epoch", ["--attack=pgd", "--pgd-iters=20", "--train-samples=2048"], "# resumed at epoch 0, step "),
-    ("evaluate", ["--test-iters=100"], "# resumed at epoch 0, step 3 "),
-    ("closing_attack", ["--final-iters=1", "--final-restarts=100000"], "# resumed at epoch 1, step 0 "),
+    ("measure", ["--test-iters=1", "--test-restarts=100000"], "# resumed at epoch 0, step 3 "),
+    ("final_evaluation", ["--final-iters=1", "--final-restarts=100000"], "# resumed at epoch 1, step 0 "),
 ])
 def test_sigterm_to_one_process_stops_both_and_the_run_goes_on(during, slow, goes_on, tmp_path):
-    program = tmp_path / "told.py"
-    program.write_text(
-        "import os, signal, sys, threading\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import run, train_cifar\n"
-        f"original = run.{during}\n"
-        "def told(*args, **kwargs):\n"
-        "    if os.environ['RANK'] == '1':\n"
-        "        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()\n"
-        "    return original(*args, **kwargs)\n"
-        f"run.{during} = told\n"
-        "run.main(train_cifar.DATASET)\n")
+    told = program(tmp_path / "told.py", f"""
+original = train.{during}
+def told(*args, **kwargs):
+    if os.environ["RANK"] == "1":
+        threading.Timer(2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    return original(*args, **kwargs)
+train.{during} = told
+""")
     flags = [*SMALL, "--epochs=1", "--resume=auto", "--fname", tmp_path / "run", *slow]
-    stopped = torchrun(str(program), *flags)
+    stopped = torchrun(told, *flags)
     assert stopped.returncode != 0 and "stopped by SIGTERM; --resume auto" in stopped.stderr
     assert not (tmp_path / "run" / "final.json").exists()
-    fast = ["--pgd-iters=1", "--test-iters=1", "--final-restarts=1", "--allow-changes"]
+    fast = ["--pgd-iters=1", "--test-restarts=1", "--final-restarts=1", "--allow-changes"]
     again = torchrun("train_cifar.py", *flags, *fast)
     assert again.returncode == 0, again.stderr
     assert goes_on in (tmp_path / "run" / "output.log").read_text()
@@ -162,19 +180,9 @@ def test_sigterm_to_one_process_stops_both_and_the_run_goes_on(during, slow, goe
 
 def test_sigterm_to_torchrun_itself_leaves_time_to_save_also_where_steps_are_slow(tmp_path):
     """torchrun passes it on and kills its processes half a minute later: that is not to be twenty steps' time."""
-    program = tmp_path / "slow.py"
-    program.write_text(
-        "import sys, time\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import run, train_cifar\n"
-        "after_step = run.Run.after_step\n"
-        "def slow(self):\n"
-        "    time.sleep(2)\n"
-        "    after_step(self)\n"
-        "run.Run.after_step = slow\n"
-        "run.main(train_cifar.DATASET)\n")
+    slow = program(tmp_path / "slow.py", "changed = lambda run: time.sleep(2)\n" + AFTER_STEP)
     flags = [*SMALL, "--train-samples=2048", "--attack=fgsm", "--fname", str(tmp_path / "run")]
-    process = subprocess.Popen([*TORCHRUN, str(program), *flags], text=True, cwd=ROOT, stdout=subprocess.PIPE,
+    process = subprocess.Popen([*TORCHRUN, slow, *flags], text=True, cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE)
     process.stdout.readline()
     time.sleep(5)
@@ -184,31 +192,57 @@ def test_sigterm_to_torchrun_itself_leaves_time_to_save_also_where_steps_are_slo
     assert torch.load(tmp_path / "run" / "state.pth", weights_only=True)["opt"]["run"]["step"] > 0
 
 
-def test_processes_that_do_not_share_the_folder_are_told_so(tmp_path):
-    program = tmp_path / "apart.py"
-    program.write_text(
-        "import os, sys\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "import run, train_cifar\n"
-        "run.main(train_cifar.DATASET, argv=[*sys.argv[1:], '--fname', sys.argv[0] + os.environ['RANK']])\n")
+def test_the_first_process_alone_reads_and_decides(tmp_path, call):
+    """Processes that do not share the folder go on from what the first one's holds, and write to no other."""
+    apart = program(tmp_path / "apart.py", "sys.argv += ['--fname', sys.argv[0] + os.environ['RANK']]")
+    flags = [*SMALL, "--attack=fgsm", "--final-model=best"]
     for folder, epochs in (("apart.py0", 1), ("apart.py1", 2)):
-        assert script("train_cifar.py", *SMALL, f"--epochs={epochs}", "--fname", tmp_path / folder).returncode == 0
-    done = torchrun(str(program), *SMALL, "--epochs=3", "--resume=auto", "--allow-changes")
-    assert done.returncode != 0 and "has to be the same folder for all processes" in done.stderr
+        assert call("train_cifar.py", *flags, f"--epochs={epochs}", "--fname", tmp_path / folder)[0] == 0
+    shutil.copytree(tmp_path / "apart.py0", tmp_path / "shared")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "apart.py1").iterdir()}
+    for name, where in ((apart, ()), ("train_cifar.py", ("--fname", tmp_path / "shared"))):
+        done = torchrun(name, *flags, "--epochs=2", "--resume=auto", "--allow-changes", *where)
+        assert done.returncode == 0 and "# resumed at epoch 1, step 0" in done.stdout, done.stderr
+    assert_same_run(tmp_path / "apart.py0", tmp_path / "shared")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "apart.py1").iterdir()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_two_processes_train_compiled_as_they_do_eagerly(tmp_path):
+    """A last batch is short here, and so are its shares: they are not compiled."""
+    small = program(tmp_path / "small.py", """
+from preactresnet import PreActBlock, PreActResNet
+train.new_network = lambda dataset, args: PreActResNet(  # compiles in half the time
+    PreActBlock, (1, 1, 1, 1), base_width=args.base_width, num_classes=dataset.classes, mean=dataset.mean,
+    std=dataset.std)
+""")
+    flags = [*SMALL, "--epochs=1", "--attack=zerograd", "--final-samples=16", "--base-width=16"]
+    for name in ("--compile", "--no-compile"):
+        done = torchrun(small, *flags, name, "--fname", tmp_path / name)
+        assert done.returncode == 0, done.stderr
+    compiled, eager = (epochs_of(tmp_path / name)[0] for name in ("--compile", "--no-compile"))
+    for key in ("train_robust_loss", "test_loss", "test_robust_loss", "defence_mean"):
+        assert compiled[key] == pytest.approx(eager[key], rel=0.02), key
 
 
 @pytest.mark.parametrize("size", ("2", "many"))
-def test_a_world_that_torchrun_did_not_make_is_one_line(size, tmp_path):
-    env = {**os.environ, "WORLD_SIZE": size}
-    done = script("train_cifar.py", *SMALL, "--fname", tmp_path / "run", env=env)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and f"WORLD_SIZE is {size}" in done.stderr, done.stderr
+def test_a_world_that_torchrun_did_not_make_is_one_line(size, tmp_path, call, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", size)
+    one_line(call("train_cifar.py", *SMALL, "--fname", tmp_path / "run"), f"WORLD_SIZE is {size}")
 
 
 def test_one_process_asks_no_device_which_value_is_the_largest():
-    assert World().max(True, torch.device("meta")) is True  # from that device nothing could be read
+    assert World(device=torch.device("meta")).max(True) is True  # from that device nothing could be read
 
 
 def test_a_last_batch_too_small_for_the_processes_is_one_line(tmp_path):
     done = torchrun("train_cifar.py", *SMALL, "--train-samples=65", "--fname", tmp_path / "run")
     assert done.returncode != 0 and "error: --train-samples or --batch-size leaves fewer" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_the_first_process_finds_wrong_is_said_once(tmp_path):
+    done = torchrun("train_cifar.py", *SMALL, "--resume=1", "--fname", tmp_path / "run")
+    assert done.returncode != 0 and done.stderr.count("model_0.pth is missing") == 1, done.stderr
     assert not (tmp_path / "run").exists()

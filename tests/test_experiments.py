@@ -1,5 +1,4 @@
 """The tables: their definitions, the runner as a user runs it, and what the report says of results known beforehand."""
-import argparse
 import json
 import os
 import re
@@ -9,12 +8,13 @@ import statistics
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import DATASETS, ROOT, script
 
 import options
-from folder import RunFolder
+from checkpoint import Folder
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import report
@@ -69,6 +69,12 @@ def test_the_runs_of_the_first_table_come_first_and_one_seed_of_all_before_the_n
     assert len(runs) == 2 * first + 2 * (len(TABLES["quantile"].rows) - 2)  # two of its rows are in the first table
 
 
+def test_the_table_of_precisions_has_three_of_them():
+    commands = [run.command for run in experiments(["precision"], "paper", (0,))]
+    assert [[flag for flag in command if "amp" in flag or "tf32" in flag] for command in commands] == [
+        ["--no-amp", "--no-tf32"], ["--no-amp"], ["--amp"]]
+
+
 @pytest.mark.slow
 def test_the_runner_makes_what_is_missing_and_makes_it_again_with_the_same_bits(tmp_path):
     flags = ["quantile", "--only=zero-qval=0_", "--seeds=2", "--jobs=2"]
@@ -105,8 +111,8 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
     (tmp_path / "results/smoke").mkdir(parents=True)
     (tmp_path / "results/smoke" / f"{names[2]}.json").write_text('{"command": "of another definition"}')
     flags = ["quantile", "--only=zero-qval=0.", "--jobs=5"]
-    other = RunFolder(folders[1])
-    other.make()
+    other = Folder(folders[1])
+    other.lock()
     done = run_tables(tmp_path, *flags)
     other.release()
     assert done.returncode == 1
@@ -128,8 +134,8 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
         assert started.returncode == 130, error
         assert "stopped by SIGINT: 0 runs made, 2 left" in output and "failed:" not in error + output
         assert "Traceback" not in error
-    other = RunFolder(folders[0])
-    other.make()  # no run goes on behind the runner's back
+    other = Folder(folders[0])
+    other.lock()  # no run goes on behind the runner's back
     other.release()
     assert "stopped by SIGTERM" in (folders[0] / "console.log").read_text()
     done = run_tables(tmp_path, *flags)
@@ -139,13 +145,13 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
 
 def test_a_run_that_another_runner_was_quicker_to_start_is_no_failure(tmp_path):
     runs = experiments(["cifar10"], "smoke", (0,))[:2]
-    runner = reproduce.Runner(runs, argparse.Namespace(runs=tmp_path, results=tmp_path, budget=1.0, jobs=1))
-    quicker = RunFolder(runner.folder(runs[0]))
-    quicker.make()
+    runner = reproduce.Runner(runs, SimpleNamespace(runs=tmp_path, results=tmp_path, budget=1.0, jobs=1))
+    quicker = Folder(runner.folder(runs[0]))
+    quicker.lock()
     for run in runs:
         runner.folder(run).mkdir(parents=True, exist_ok=True)
         (runner.folder(run) / "console.log").write_text("error: --fname is in use\n")
-        runner.finish(reproduce.Job(run, 0, argparse.Namespace(returncode=2)))
+        runner.finish(reproduce.Job(run, 0, SimpleNamespace(returncode=2)))
     quicker.release()
     assert runner.elsewhere == runs[:1] and runner.failed == runs[1:]
 

@@ -1,5 +1,6 @@
 """What goes wrong around a run: a full disk, a loss that explodes, files and command lines that make no sense."""
 import hashlib
+import os
 import random
 import resource
 import shutil
@@ -8,14 +9,15 @@ import sys
 
 import pytest
 import torch
-from conftest import DATASETS, ROOT, SMALL, assert_same, epochs_of, script
+from conftest import DATASETS, ROOT, SMALL, assert_same, assert_same_run, epochs_of, script
 from test_data import write_cifar10, write_svhn
 from test_scripts import one_line
 from torchvision import datasets
 
 import data
+import evaluate
 import options
-import run
+import train
 
 TINY = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=8", "--train-samples=8", "--epochs=2",
         "--test-iters=1", "--final-iters=1", "--final-restarts=1", "--final-samples=1", "--chkpt-iters=1",
@@ -33,6 +35,38 @@ def test_a_closed_standard_output_costs_no_epoch(tmp_path):
     assert error == "train_cifar.py: error: standard output was closed; --resume auto goes on\n"
     done = script("train_cifar.py", *flags, "--resume=auto")
     assert done.returncode == 0 and "# resumed at epoch 1, step 0" in done.stdout
+
+
+def test_closed_streams_cost_nothing(tmp_path, call):
+    """Python has no sys.stdout or sys.stderr then, and the next file that is opened would get their numbers."""
+    processes = {}
+    for i, closed in enumerate((">&-", "2>&-", "<&- >&- 2>&-")):
+        command = [sys.executable, str(ROOT / "train_cifar.py"), *TINY, "--fname", str(tmp_path / str(i))]
+        processes[closed] = subprocess.Popen(["sh", "-c", f'exec "$@" {closed}', "sh", *command], text=True,
+                                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert call("train_cifar.py", *TINY, "--fname", tmp_path / "whole")[0] == 0
+    for i, (closed, process) in enumerate(processes.items()):
+        output, error = process.communicate(timeout=120)
+        assert process.returncode == 0 and not error and output.count("\n") == (4 if closed == "2>&-" else 0), error
+        assert_same_run(tmp_path / str(i), tmp_path / "whole")
+
+
+def test_a_stream_that_knows_no_umlauts_trains_and_files_are_utf_8(tmp_path, call, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert call("train_cifar.py", *TINY, "--epochs=1", "--fname=läufe")[0] == 0
+    done = script("train_cifar.py", *TINY, "--fname=läufe", "--resume=auto", "--allow-changes",
+                  env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "resumed at epoch 1, step 0 from l\\xe4ufe/state.pth" in done.stdout, done.stderr
+    assert "from läufe/state.pth\n" in (tmp_path / "läufe" / "output.log").read_text(encoding="utf-8")
+    assert len(epochs_of(tmp_path / "läufe")) == 2
+
+
+@pytest.mark.parametrize("flag", ["--fname", "--data-dir"])
+def test_an_empty_path_is_refused(flag, tmp_path, call, monkeypatch):
+    """Most likely, the variable that it was to come from was not set."""
+    monkeypatch.chdir(tmp_path)
+    one_line(call("train_cifar.py", *TINY, f"{flag}="), f"{flag}: must be a path, and is empty")
+    assert not list(tmp_path.iterdir())
 
 
 def files(folder) -> dict:
@@ -64,13 +98,20 @@ def ends_well(result) -> None:
         assert status == 2 and error.count("\n") == 1 and "error: " in error and "Traceback" not in error, error
 
 
-def runs_on_mutated_checkpoints(n: int, seed: int, tmp_path, call, monkeypatch):
-    """n times: the name of a checkpoint, what a run that goes on from it mutated ended with, and both folders."""
+def stop_before_training(monkeypatch) -> None:
+    """Have runs end well where, all being read and built, they would begin to write."""
+    def stop(*args):
+        sys.exit(0)
+
+    monkeypatch.setattr(train, "start", stop)
+
+
+def test_mutated_checkpoints_end_in_one_line_or_with_the_same_content(tmp_path, call, monkeypatch):
     monkeypatch.setattr(data, "DUMMY_SIZES", {True: 16, False: 8})
-    chance = random.Random(seed)
+    chance, statuses = random.Random(0), []
     whole = tmp_path / "whole"
     assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", whole)[0] == 0
-    for i in range(n):
+    for i in range(500):
         name = chance.choice(("model_0.pth", "opt_0.pth", "state.pth"))
         folder = tmp_path / str(i)
         shutil.copytree(whole, folder)
@@ -81,38 +122,21 @@ def runs_on_mutated_checkpoints(n: int, seed: int, tmp_path, call, monkeypatch):
         before = files(folder)
         resume = "--resume=auto" if name == "state.pth" else "--resume=1"
         result = call("train_cifar.py", *TINY, "--allow-changes", "--fname", folder, resume)
-        if result[0] == 2:
-            assert files(folder) == before
-        assert not list(folder.glob("**/*.part"))
-        yield name, result, folder, whole
-        shutil.rmtree(folder)
-
-
-def test_mutated_checkpoints_end_in_one_line_or_with_the_same_content(tmp_path, call, monkeypatch):
-    statuses = []
-    for name, result, folder, whole in runs_on_mutated_checkpoints(500, 0, tmp_path, call, monkeypatch):
         ends_well(result)
         statuses.append(result[0])
-        if result[0] == 0 and name == "model_0.pth":  # what was changed was not the content
+        if result[0] == 2:
+            assert files(folder) == before
+        elif name == "model_0.pth":  # what was changed was not the content
             assert_same(*(torch.load(place / name, weights_only=True) for place in (folder, whole)))
+        assert not list(folder.glob("**/*.part"))
+        shutil.rmtree(folder)
     assert statuses.count(2) > 400
-
-
-@pytest.mark.parametrize("part", range(2))
-def test_mutated_checkpoints_whose_sums_are_right_end_in_success_or_one_line(part, tmp_path, call, monkeypatch):
-    """As far as PyTorch reads them; the checks of the content see what the sums would have caught."""
-    monkeypatch.setattr("zipfile.is_zipfile", lambda path: False)
-    for _, result, _, _ in runs_on_mutated_checkpoints(100, part, tmp_path, call, monkeypatch):
-        if result[0] == 1:  # a weight that the mutation made huge; the run says so
-            assert "no longer finite" in result[2] and result[2].count("\n") == 1
-        else:
-            ends_well(result)
 
 
 def test_mutated_svhn_files_end_in_success_or_one_line(tmp_path, call, monkeypatch):
     """Also where the sum is that of the mutated file, so that the parser sees it."""
     write_svhn(tmp_path / "data", monkeypatch)
-    monkeypatch.setattr(run.Run, "train", lambda self: None)
+    stop_before_training(monkeypatch)
     chance, path = random.Random(0), tmp_path / "data" / "train_32x32.mat"
     whole, sums = path.read_bytes(), dict(datasets.SVHN.split_list)
     flags = [flag for flag in TINY if flag not in ("--dummy", "--train-samples=8")]
@@ -144,12 +168,12 @@ def test_mutated_command_lines_end_in_success_or_one_line(tmp_path, call, monkey
     """2,000 of them, up to where training would begin."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "DUMMY_SIZES", {True: 16, False: 8})
-    monkeypatch.setattr(run.Run, "train", lambda self: None)
+    stop_before_training(monkeypatch)
     chance = random.Random(0)
-    known = options.flag_of(options.parser(DATASETS["train_cifar.py"], None)).values()
-    flags = sorted(set(known) - {"-h", "--base-width"})
+    known = options.parser(DATASETS["train_cifar.py"], None)._option_string_actions
+    flags = sorted(known.keys() - {"-h", "--help", "--base-width"})
     values = ["", "0", "1", "2", "4", "-1", "3", "0.1", "0.35", "1.5", "2e0", "nan", "-inf", "inf", "auto", "cpu",
-              "cuda", "zero", "x", "-", "random", "fgsm", "pgd", "zerograd", "onedrop", "--", "%s", "é",
+              "cuda", "zero", "x", "-", "random", "fgsm", "pgd", "zerograd", "onedrop", "%s", "é",
               "\uff11", "1_0", "0x8", "/", ".", "a\nb", "\0", "99999999999999999999", "PreActResNet34",
               "float16", "state.pth"]
     outcomes = []
@@ -180,10 +204,14 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_a_new_one(tmp_path
     torch.save({"model": torch.load(part / "model_1.pth", weights_only=True),
                 "opt": torch.load(part / "opt_1.pth", weights_only=True)}, part / "state.pth")
     before = files(part)
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
     for limit in (20_000, 100_000, 200_000):  # less than a checkpoint, wherever in it
-        done = script("train_cifar.py", *flags, "--epochs=3", "--resume=auto", "--chkpt-steps=1",
-                      preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "File too large" in done.stderr, done.stderr
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, allowed[1]))
+        try:
+            status, _, error = call("train_cifar.py", *flags, "--epochs=3", "--resume=auto", "--chkpt-steps=1")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+        assert status == 1 and error.count("\n") == 1 and "File too large" in error, error
         after = files(part)
         assert len(after["state.pth"]) > limit
         assert all(after[name] == before[name] for name in before if name.endswith(".pth"))
@@ -229,6 +257,9 @@ def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, small_dumm
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(run, "train_epoch", fail)
-    status, _, line = call("train_cifar.py", *SMALL, "--fname", tmp_path / "run")
-    assert status == 1 and line.endswith(": error: out of memory: lower --batch-size (now 32)\n")
+    for module, name, advice in (
+            (evaluate, "evaluate", "an evaluation takes up to 32 images at once: lower --batch-size below that"),
+            (train, "train_epoch", "lower --batch-size (now 32)")):
+        monkeypatch.setattr(module, name, fail)
+        status, _, line = call("train_cifar.py", *SMALL, "--attack=fgsm", "--fname", tmp_path / "run")
+        assert status == 1 and line.endswith(f": error: out of memory: {advice}\n")

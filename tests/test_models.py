@@ -4,8 +4,11 @@ import torch
 import torchvision
 from torch import nn
 
+import options
 import preactresnet
-from device import memory_format
+import train
+import train_cifar
+from machine import memory_format
 from preactresnet import PreActResNet18
 from wideresnet import WideResNet
 
@@ -45,6 +48,18 @@ def test_normalization_is_the_first_layer_and_adds_no_key(build):
     x = torch.rand(2, 3, 32, 32)
     scaled = (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
     torch.testing.assert_close(normalized(x), plain(scaled))
+
+
+@pytest.mark.parametrize("name", options.MODELS)
+def test_every_network_of_the_command_line_is_built_as_wide_as_asked(name):
+    args = options.parse(train_cifar.DATASET, argv=[f"--model={name}", "--base-width=3", "--width-factor=2"])
+    with torch.device("meta"):
+        network = train.new_network(train_cifar.DATASET, args)
+    stem = network.block1.layer[0].conv1 if name == "WideResNet" else network.conv1
+    assert stem.out_channels == (32 if name == "WideResNet" else 3)
+    convolutions = sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in network.modules())
+    assert convolutions == {"WideResNet": 31, "PreActResNet18": 17, "PreActResNet34": 33, "PreActResNet50": 17,
+                            "PreActResNet101": 34, "PreActResNet152": 51}[name]
 
 
 def test_the_names_are_those_of_published_checkpoints():

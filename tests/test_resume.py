@@ -1,23 +1,27 @@
 """Runs that go on: the same bits as a run never stopped, from every place a run can go on from."""
 import argparse
-import io
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
 import sys
-import warnings
+import threading
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, assert_same, assert_same_run, epochs_of
 from test_scripts import one_line
 
-import run
-from folder import RunFolder
+import checkpoint
+import train
+from checkpoint import Folder
+from utils import UsageError
 
-THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-schedule=cyclic", "--lr-max=0.1"]
+THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-schedule=cyclic", "--lr-max=0.1", "--attack=fgsm"]
 ATTACK_FLAGS = ["--attack=fgsm", "--attack=fgsm --fgsm-init=zero", "--attack=zerograd --zero-qval=0.7 --zero-iters=2",
                 "--attack=multigrad", "--attack=multigrad --multi-parallel --multi-th=2", "--attack=pgd --pgd-iters=2",
                 "--attack=fgsm --amp --amp-dtype=float16"]
@@ -25,16 +29,29 @@ ATTACK_FLAGS = ["--attack=fgsm", "--attack=fgsm --fgsm-init=zero", "--attack=zer
 
 def interrupt(monkeypatch, at: int, number=signal.SIGTERM) -> None:
     """Have the signal arrive during the run's step `at`, counted over epochs; later calls let it be."""
-    after_step, count = run.Run.after_step, 0
+    between_steps, count = train.between_steps, 0
 
-    def spy(self):
-        nonlocal count
-        count += 1
-        if count == at:
-            self.signals.received = signal.Signals(number)
-        after_step(self)
+    def spy(run, bar):
+        after_step = between_steps(run, bar)
 
-    monkeypatch.setattr(run.Run, "after_step", spy)
+        def counted():
+            nonlocal count
+            count += 1
+            if count == at:
+                run.signals.received = signal.Signals(number)
+            after_step()
+
+        return counted
+
+    monkeypatch.setattr(train, "between_steps", spy)
+
+
+def evaluations_of(folder) -> list[dict]:
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def files(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 @pytest.mark.parametrize("attack", ATTACK_FLAGS)
@@ -48,18 +65,19 @@ def test_resume_n_and_auto_end_with_the_bits_of_an_unbroken_run(attack, tmp_path
         for name in (f"model_{n - 1}.pth", f"opt_{n - 1}.pth", "model_best.pth"):
             shutil.copy(whole / name, part)
         assert call("train_cifar100.py", *flags, "--fname", part, "--resume", n)[0] == 0
-        assert_same(*(torch.load(folder / "state.pth", weights_only=True) for folder in (part, whole)))
-        assert [record["epoch"] for record in epochs_of(part)] == list(range(n, 3))
-    for at in (2, 3, 7):  # inside the first epoch, at its end, inside the third
-        part = tmp_path / f"stopped_{at}"
-        with monkeypatch.context() as patch:
-            interrupt(patch, at)
-            status, _, error = call("train_cifar100.py", *flags, "--fname", part)
-        assert status == 128 + signal.SIGTERM and error.count("\n") == 1 and "--resume auto" in error
-        status, output, _ = call("train_cifar100.py", *flags, "--fname", part, "--resume", "auto")
-        assert status == 0 and f"# resumed at epoch {(at - 1) // 3}, step {(at - 1) % 3 + 1} from" in output
-        assert "# resumed" in (part / "output.log").read_text()
         assert_same_run(part, whole)
+    part, done = tmp_path / "stopped", 0
+    for at in (2, 3, 7):  # inside the first epoch, at its end, inside the third
+        with monkeypatch.context() as patch:
+            interrupt(patch, at - done)
+            status, _, error = call("train_cifar100.py", *flags, "--fname", part, "--resume", "auto")
+        assert status == 128 + signal.SIGTERM and error.count("\n") == 1 and "--resume auto" in error
+        done = at
+    status, output, _ = call("train_cifar100.py", *flags, "--fname", part, "--resume", "auto")
+    assert status == 0 and "# resumed at epoch 2, step 1 from" in output
+    assert [line.split(" from ")[0] for line in (part / "output.log").read_text().splitlines() if line[0] == "#"] == [
+        f"# resumed at epoch {epoch}, step {step}" for epoch, step in ((0, 2), (0, 3), (2, 1))]
+    assert_same_run(part, whole)
 
 
 def test_svhn_goes_on_with_its_best_score(tmp_path, call, small_dummy, monkeypatch):
@@ -92,57 +110,52 @@ def test_a_run_does_not_go_on_with_another_data_set(tmp_path, call, small_dummy)
         one_line(call("train_svhn.py", *SMALL, "--fname", tmp_path / "run", "--resume=2", *more), "CIFAR-10")
 
 
-def test_damaged_logs_are_named_before_anything_moves(tmp_path, call, small_dummy):
-    folder = tmp_path / "run"
-    assert call("train_cifar.py", *SMALL, "--chkpt-iters=1", "--fname", folder)[0] == 0
-    for name, text in (("metrics.jsonl", "{"), ("metrics.jsonl", "[1]"), ("output.log", ""), ("final.json", "")):
-        kept = (folder / name).read_text()
-        (folder / name).write_text(text)
-        before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        for resume in ("--resume=1", "--resume=auto"):
-            one_line(call("train_cifar.py", *SMALL, "--fname", folder, resume), name)
-        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
-        (folder / name).write_text(kept)
-
-
 def test_evaluating_leaves_alone_what_a_run_is_writing(tmp_path, call, small_dummy):
     folder = tmp_path / "run"
     assert call("train_cifar.py", *SMALL, "--fname", folder)[0] == 0
-    for name in (".state.pth.123.part", ".eval.json.123.part"):
+    for name in (".state.pth.123.part", ".evaluation.json.123.part", ".eval.log.123.part"):
         (folder / name).write_bytes(b"half")
     assert call("train_cifar.py", *SMALL, "--fname", folder, "--resume=auto", "--eval")[0] == 0
     assert (folder / ".state.pth.123.part").exists()
     assert call("train_cifar.py", *SMALL, "--fname", folder)[0] == 0
     assert not (folder / ".state.pth.123.part").exists()
-    assert (folder / ".eval.json.123.part").exists()  # nor does a run what an evaluation is writing
+    for name in (".evaluation.json.123.part", ".eval.log.123.part"):  # nor does a run what an evaluation is writing
+        assert (folder / name).exists()
 
 
-def test_a_run_stopped_in_an_evaluation_or_in_the_closing_attack_goes_on(tmp_path, call, small_dummy, monkeypatch):
+def test_a_run_stopped_in_an_evaluation_goes_on(tmp_path, call, small_dummy, monkeypatch):
     assert call("train_cifar.py", *THREE, "--fname", tmp_path / "whole")[0] == 0
-    for at in (1, 3, 5):  # after the first epoch, in the last evaluation, in the closing attack
-        part, stop_if_asked, count = tmp_path / f"part_{at}", run.Run.stop_if_asked, 0
+    part, flags = tmp_path / "part", [*THREE, "--fname", tmp_path / "part", "--resume=auto"]
+    for at in (1, 3, 3):  # after the first epoch, after the last, in the final evaluation
+        stop_if_asked, count = train.stop_if_asked, 0
 
-        def spy(self, stop_if_asked=stop_if_asked, at=at):
+        def spy(run, stop_if_asked=stop_if_asked, at=at):
             nonlocal count
             count += sys._getframe(1).f_code.co_name != "after_step"
             if count == at:
-                self.signals.received = signal.SIGINT
-            stop_if_asked(self)
+                run.signals.received = signal.SIGINT
+            stop_if_asked(run)
 
         with monkeypatch.context() as patch:
-            patch.setattr(run.Run, "stop_if_asked", spy)
-            assert call("train_cifar.py", *THREE, "--fname", part)[0] == 128 + signal.SIGINT
-        assert call("train_cifar.py", *THREE, "--fname", part, "--resume=auto")[0] == 0
-        assert_same_run(part, tmp_path / "whole")
+            patch.setattr(train, "stop_if_asked", spy)
+            assert call("train_cifar.py", *flags)[0] == 128 + signal.SIGINT
+    assert call("train_cifar.py", *flags)[0] == 0
+    assert_same_run(part, tmp_path / "whole")
+    starts = json.loads((part / "args.json").read_text())["starts"]
+    assert [(start["epoch"], start["step"]) for start in starts] == [(0, 0), (0, 3), (2, 3), (3, 0)]
 
 
 def test_auto_starts_where_there_is_nothing_and_is_done_where_all_is_there(tmp_path, call, small_dummy):
     flags = [*THREE, "--fname", tmp_path / "run", "--resume=auto"]
     assert call("train_cifar.py", *flags)[0] == 0
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    before = files(tmp_path / "run")
     status, output, _ = call("train_cifar.py", *flags)
     assert status == 0 and "complete" in output
-    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    assert files(tmp_path / "run") == before
+    for lost in ("output.log", "metrics.jsonl", "final.json"):  # by a kill before they were written
+        (tmp_path / "run" / lost).unlink()
+    assert call("train_cifar.py", *flags)[0] == 0
+    assert files(tmp_path / "run") == before
     status, output, _ = call("train_cifar.py", *flags, "--final-iters=3")
     assert status == 0 and "PGD3" in output and len(epochs_of(tmp_path / "run")) == 3
 
@@ -165,7 +178,7 @@ def test_auto_falls_back_to_the_newest_complete_pair(tmp_path, call, small_dummy
     one_line(call("train_cifar.py", *THREE, "--fname", part, "--resume=auto"), "state.pth")
 
 
-def test_a_closing_attack_is_that_of_its_epoch(tmp_path, call, small_dummy):
+def test_a_final_evaluation_is_that_of_its_epoch(tmp_path, call, small_dummy):
     """A run cut back to an earlier epoch is not complete because the longer one was."""
     folder, flags = tmp_path / "run", [*THREE, "--fname", tmp_path / "run"]
     assert call("train_cifar.py", *flags)[0] == 0
@@ -184,11 +197,11 @@ def test_an_evaluation_asks_for_the_network_alone(tmp_path, call, small_dummy, m
     evaluate = ["--eval", "--resume=auto", "--fname", whole]
     for more in ((), ("--batch-size=16",), ("--train-samples=40", "--seed=1")):
         assert call("train_cifar.py", *THREE, *evaluate, *more)[0] == 0
-        assert json.loads((whole / "eval.json").read_text())["epoch"] == 1
+        assert evaluations_of(whole)[-1]["epoch"] == evaluations_of(whole)[-1]["final"]["epoch"] == 1
     lone.mkdir()
     shutil.copy(whole / "model_0.pth", lone)
     assert call("train_cifar.py", *THREE, "--eval", "--resume=1", "--fname", lone)[0] == 0
-    assert json.loads((lone / "eval.json").read_text())["epoch"] == 0
+    assert evaluations_of(lone)[-1]["epoch"] == 0
     one_line(call("train_cifar.py", *THREE, "--resume=1", "--fname", lone), "opt_0.pth")
 
 
@@ -197,9 +210,9 @@ def test_other_images_begin_the_epoch_anew(tmp_path, call, small_dummy, monkeypa
     with monkeypatch.context() as patch:
         interrupt(patch, at=5)  # in the second epoch
         assert call("train_cifar.py", *flags)[0] == 143
-    load = run.load
-    monkeypatch.setattr(run, "load", lambda dataset, args: load(dataset, argparse.Namespace(**{**vars(args),
-                                                                                             "dummy": True})))
+    load = train.load
+    monkeypatch.setattr(train, "load", lambda dataset, args: load(dataset, argparse.Namespace(**{**vars(args),
+                                                                                               "dummy": True})))
     flags = [flag for flag in flags if flag != "--dummy"]
     status, output, _ = call("train_cifar.py", *flags, "--resume=auto", "--allow-changes")
     assert status == 0 and "resumed at epoch 1, step 0" in output
@@ -231,9 +244,9 @@ def test_resume_n_keeps_what_later_epochs_left(tmp_path, call, small_dummy):
 def test_a_run_does_not_go_on_with_other_flags_unless_told_to(change, named, tmp_path, call, small_dummy):
     folder = tmp_path / "run"
     assert call("train_cifar.py", *THREE, "--epochs=3", "--fname", folder)[0] == 0
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = files(folder)
     one_line(call("train_cifar.py", *THREE, change, "--fname", folder, "--resume=2"), named)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert files(folder) == before
     assert call("train_cifar.py", *THREE, change, "--fname", folder, "--resume=2", "--allow-changes")[0] == 0
 
 
@@ -269,36 +282,9 @@ def test_a_checkpoint_that_does_not_fit_is_named(damage, tmp_path, call, small_d
     elif damage == "optimizer":
         torch.save({"state": {0: 1}, "param_groups": []}, opt)
         named = "opt_0.pth"
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = files(folder)
     one_line(call(script_name, *SMALL, *flags, "--fname", folder, "--resume=1"), named)
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and not (tmp_path / "owned").exists()
-
-
-def assign(*path):
-    """A function that sets what stands at the path's end in nested dicts and lists."""
-    *path, key, value = path
-
-    def change(state):
-        for step in path:
-            state = state[step]
-        state[key] = value
-    return change
-
-
-RUN, GROUP, MOMENTUM = ("opt", "run"), ("opt", "param_groups", 0), ("opt", "state", 0, "momentum_buffer")
-
-
-SENSELESS = [
-    assign(*RUN, "step", 99), assign(*RUN, "step", 1), assign(*RUN, "step", 0.5), assign(*RUN, "epoch", 0.5),
-    assign(*RUN, "epoch", 2**70), assign(*RUN, "best", math.inf), assign(*RUN, "best", math.nan),
-    assign(*RUN, "seconds", math.inf), assign(*RUN, "sums", torch.zeros(4, dtype=torch.int64)),
-    assign(*RUN, "sums", torch.full((4,), math.nan)), assign(*RUN, "sums", torch.zeros(4, dtype=torch.complex64)),
-    assign(*RUN, "first_fault", torch.tensor(True)), assign("opt", "run", [1]),
-    assign(*MOMENTUM, None), assign(*MOMENTUM, torch.zeros(4, 3, 3, 3).to_sparse()), assign("opt", "state", 0, None),
-    assign("opt", "state", {}), assign(*GROUP, "params", "ab"), assign(*GROUP, "lr", "x"), assign(*GROUP, None),
-    assign("model", "conv1.weight", torch.zeros(4, 3, 3, 3, dtype=torch.complex64)),
-    assign("model", "conv1.weight", torch.zeros(4, 3, 3, 3, device="meta")),
-    assign("model", "conv1.weight", torch.full((4, 3, 3, 3), math.inf)), assign("model", "conv1.weight", None)]
+    assert files(folder) == before and not (tmp_path / "owned").exists()
 
 
 def test_a_state_that_makes_no_sense_is_named(tmp_path, call, small_dummy):
@@ -306,15 +292,17 @@ def test_a_state_that_makes_no_sense_is_named(tmp_path, call, small_dummy):
     assert call("train_cifar.py", *SMALL, "--epochs=1", "--fname", folder)[0] == 0
     for pair in ("model_0.pth", "opt_0.pth"):
         (folder / pair).unlink()
-    whole = (folder / "state.pth").read_bytes()
-    for change in SENSELESS:
-        state = torch.load(io.BytesIO(whole), weights_only=True)
-        assert state["model"]["conv1.weight"].shape == (4, 3, 3, 3)
-        change(state)
+    whole = torch.load(folder / "state.pth", weights_only=True)
+    model, opt = whole["model"], whole["opt"]
+    for state in ({"model": model | {"conv1.weight": torch.full((4, 3, 3, 3), math.inf)}, "opt": opt},
+                  {"model": model | {"conv1.weight": None}, "opt": opt}, {"model": model, "opt": None}, {},
+                  {"model": model, "opt": opt | {"state": {0: {"momentum_buffer": None}}}},
+                  {"model": model, "opt": opt | {"state": {0: {"momentum_buffer": torch.zeros(1)}}}},
+                  {"model": model, "opt": {"run": opt["run"]}}):
         torch.save(state, folder / "state.pth")
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # one line is one line
-            one_line(call("train_cifar.py", *SMALL, "--allow-changes", "--fname", folder, "--resume=auto"), "state.pth")
+        one_line(call("train_cifar.py", *SMALL, "--allow-changes", "--fname", folder, "--resume=auto"), "state.pth")
+    torch.save({"model": model, "opt": opt | {"run": opt["run"] | {"epoch": 0, "step": 1}}}, folder / "state.pth")
+    one_line(call("train_cifar.py", *SMALL, "--fname", folder, "--epochs=1", "--resume=auto"), "as its steps say")
 
 
 def test_how_the_optimizer_steps_is_the_command_lines_and_never_the_files(tmp_path, call, small_dummy):
@@ -334,7 +322,7 @@ def test_how_the_optimizer_steps_is_the_command_lines_and_never_the_files(tmp_pa
 
 def test_momentum_of_another_memory_layout_is_that_of_the_same_weights(tmp_path, call, small_dummy):
     """As files have it that were written by a network in PyTorch's default layout; ours of this width is not in it."""
-    flags = [*THREE, "--base-width=16", "--attack=fgsm", "--epochs=2", "--train-samples=32", "--final-samples=1"]
+    flags = [*THREE, "--base-width=16", "--epochs=2", "--train-samples=32", "--final-samples=1"]
     assert call("train_cifar.py", *flags, "--fname", tmp_path / "run")[0] == 0
     whole = torch.load(tmp_path / "run" / "model_1.pth", weights_only=True)
     assert not whole["layer1.0.conv1.weight"].is_contiguous()
@@ -347,16 +335,16 @@ def test_momentum_of_another_memory_layout_is_that_of_the_same_weights(tmp_path,
 
 
 def test_the_state_is_saved_every_so_many_steps_and_at_the_end_of_an_epoch(tmp_path, call, small_dummy, monkeypatch):
-    saved, save_state = [], RunFolder.save_state
+    saved, save_state = [], checkpoint.save_state
 
-    def spy(self, model, optimizer, precision, progress, args):
-        saved.append((progress.epoch, progress.step))
-        save_state(self, model, optimizer, precision, progress, args)
+    def spy(folder, state, *rest):
+        saved.append((state.epoch, state.step))
+        save_state(folder, state, *rest)
 
-    monkeypatch.setattr(RunFolder, "save_state", spy)
+    monkeypatch.setattr(checkpoint, "save_state", spy)
     flags = [*SMALL, "--attack=fgsm", "--batch-size=16", "--chkpt-steps=2"]  # five steps an epoch
     assert call("train_cifar.py", *flags, "--fname", tmp_path / "run")[0] == 0
-    assert saved == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0)]
+    assert saved == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0), (2, 0)]  # the last with the final evaluation
 
 
 def test_the_best_model_is_never_one_of_an_epoch_that_was_made_again(tmp_path, call, small_dummy):
@@ -384,11 +372,22 @@ def test_the_folder_is_locked_before_it_is_read(tmp_path, call, small_dummy, mon
     """Else, a run that ends in between would be taken for one that never was."""
     folder = tmp_path / "run"
     folder.mkdir()
-    find, free = RunFolder.find, []
-    monkeypatch.setattr(RunFolder, "find", lambda self, resume: free.append(RunFolder(folder).lock()) or
-                        find(self, resume))
-    assert call("train_cifar.py", *SMALL, "--fname", folder, "--resume=auto")[0] == 0
-    assert free == [False] and RunFolder(folder).lock()
+    one_line(call("train_cifar.py", *SMALL, "--fname", folder, "--val-size=96"), "--val-size")
+    assert not list(folder.iterdir())  # there was nothing to read
+    (folder / ".lock").touch()  # as a run that is beginning has it
+    find, refused = checkpoint.find, []
+
+    def spy(*args):
+        with pytest.raises(UsageError, match="in use"):
+            Folder(folder).lock()
+        refused.append(True)
+        return find(*args)
+
+    monkeypatch.setattr(checkpoint, "find", spy)
+    assert call("train_cifar.py", *SMALL, "--fname", folder, "--resume=auto")[0] == 0 and refused
+    free = Folder(folder)
+    free.lock()
+    free.release()
 
 
 def test_log_lines_that_are_cut_off_are_kept_beside_even_where_no_other_file_is(tmp_path, call, small_dummy):
@@ -404,39 +403,180 @@ def test_log_lines_that_are_cut_off_are_kept_beside_even_where_no_other_file_is(
 def test_an_evaluation_with_other_columns_has_a_header_of_its_own(tmp_path, call, small_dummy):
     flags = [*SMALL, "--fname", tmp_path / "run"]
     assert call("train_cifar.py", *flags)[0] == 0
-    for more in ([], [], ["--val-size=16"]):
+    for more in ([], [], [], ["--val-size=16"]):
         assert call("train_cifar.py", *flags, "--eval", "--resume=auto", *more)[0] == 0
     rows = [line.split("\t") for line in (tmp_path / "run" / "eval.log").read_text().splitlines()]
     assert [(row[0], len(row)) for row in rows if not row[0].startswith("PGD")] == [
-        ("Epoch", 12), ("1", 12), ("1", 12), ("Epoch", 13), ("1", 13)]
+        ("Epoch", 12), ("1", 12), ("1", 12), ("1", 12), ("Epoch", 13), ("1", 13)]
 
 
-def test_evaluations_beside_one_another_lose_no_line(tmp_path):
-    program = ("import sys; from folder import RunFolder; folder = RunFolder(sys.argv[1], evaluation=True)\n"
-               "for i in range(100): folder.add_line(str(i))")
-    processes = [subprocess.Popen([sys.executable, "-c", program, tmp_path], cwd=ROOT) for _ in range(2)]
+def test_evaluations_beside_one_another_are_all_kept(tmp_path):
+    """Also where each process has a folder of its own for temporary files."""
+    program = ("import sys\n"
+               "from checkpoint import TITLES, Folder, add_evaluation\n"
+               "record = {title.lower().replace(' ', '_'): 0.0 for title in TITLES}\n"
+               "names = 'iters', 'seconds', 'clean_loss', 'clean_acc', 'robust_loss', 'robust_acc'\n"
+               "record['final'] = dict.fromkeys(names, 0.0)\n"
+               "for i in range(15):\n"
+               "    add_evaluation(Folder(sys.argv[1]), {**record, 'epoch': int(sys.argv[2]) + i})\n")
+    processes = []
+    for first in ("0", "100"):
+        (tmp_path / first).mkdir()
+        processes.append(subprocess.Popen([sys.executable, "-c", program, tmp_path, first], cwd=ROOT,
+                                          env={**os.environ, "TMPDIR": str(tmp_path / first)}))
     assert [process.wait(timeout=100) for process in processes] == [0, 0]
+    assert sorted(record["epoch"] for record in evaluations_of(tmp_path)) == [*range(15), *range(100, 115)]
     header, *lines = (tmp_path / "eval.log").read_text().splitlines()
-    assert header.startswith("Epoch") and sorted(lines) == sorted([str(i) for i in range(100)] * 2)
+    assert header.startswith("Epoch") and len(lines) == 60
 
 
-def test_published_style_files_load(tmp_path, call, small_dummy):
-    """Keys under `module.`, as DataParallel leaves them, and an optimizer's state with nothing else."""
-    call("train_cifar.py", *THREE, "--fname", tmp_path / "whole")
-    part = tmp_path / "part"
+def test_a_network_alone_is_evaluated_and_named(tmp_path, call, small_dummy):
+    flags = [*THREE, "--epochs=1"]
+    assert call("train_cifar.py", *flags, "--fname", tmp_path / "whole")[0] == 0
+    final = json.loads((tmp_path / "whole" / "final.json").read_text())
+    for name in ("model_0.pth", "model_best.pth"):
+        lone = tmp_path / name[:-4]
+        lone.mkdir()
+        shutil.copy(tmp_path / "whole" / name, lone)
+        assert call("train_cifar.py", *flags, "--eval", "--resume=auto", "--fname", lone)[0] == 0
+        found, = evaluations_of(lone)
+        assert found["resumed"] == str(lone / name) and found["final"]["robust_loss"] == final["robust_loss"]
+
+
+def make_old(folder) -> None:
+    """Make of a run's files what commit 108504c would have left: checkpoints that know nothing of the past."""
+    def old(training: dict) -> dict:
+        known = ("epoch", "step", "seconds", "best", "sums", "first_fault", "precision")
+        args = {name: value for name, value in training["run"]["args"].items() if name != "objective"}
+        args |= {"compile": None, "tf32": False}
+        return {**training, "run": {**{name: training["run"][name] for name in known}, "args": args}}
+
+    for path in [*folder.glob("opt_*.pth"), folder / "state.pth"]:
+        saved = torch.load(path, weights_only=True)
+        torch.save({**saved, "opt": old(saved["opt"])} if "opt" in saved else old(saved), path)
+    started = json.loads((folder / "args.json").read_text())
+    for start in started["starts"]:
+        for name in ("epoch", "step", "source", "aside"):
+            del start[name]
+    (folder / "args.json").write_text(json.dumps(started))
+    (folder / ".lock").unlink()
+
+
+def test_a_folder_of_the_format_without_a_past_goes_on_to_the_same_bits(tmp_path, call, small_dummy, monkeypatch):
+    whole, flags = tmp_path / "whole", THREE
+    assert call("train_cifar.py", *flags, "--fname", whole)[0] == 0
+    for at in (3, 5):  # at the end of the first epoch, inside the second
+        part = tmp_path / f"stopped_{at}"
+        with monkeypatch.context() as patch:
+            interrupt(patch, at)
+            assert call("train_cifar.py", *flags, "--fname", part)[0] == 143
+        make_old(part)
+        if at == 5:  # the old scripts wrote the logs first: a kill in between left a line too many
+            for name, line in (("metrics.jsonl", json.dumps({"epoch": 1, "best": True})), ("output.log", "1\tcut")):
+                (part / name).write_text((part / name).read_text() + line + "\n")
+        assert call("train_cifar.py", *flags, "--fname", part, "--eval", "--resume=auto")[0] == 0
+        assert evaluations_of(part)[0]["epoch"] == (at - 1) // 3
+        assert call("train_cifar.py", *flags, "--fname", part, "--resume=auto")[0] == 0
+        assert_same_run(part, whole)
+        starts = json.loads((part / "args.json").read_text())["starts"]
+        assert [(start["epoch"], start["step"]) for start in starts] == [(0, 0), ((at - 1) // 3, (at - 1) % 3 + 1)]
+    part = tmp_path / "ended"
+    shutil.copytree(whole, part)
+    make_old(part)
+    before = files(part)
+    status, output, _ = call("train_cifar.py", *flags, "--fname", part, "--resume=auto")
+    assert status == 0 and "complete" in output and {**files(part), ".lock": b""} == {**before, ".lock": b""}
+    assert call("train_cifar.py", *flags, "--fname", part, "--eval", "--resume=3")[0] == 0
+    final = json.loads((part / "final.json").read_text())
+    assert evaluations_of(part)[0]["final"]["robust_loss"] == final["robust_loss"]
+    assert call("train_cifar.py", *flags, "--fname", part, "--resume=1")[0] == 0
+    assert_same_run(part, whole)
+    assert (part / "earlier_1" / "final.json").exists() and len(files(part / "earlier_1")) >= 8
+
+
+def test_a_damaged_log_is_written_anew_where_the_state_has_it_else_named(tmp_path, call, small_dummy):
+    whole, part, flags = tmp_path / "whole", tmp_path / "part", [*THREE, "--epochs=2", "--fname"]
+    assert call("train_cifar.py", *flags, whole)[0] == 0
+    damages = (("metrics.jsonl", "{"), ("metrics.jsonl", "[1]"), ("args.json", "[]"), ("final.json", ""),
+               ("output.log", ""))
+    for name, text in damages:
+        shutil.copytree(whole, part)
+        (part / name).write_text(text)
+        assert call("train_cifar.py", *flags, part, "--resume=auto", "--final-iters=3")[0] == 0
+        assert epochs_of(part) == epochs_of(whole) and (part / name).stat().st_size > 2
+        (part / name).write_text(text)
+        assert call("train_cifar.py", *flags, part, "--resume=1")[0] == 0
+        if name == "metrics.jsonl":  # of which epoch the best model was, is not known any more
+            assert (part / "earlier_2" / "model_best.pth").exists() and (part / "model_best.pth").exists()
+        else:
+            assert_same_run(part, whole)
+        shutil.rmtree(part)
+    make_old(whole)
+    for name, text in damages[:-1]:
+        kept = (whole / name).read_text()
+        (whole / name).write_text(text)
+        before = files(whole)
+        for resume in ("--resume=1", "--resume=auto"):
+            one_line(call("train_cifar.py", *flags, whole, resume), f"{name} is damaged")
+        assert {**files(whole), ".lock": b""} == {**before, ".lock": b""}
+        (whole / name).write_text(kept)
+
+
+def publish(whole, part, epoch: int, score: float, numpy_name: str) -> None:
+    """Into a new folder `part`, what the published scripts would have left after the epoch.
+
+    Keys under `module.`, as DataParallel leaves them, a best model with its score, and a bare state of the optimizer,
+    the learning rate in it a NumPy scalar.
+    """
     part.mkdir()
-    state = torch.load(tmp_path / "whole" / "model_1.pth", weights_only=True)
-    torch.save({f"module.{key}": value for key, value in state.items()}, part / "model_1.pth")
-    optimizer = torch.load(tmp_path / "whole" / "opt_1.pth", weights_only=True)
-    torch.save({key: optimizer[key] for key in ("state", "param_groups")}, part / "opt_1.pth")
-    assert call("train_cifar.py", *THREE, "--fname", part, "--resume=2")[0] == 0
-    last = [torch.load(folder / "model_2.pth", weights_only=True) for folder in (tmp_path / "whole", part)]
-    assert_same(*last)
-    assert call("train_cifar.py", *THREE, "--fname", part, "--resume=2", "--eval")[0] == 0
+    model, optimizer = (torch.load(whole / f"{name}_{epoch}.pth", weights_only=True) for name in ("model", "opt"))
+    model = {f"module.{key}": value for key, value in model.items()}
+    torch.save(model, part / f"model_{epoch}.pth")
+    torch.save({"state_dict": model, "test_robust_acc": score, "test_robust_loss": 2.0, "test_loss": 1.0,
+                "test_acc": 0.5}, part / "model_best.pth")
+    group = {**optimizer["param_groups"][0], "lr": np.float64(0.05)}
+    path = part / f"opt_{epoch}.pth"
+    torch.save({"state": optimizer["state"], "param_groups": [group]}, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            assert not name.endswith("data.pkl") or b"core.multiarray\n" in content
+            archive.writestr(name, content.replace(b"cnumpy._core.multiarray\n", f"c{numpy_name}\n".encode()))
+
+
+@pytest.mark.parametrize("numpy_name, score", [("numpy._core.multiarray", 0.99), ("numpy.core.multiarray", 0.0)])
+def test_published_files_go_on_with_the_score_of_their_best_model(numpy_name, score, tmp_path, call, small_dummy):
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    flags = [*THREE, "--fname"]
+    assert call("train_cifar.py", *flags, whole)[0] == 0
+    publish(whole, part, 1, score, numpy_name)
+    best = (part / "model_best.pth").read_bytes()
+    assert call("train_cifar.py", *flags, part, "--resume=2", "--final-model=best")[0] == 0
+    assert_same(*(torch.load(folder / "model_2.pth", weights_only=True) for folder in (whole, part)))
+    record, = epochs_of(part)
+    found = torch.load(part / "state.pth", weights_only=True)["opt"]["run"]
+    assert record["epoch"] == 2 and record["best"] == (record["test_robust_acc"] > score)
+    assert found["best"] == max(score, record["test_robust_acc"]) and found["final"]["model"] == "best"
+    assert ((part / "model_best.pth").read_bytes() == best) != record["best"]
+    assert call("train_cifar.py", *flags, part, "--resume=2", "--eval")[0] == 0
+
+
+def test_an_optimizer_that_is_no_match_is_told_of_and_one_that_never_stepped_is_taken(tmp_path, call, small_dummy):
+    flags = [*SMALL, "--attack=fgsm", "--epochs=1", "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags)[0] == 0
+    path = tmp_path / "run" / "opt_0.pth"
+    group, = torch.load(path, weights_only=True)["param_groups"]
+    two = [{**group, "params": [0]}, {**group, "params": group["params"][1:]}]
+    torch.save({"state": {}, "param_groups": two}, path)
+    one_line(call("train_cifar.py", *flags, "--epochs=2", "--resume=1"), "opt_0.pth has 2 parameter groups")
+    torch.save({"state": {}, "param_groups": [group]}, path)
+    assert call("train_cifar.py", *flags, "--epochs=2", "--resume=1")[0] == 0
+    assert [record["epoch"] for record in epochs_of(tmp_path / "run")] == [1]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_real_signal_saves_the_state_first(number, tmp_path, call):
+def test_a_real_signal_saves_the_state_first(number, tmp_path):
     flags = [*SMALL, "--attack=fgsm", "--epochs=300", "--fname", str(tmp_path / "run")]
     process = subprocess.Popen([sys.executable, str(ROOT / "train_cifar.py"), *flags], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -451,10 +591,47 @@ def test_a_real_signal_saves_the_state_first(number, tmp_path, call):
     assert len(epochs_of(tmp_path / "run")) == progress["epoch"]
 
 
+def test_signal_handlers_are_put_back_and_an_ignored_sighup_stays_ignored(tmp_path, call, small_dummy, monkeypatch):
+    """As under nohup; and a program may call main again and again."""
+    flags = [*SMALL, "--attack=fgsm", "--resume=auto", "--fname", tmp_path / "run"]
+    numbers, seen = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP), []
+    train_epoch = train.train_epoch
+
+    def spy(run, after_step):
+        os.kill(os.getpid(), sends)
+        seen.append([signal.getsignal(number) == run.signals._note for number in numbers])
+        return train_epoch(run, after_step)
+
+    monkeypatch.setattr(train, "train_epoch", spy)
+    before = [signal.getsignal(number) for number in numbers]
+    sends = signal.SIGHUP
+    status, _, error = call("train_cifar.py", *flags)
+    assert status == 128 + signal.SIGHUP and error.endswith(": stopped by SIGHUP; --resume auto goes on from here\n")
+    saved = torch.load(tmp_path / "run" / "state.pth", weights_only=True)["opt"]["run"]
+    assert (saved["epoch"], saved["step"]) == (0, 1)
+    assert [signal.getsignal(number) for number in numbers] == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert call("train_cifar.py", *flags)[0] == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before[2])
+    assert [signal.getsignal(number) for number in numbers] == before
+    assert seen == [[True, True, False], [True, True, False], [True, True, False]]  # obeyed once: a second one kills
+
+
+def test_a_thread_can_train_too(tmp_path, call, small_dummy):
+    ended = []
+    thread = threading.Thread(target=lambda: ended.append(call("train_cifar.py", *SMALL, "--fname", tmp_path / "run")))
+    thread.start()
+    thread.join()
+    assert ended[0][0] == 0 and ended[0][2] == "" and len(epochs_of(tmp_path / "run")) == 2
+
+
 KILLER = """
 import os, random, shutil, signal, sys, time
-import train_cifar
-from run import main
+import options, train_cifar
+from train import main
 
 folder, *flags = sys.argv[1:]
 
@@ -464,7 +641,7 @@ def begin(name):
         return pid
     try:
         sys.stdout = open(os.devnull, "w")
-        main(train_cifar.DATASET, argv=[*flags, "--fname", os.path.join(folder, name)])
+        main(train_cifar.DATASET, options.parse(train_cifar.DATASET, argv=[*flags, "--fname", f"{folder}/{name}"]))
     except SystemExit as end:
         os._exit(end.code or 0)
     except BaseException as error:
@@ -517,22 +694,25 @@ def test_runs_killed_at_20_random_moments_end_with_the_bits_of_an_unbroken_one(t
 def test_a_folder_is_for_one_run_at_a_time(tmp_path, call, small_dummy):
     folder = tmp_path / "run"
     assert call("train_cifar.py", *SMALL, "--fname", folder)[0] == 0
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    other = RunFolder(folder)
-    other.make()
+    before = files(folder)
+    other = Folder(folder)
+    other.lock()
     for flags in ([], ["--resume=auto"], ["--resume=2"]):
         one_line(call("train_cifar.py", *SMALL, "--fname", folder, *flags), "is in use by another run")
     assert call("train_cifar.py", *SMALL, "--fname", folder, "--eval", "--resume=2")[0] == 0
     other.release()
-    assert {path.name: path.read_bytes() for path in folder.iterdir() if path.name[:4] != "eval"} == before
+    assert {path.name: path.read_bytes() for path in folder.iterdir() if "eval" not in path.name} == before
 
 
-def test_another_closing_attack_leaves_the_first_one_to_be_read(tmp_path, call, small_dummy):
+def test_another_final_evaluation_leaves_the_first_one_to_be_read(tmp_path, call, small_dummy):
     folder = tmp_path / "run"
-    flags = [*SMALL, "--fname", folder]
+    flags = [*SMALL, "--attack=fgsm", "--fname", folder]
     assert call("train_cifar.py", *flags)[0] == 0
-    first = {name: (folder / name).read_bytes() for name in ("final.json", "output.log")}
-    assert call("train_cifar.py", *flags, "--resume=auto", "--final-model=best", "--final-iters=3")[0] == 0
-    assert {name: (folder / "earlier_1" / name).read_bytes() for name in first} == first
-    final = json.loads((folder / "final.json").read_text())
-    assert (final["model"], final["iters"]) == ("best", 3) and epochs_of(folder)[-1]["epoch"] == 1
+    for number, more in enumerate((["--final-model=best", "--final-iters=3"], ["--epochs=3", "--allow-changes"]), 1):
+        before = {name: (folder / name).read_bytes() for name in ("final.json", "output.log")}
+        assert call("train_cifar.py", *flags, "--resume=auto", *more)[0] == 0
+        assert {name: (folder / f"earlier_{number}" / name).read_bytes() for name in before} == before
+        final = json.loads((folder / "final.json").read_text())
+        assert (final["model"], final["iters"], final["epoch"]) == (("best", 3, 1), ("last", 2, 2))[number - 1]
+        assert final["epoch"] == epochs_of(folder)[-1]["epoch"]
+        assert (folder / "output.log").read_text().count("PGD") == 1

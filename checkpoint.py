@@ -1,0 +1,462 @@
+"""The state of a run, and the folder that it is saved in.
+
+    state.pth                 the newest complete state, from which --resume auto goes on
+    model_E.pth, opt_E.pth    the network's state dict after epoch E; the optimizer's and, under "run", all the rest
+    model_best.pth            the state dict of the best network so far
+    output.log, metrics.jsonl, final.json, args.json    what a state tells, rendered anew whenever one is saved
+
+Checkpoints hold tensors and plain values alone and are read with weights_only=True. Every file is written whole or not
+at all, and what an earlier run left is set aside, never overwritten.
+"""
+import io
+import json
+import math
+import os
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from filelock import BaseFileLock
+from torch import Tensor, nn
+
+from machine import Precision
+from utils import UsageError, lock, whole_file
+
+# Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
+FREE = {"data_dir", "fname", "resume", "eval", "allow_changes", "device", "tf32", "compile", "compile_mode",
+        "chkpt_iters", "chkpt_steps", "final_iters", "final_restarts", "final_samples", "final_model", "deterministic"}
+
+TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
+          "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")
+
+
+@dataclass
+class State:
+    """All that a run is at a moment: the network, its optimizer, and how far it has come.
+
+    kept: the method's own, by name; epoch, step: the next step; best: the highest score of an epoch so far; seconds:
+    those of this epoch; sums: of this epoch's loss, correct images, images and mean abs(delta), this process's share;
+    first_fault: the epoch's first step that was not finite; history: a record for each epoch; starts: one for each time
+    that the run was started; final: that of the final evaluation.
+    """
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    kept: dict[str, Tensor] = field(default_factory=dict)
+    epoch: int = 0
+    step: int = 0
+    best: float = -1.0
+    seconds: float = 0.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    first_fault: Tensor = field(default_factory=lambda: torch.tensor(math.inf))
+    history: list[dict] = field(default_factory=list)
+    starts: list[dict] = field(default_factory=list)
+    final: dict | None = None
+
+    PLAIN = ("epoch", "step", "best", "seconds", "sums", "first_fault", "history", "starts", "final")
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Be before the first step of `epoch`."""
+        self.epoch, self.step, self.seconds, self.sums = epoch, 0, 0.0, torch.zeros_like(self.sums)
+
+    def training(self, args, sums: Tensor) -> dict:
+        """The optimizer's state dict and, under "run", the rest; `sums` are those of all processes."""
+        plain = {name: getattr(self, name) for name in self.PLAIN}
+        return {**self.optimizer.state_dict(), "run": {
+            **plain, "sums": sums, "kept": self.kept, "precision": self.precision.state_dict(), "args": vars(args)}}
+
+    def load_training(self, saved: dict, source: str) -> dict:
+        """Load what `training` gave, or a bare optimizer's state dict; returns the arguments of that run.
+
+        Of the optimizer's, only the momentum is taken, into buffers of the layout that this run computes in, and the
+        last learning rate: how it steps is the command line's.
+        """
+        run = saved.get("run", {})
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        try:
+            if len(saved["param_groups"]) != 1:
+                raise UsageError(f"--resume: {source} has {len(saved['param_groups'])} parameter groups, where here "
+                                 f"all parameters are in one: it was not written by these scripts")
+            for i, parameter in enumerate(parameters if saved["state"] else ()):  # it is empty before the first step
+                momentum = saved["state"][i]["momentum_buffer"]
+                if momentum.shape != parameter.shape or not momentum.isfinite().all():
+                    raise ValueError
+                self.optimizer.state[parameter]["momentum_buffer"].copy_(momentum)
+            self.optimizer.param_groups[0]["lr"] = float(saved["param_groups"][0]["lr"])
+            self.precision.load_state_dict(run.get("precision", {}))
+            for name in self.PLAIN:
+                setattr(self, name, run.get(name, getattr(self, name)))
+            self.kept = dict(run.get("kept", {}))
+            return dict(run.get("args", {}))
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
+            raise UsageError(f"--resume: {source} holds no optimizer state for this network") from None
+
+
+class Found(NamedTuple):
+    """A checkpoint: the network's state dict, what `State.training` gave (an evaluation does without), the next epoch
+    as the files' names tell it (None for state.pth), and what to call it."""
+
+    model: dict
+    training: dict | None
+    epoch: int | None
+    source: str
+
+
+class Folder:
+    """The folder of a run at `path`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._lock: BaseFileLock | None = None
+
+    def require_writable(self, flag: str = "--fname") -> None:
+        """Raise UsageError, naming the flag, where no such folder could be written to; writes nothing itself."""
+        there = self.path
+        try:
+            str(there).encode()  # or it could not be written into a log
+            while not there.exists() and there != there.parent:
+                there = there.parent
+            writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        except (OSError, ValueError):  # a name that is no name to the system
+            writable = False
+        if not writable:
+            raise UsageError(f"{flag} {self.path} cannot be written: it must be a folder, or a place for a new one")
+
+    def lock(self) -> None:
+        """Make the folder and have it alone until `release`. Raises UsageError where another run has it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or lock(self.path / ".lock", wait=0)
+        except OSError as error:
+            raise UsageError(f"--fname {self.path} cannot be written ({error.strerror})") from None
+        if self._lock is None:
+            raise UsageError(f"--fname {self.path} is in use by another run: take another, or wait")
+
+    def release(self) -> None:
+        if self._lock:
+            self._lock.release()
+            self._lock = None
+
+    def file(self, name: str, epoch: int | str) -> Path:
+        return self.path / f"{name}_{epoch}.pth"
+
+    def names(self, pattern: str) -> list[str]:
+        """The files here whose whole name the regular expression matches."""
+        there = sorted(os.listdir(self.path)) if self.path.is_dir() else []
+        return [name for name in there if re.fullmatch(pattern, name)]
+
+    def epochs(self, name: str) -> list[int]:
+        """The epochs that there is a file of, the newest first."""
+        return sorted((int(file[len(name) + 1:-4]) for file in self.names(rf"{name}_\d+\.pth")), reverse=True)
+
+    def write(self, name: str, text: str) -> None:
+        with whole_file(self.path / name) as file:
+            file.write(text.encode())
+
+    def set_aside(self, names: Iterable[str]) -> str | None:
+        """Move the files into a new folder beside them; returns it, None if there are none."""
+        names = [name for name in names if (self.path / name).exists()]
+        if not names:
+            return None
+        number = 1
+        while (aside := self.path / f"earlier_{number}").exists():
+            number += 1
+        aside.mkdir()
+        for name in names:
+            os.rename(self.path / name, aside / name)
+        return str(aside)
+
+
+# Going on
+
+
+def find(folder: Folder, resume: int | str, evaluation: bool = False) -> Found | None:
+    """The checkpoint that `resume` (an epoch above 0, or "auto") asks for; None where auto finds no run.
+
+    Raises UsageError where it is missing or cannot be read. An evaluation is content with a network alone.
+    """
+    if resume != "auto":
+        return _pair(folder, int(resume) - 1, evaluation)
+    candidates: list[tuple[str, Callable[[], Found]]] = []
+    if (folder.path / "state.pth").exists():
+        candidates.append(("state.pth", partial(_state, folder)))
+    both = [epoch for epoch in folder.epochs("opt") if folder.file("model", epoch).exists()]
+    candidates += [(f"model_{epoch}.pth or opt_{epoch}.pth", partial(_pair, folder, epoch)) for epoch in both]
+    if evaluation:
+        candidates += [(f"model_{epoch}.pth", partial(_lone, folder, epoch)) for epoch in folder.epochs("model")]
+        candidates += [("model_best.pth", partial(_lone, folder, "best"))] if folder.names(r"model_best\.pth") else []
+    fault = None
+    for files, read in candidates:
+        try:
+            found = read()
+        except UsageError as error:
+            fault = fault or (error, files)
+            continue
+        return found._replace(source=f"{found.source}, as {fault[1]} is damaged") if fault else found
+    if fault:
+        raise fault[0]
+    return None
+
+
+def _state(folder: Folder) -> Found:
+    saved = read_checkpoint(folder.path / "state.pth")
+    if not all(isinstance(saved.get(part), dict) for part in ("model", "opt")):
+        raise UsageError(f"--resume: {folder.path / 'state.pth'} holds no training state")
+    training = _with_past(saved["opt"], folder, None)
+    return Found(saved["model"], training, None, str(folder.path / "state.pth"))
+
+
+def _pair(folder: Folder, epoch: int, evaluation: bool = False) -> Found:
+    model, optimizer = folder.file("model", epoch), folder.file("opt", epoch)
+    if evaluation and not optimizer.exists():  # where it is, it tells of which data set the run was
+        return _lone(folder, epoch)
+    network = read_checkpoint(model)
+    training = _with_past(read_checkpoint(optimizer), folder, epoch + 1)
+    return Found(network, training, epoch + 1, f"{model} and {optimizer.name}")
+
+
+def _lone(folder: Folder, epoch: int | str) -> Found:
+    path = folder.file("model", epoch)
+    return Found(read_checkpoint(path), None, epoch + 1 if isinstance(epoch, int) else None, str(path))
+
+
+def _with_past(training: dict, folder: Folder, epoch: int | None) -> dict:
+    """What `State.training` gave, and what older files have in the logs beside them; published ones, in the best model.
+
+    A best score is worth nothing without the model that had it.
+    """
+    def logged(name: str) -> dict:
+        path = folder.path / name
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    run, best, log = training.get("run"), folder.file("model", "best"), ""
+    try:
+        if run is None:
+            run = {"best": float(read_checkpoint(best).get("test_robust_acc", -1.0)) if best.exists() else -1.0}
+        elif "history" not in run:
+            epoch = run["epoch"] if epoch is None else epoch
+            log = "metrics.jsonl"
+            history = [record for record in read_records(folder) if record["epoch"] < epoch]
+            started = logged(log := "args.json")
+            starts = [{"epoch": 0, "step": 0, **start} for start in started.get("starts", [])]
+            final = logged(log := "final.json")
+            run = {**run, "history": history, "starts": starts,
+                   "final": final if final.get("epoch") == epoch - 1 else None}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--resume: {folder.path / log} is damaged ({error}): mend it, or move it away") from None
+    return {**training, "run": run if best.exists() else {**run, "best": -1.0}}
+
+
+def resume(state: State, found: Found, args) -> None:
+    """Bring `state` to where the checkpoint is. Raises UsageError where it does not fit this run."""
+    load_network(state.model, found.model, found.source)
+    before = state.load_training(found.training, found.source) if found.training is not None else {}
+    if before.get("data_set", args.data_set) != args.data_set:
+        raise UsageError(f"--resume: {found.source} is of a run on {before['data_set']}, not {args.data_set}")
+    if found.epoch is not None:
+        state.begin_epoch(found.epoch)
+        state.final = None
+    if args.eval:
+        return
+    if state.epoch > args.epochs:
+        raise UsageError(f"--resume: {found.source} has {state.epoch} epochs behind it, more than --epochs "
+                         f"{args.epochs}")
+    if not args.allow_changes:
+        require_same_run(before, args)
+    # These decide which images a step is on.
+    if any(before.get(name, vars(args)[name]) != vars(args)[name]
+           for name in ("batch_size", "seed", "train_samples", "val_size", "dummy")):
+        state.begin_epoch(state.epoch)
+
+
+def require_same_run(before: dict, args) -> None:
+    """Raise UsageError at the first flag that differs from the run's."""
+    for name, value in vars(args).items():
+        if name in before and name not in FREE and before[name] != value:
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"--resume: the run in --fname {args.fname} has {flag} {before[name]}, not {value}; "
+                             f"repeat its flags, take another --fname, or add --allow-changes")
+
+
+def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str | None, bool]:
+    """Set aside what is of no run, or of epochs that are about to be made again.
+
+    Returns where that is now, if there was anything, and whether the best model is gone.
+    """
+    for unfinished in folder.names(r"\.(?!eval).*\.part"):  # of a killed run, not of an evaluation beside
+        (folder.path / unfinished).unlink(missing_ok=True)
+    if found is None:
+        return folder.set_aside(folder.names(r"(output|eval)\.log|metrics\.jsonl|(args|final|eval|evaluation)\.json|"
+                                             r"state\.pth|(model|opt)_(\d+|best)\.pth")), False
+    if found.epoch is None:  # the run goes on from its newest state
+        other_final = state.final is None and (folder.path / "final.json").exists()
+        return folder.set_aside(["final.json", "output.log"] if other_final else []), False
+    later = [f"{name}_{epoch}.pth" for name in ("model", "opt") for epoch in folder.epochs(name)
+             if epoch >= state.epoch]
+    later += ["state.pth", "final.json"]
+    try:
+        made = [record["epoch"] for record in read_records(folder)]
+        best = max((record["epoch"] for record in read_records(folder) if record.get("best")), default=-1)
+    except (ValueError, KeyError, TypeError):  # a log that cannot be read: what it was of is not known
+        made, best = [state.epoch], state.epoch
+    if best >= state.epoch:
+        later.append("model_best.pth")
+    if any(epoch >= state.epoch for epoch in made):
+        later += ["output.log", "metrics.jsonl"]
+    return folder.set_aside(later), best >= state.epoch
+
+
+# Saving
+
+
+def save(path: Path, content: dict) -> None:
+    """Write a checkpoint."""
+    written = io.BytesIO()  # at a full disk, torch.save's own error would hide the system's
+    torch.save(content, written)
+    with whole_file(path) as file:
+        file.write(written.getbuffer())
+
+
+def save_state(folder: Folder, state: State, args, sums: Tensor) -> None:
+    """Save all that --resume auto needs, and render what there is to be read of it."""
+    save(folder.path / "state.pth", {"model": state.model.state_dict(), "opt": state.training(args, sums)})
+    render(folder, state, args)
+
+
+def render(folder: Folder, state: State, args) -> None:
+    """Write the logs of `state`."""
+    started = {"data_set": args.data_set, "args": vars(args), "starts": state.starts}
+    folder.write("args.json", json.dumps(started, indent=1) + "\n")
+    rows = [(start["epoch"], 0, resumed_line(start)) for start in state.starts if start.get("source")]
+    rows += [(record["epoch"], 1, log_line(record)) for record in state.history]
+    lines = [header(any("val_robust_acc" in record for record in state.history)),
+             *(line for _, _, line in sorted(rows, key=lambda row: row[:2]))]
+    if state.final:
+        lines.append(final_line(state.final))
+    folder.write("output.log", "".join(f"{line}\n" for line in lines))
+    folder.write("metrics.jsonl", "".join(f"{json.dumps(record)}\n" for record in state.history))
+    if state.final:  # last: where it is, all is
+        folder.write("final.json", json.dumps(state.final, indent=1) + "\n")
+
+
+def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
+    """Add what --eval found to evaluation.json, and write eval.log from it; evaluations beside one another wait."""
+    held = lock(folder.path / ".evaluation.lock")
+    try:
+        path = folder.path / "evaluation.json"
+        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        if not records:  # what another version left
+            folder.set_aside(["eval.log", "eval.json"])
+        records.append(record)
+        lines: list[str] = []
+        above = ""
+        for each in records:
+            if header("val_robust_acc" in each) != above:
+                above = header("val_robust_acc" in each)
+                lines.append(above)
+            lines += [log_line(each), final_line(each["final"])]
+        folder.write("evaluation.json", json.dumps(records, indent=1) + "\n")
+        folder.write("eval.log", "".join(f"{line}\n" for line in lines))
+    finally:
+        if held:
+            held.release()
+
+
+def header(validated: bool) -> str:
+    return "\t".join(title for title in TITLES if validated or title != "Val Robust Acc")
+
+
+def log_line(record: dict[str, Any]) -> str:
+    """An epoch's line of the log; its record goes by the titles in lower case."""
+    def cell(title: str) -> str:
+        value = record[title.lower().replace(" ", "_")]
+        if title == "Epoch" or value is None:
+            return str(value) if title == "Epoch" else "nan"
+        return f"{value:.1f}" if title.endswith("Time") else f"{value:.6f}" if title == "LR" else f"{value:.4f}"
+
+    return "\t".join(cell(title) for title in TITLES if title != "Val Robust Acc" or "val_robust_acc" in record)
+
+
+def resumed_line(start: dict[str, Any]) -> str:
+    return f"# resumed at epoch {start['epoch']}, step {start['step']} from {start['source']}"
+
+
+def final_line(final: dict[str, Any]) -> str:
+    found = (f"{name.replace('_', ' ')}: {final[name]:.4f}" for name in
+             ("clean_loss", "clean_acc", "robust_loss", "robust_acc"))
+    return "\t".join([f"PGD{final['iters']}", f"time: {final['seconds']:.1f}", *found])
+
+
+# Reading
+
+
+def read_records(folder: Folder) -> list[dict]:
+    """The epochs in metrics.jsonl. Raises ValueError where it is damaged."""
+    path = folder.path / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The content of a checkpoint. Raises UsageError where it is missing, cut short, or not to be trusted."""
+    if not path.exists():
+        raise UsageError(f"--resume: {path} is missing")
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # torch.load does not look at the checksums
+                    raise ValueError
+        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises errors of many kinds at a file that it cannot read
+        foreign = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)|GLOBAL (\S+) was not an allowed", str(error))
+        if foreign:
+            raise UsageError(f"--resume: {path} holds a {foreign[1] or foreign[2]}, which is no plain value and could "
+                             f"run code of its own: save the state dict alone, and take that") from None
+        raise UsageError(f"--resume: {path} is cut short, altered or no PyTorch checkpoint") from None
+    if not isinstance(content, dict):
+        raise UsageError(f"--resume: {path} holds no state dict")
+    return content
+
+
+# A numpy.float64, as the published scripts write it, by its names under NumPy 1 and 2.
+NUMPY_SCALARS: list = [np.dtype, type(np.dtype("float64")), *(
+    (np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
+def load_network(model: nn.Module, content: dict, source: str) -> None:
+    """Load a state dict, bare or as others wrap it: under a key of its own, every name behind `module.` or the like.
+
+    What is known to be unused (WideResNet's `sub_block1`, normalization constants, which are this network's own) is
+    left out. Raises UsageError where the rest does not fit.
+    """
+    state = next((content[key] for key in ("state_dict", "net", "model", "model_state_dict")
+                  if isinstance(content.get(key), dict)), content)
+    wanted = model.state_dict()
+    first = next(iter(wanted))
+    prefixes = [key.removesuffix(first) for key in map(str, state) if key.endswith(first)]
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + key in state for key in wanted), default="")
+    state = {str(key).removeprefix(prefix): value for key, value in state.items() if not UNUSED.search(str(key))}
+    for key in sorted(wanted.keys() | state.keys()):
+        shape = tuple(wanted[key].shape) if key in wanted else "nothing"
+        found = tuple(getattr(state[key], "shape", ())) if key in state else "nothing"
+        if shape != found and not (found == "nothing" and key.endswith("num_batches_tracked")):
+            raise UsageError(f"--resume: {source} is of another architecture: at {key} it has {found}, where --model, "
+                             f"--base-width and --width-factor ask for {shape}")
+    try:
+        model.load_state_dict({**wanted, **state})
+    except (RuntimeError, TypeError, AttributeError):
+        raise UsageError(f"--resume: {source} holds values that are no real tensors") from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise UsageError(f"--resume: {source} holds weights that are not finite")
+
+
+UNUSED = re.compile(r"(^|\.)(sub_block1\..*|mu|sigma|mean|std)$")

@@ -1,0 +1,296 @@
+"""The machine that a run is on: its device and precision, the network's layout and compiling, the other processes."""
+import contextlib
+import ctypes
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torchvision
+from torch import Tensor, nn
+
+from utils import UsageError
+
+T = TypeVar("T")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+CPU = torch.device("cpu")
+PATIENCE = timedelta(hours=1)  # of the processes that wait while the first one downloads
+
+
+# The device
+
+
+def choose_device(args) -> torch.device:
+    """The device that --device names. Raises UsageError where it is not there."""
+    name = args.device
+    count = 0 if name == "cpu" else cuda_devices()  # a driver that is too old complains
+    if name == "auto":
+        name = "cuda" if count else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise UsageError(f"--device must be auto, cpu, cuda or cuda:N, not {name}")
+    if device.type == "cpu":
+        keep_freed_memory()
+        return device
+    if device.index is not None and os.environ.get("WORLD_SIZE", "1") != "1":
+        raise UsageError(f"--device {name} is one for all processes: under torchrun, use --device cuda")
+    index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+    if index >= count:
+        raise UsageError(f"--device {name} is not there: cuda:{index} is asked for, and {count} CUDA devices can be "
+                         f"used here; take --device cpu")
+    torch.cuda.set_device(index)
+    torch.backends.cudnn.benchmark = not args.deterministic
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return torch.device("cuda", index)
+
+
+def cuda_devices() -> int:
+    """How many GPUs can be used: none where the driver is missing, or too old for this PyTorch."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0  # the count alone asks no driver to start
+
+
+def hardware(device: torch.device) -> str:
+    """The name of the GPU; or that of the processor and the instruction set that PyTorch uses, which decides bits."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
+        about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = about.get("model name") or platform.processor() or platform.machine()
+    if "cpu family" in about:  # a virtual machine may hide which of the maker's processors it is
+        name += f" (family {about['cpu family']}, model {about['model']})"
+    amx = ", AMX" if "amx_tile" in about.get("flags", "").split() else ""
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}{amx}"
+
+
+def describe(device: torch.device, processes: int = 1) -> dict[str, Any]:
+    """What a figure has to stand with: versions, hardware and the commit of this code."""
+    try:
+        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], text=True,
+                                   cwd=Path(__file__).resolve().parent, capture_output=True)
+        commit = described.stdout.strip() or None
+    except OSError:  # there is no git
+        commit = None
+    return {"commit": commit, "python": platform.python_version(), "torch": str(torch.__version__),
+            "torchvision": torchvision.__version__, "device": hardware(device), "threads": torch.get_num_threads(),
+            "processes": processes, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+
+
+def keep_freed_memory(keep: bool = True) -> None:
+    """Have the C library keep freed memory for this process, or no longer; does nothing where that is not glibc.
+
+    By default, glibc gives the large blocks that activations live in back to the kernel, which zeroes their pages anew
+    for every layer: a tenth of a training step on a CPU.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0 if keep else 65536)      # M_MMAP_MAX: how many blocks are mapped apart, and so unmapped
+        libc.mallopt(-1, -1 if keep else 64 << 20)  # M_TRIM_THRESHOLD: from where on the heap shrinks (-1: never)
+        if not keep:  # these are the defaults, and the thresholds that glibc comes to by itself
+            libc.mallopt(-3, 32 << 20)              # M_MMAP_THRESHOLD
+            libc.malloc_trim(0)
+
+
+# The network there
+
+
+def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
+    """The layout in which convolutions are fastest, where it can be trusted.
+
+    On CPUs, oneDNN computes the weight gradient of a strided 1x1 convolution in channels_last with memory errors if it
+    has fewer than 16 input channels (uxlfoundation/oneDNN issue 6035).
+    """
+    faulty = any(isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride != (1, 1) and
+                 layer.in_channels < 16 for layer in model.modules())
+    return torch.contiguous_format if device.type == "cpu" and faulty else torch.channels_last
+
+
+class Compiled(nn.Module):
+    """`model`, compiled for training on whole batches of `batch_size`; whatever else it is given, it runs as it is.
+
+    So neither the last short batch of an epoch nor an evaluation costs a graph, and a run that goes on takes the same
+    path as an unbroken one.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int, mode: str):
+        super().__init__()
+        torch._dynamo.config.recompile_limit = 64  # the attack and the training step, each at each size
+        self.model, self.batch_size = model, batch_size
+        self.compiled = torch.compile(model.forward, mode=mode, dynamic=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = self.model.training and len(x) % self.batch_size == 0  # MultiGrad's parallel batches are multiples
+        return self.compiled(x) if whole else self.model(x)
+
+
+# Precision
+
+
+class Precision:
+    """The precision of a run's attacks and training steps, and the float32 in which accuracy is judged."""
+
+    def __init__(self, args, device: torch.device):
+        self.device = device
+        self.dtype = DTYPES[args.amp_dtype] if args.amp else torch.float32
+        self.apex = _apex(self.dtype, device) if args.amp and args.amp_impl == "apex" else None
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.dtype is torch.float16 and not self.apex)
+        self.tf32 = args.tf32 and device.type == "cuda"
+        if not args.tf32:
+            torch.backends.cudnn.allow_tf32 = False
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        if self.apex:
+            self.apex.initialize(model, optimizer, opt_level="O1", verbosity=0)
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Forward passes in here use the run's precision."""
+        native = self.dtype is not torch.float32 and not self.apex
+        return torch.autocast(self.device.type, self.dtype, enabled=native)
+
+    def float32_logits(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """The logits of a float32 forward pass, such as decides every accuracy."""
+        before = torch.backends.cudnn.allow_tf32
+        torch.backends.cudnn.allow_tf32 = False
+        try:
+            lowered = self.apex.disable_casts() if self.apex else torch.autocast(self.device.type, enabled=False)
+            with torch.no_grad(), lowered:
+                return model(x).float()
+        finally:
+            torch.backends.cudnn.allow_tf32 = before
+
+    @property
+    def is_float32(self) -> bool:
+        return self.dtype is torch.float32 and not self.tf32
+
+    def backward_and_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        """One step of the optimizer down `loss`. Returns whether loss and gradient were finite, as a tensor.
+
+        With float16 the loss is scaled; a step whose scaled gradient overflows is then skipped and no fault, and so
+        apex, which scales too, is asked about the loss only.
+        """
+        optimizer.zero_grad(set_to_none=True)
+        finite = loss.detach().isfinite()
+        if self.apex:
+            with self.apex.scale_loss(loss, optimizer) as scaled_loss:
+                scaled_loss.backward()
+            optimizer.step()
+            return finite
+        self.scaler.scale(loss).backward()
+        if not self.scaler.is_enabled():
+            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+            finite &= torch.nn.utils.get_total_norm(gradients).isfinite()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+        return finite
+
+    def state_dict(self) -> dict:
+        return self.apex.state_dict() if self.apex else self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict) -> None:
+        if self.apex:
+            self.apex.load_state_dict(state)
+        elif state and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state)
+
+
+def _apex(dtype: torch.dtype, device: torch.device):
+    try:
+        from apex import amp
+    except ImportError:
+        raise UsageError("--amp-impl apex needs an NVIDIA apex from before 2025-05-08, which still has apex.amp; "
+                         "here there is none: use --amp-impl native") from None
+    if dtype is not torch.float16 or device.type != "cuda":
+        raise UsageError("--amp-impl apex needs --amp-dtype float16 and a CUDA --device; or use --amp-impl native")
+    return amp
+
+
+# The other processes
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's `rank` among `size` processes. Alone, every call does nothing."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = CPU
+
+    @classmethod
+    def join(cls, device: torch.device) -> "World":
+        """The world that `torchrun` announces in the environment, joined with `device`; else this process alone."""
+        size = os.environ.get("WORLD_SIZE", "1")
+        if size == "1":
+            return cls(device=device)
+        try:
+            if device.type == "cuda":
+                dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)  # else it guesses whose is which
+            else:
+                dist.init_process_group("gloo", timeout=PATIENCE)
+            return cls(int(os.environ["RANK"]), int(size), device)
+        except ValueError:  # a variable is missing, or no number
+            raise UsageError(f"WORLD_SIZE is {size}, but torchrun did not start this process: unset it, or use "
+                             f"torchrun") from None
+
+    def leave(self) -> None:
+        """End it. All processes have to call it; after an error in one of them, it can wait for ever."""
+        if self.size > 1 and dist.is_initialized():
+            dist.barrier()  # one that leaves early would break the others' connections
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def decide(self, choose: Callable[[], T]) -> T:
+        """What `choose()` returns in the first process, for all of them; a UsageError there is raised in all."""
+        if self.size == 1:
+            return choose()
+        answer: list = [None]
+        if self.is_main:
+            try:
+                answer = [choose()]
+            except UsageError as error:
+                answer = [error]
+        dist.broadcast_object_list(answer, src=0)
+        if isinstance(answer[0], UsageError):
+            answer[0].told = not self.is_main  # or it would be said once for each process
+            raise answer[0]
+        return answer[0]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over the processes; the argument stays as it is."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def min(self, values: Tensor) -> Tensor:
+        """Likewise the smallest."""
+        return self._reduced(values, dist.ReduceOp.MIN)
+
+    def max(self, value: float) -> float:
+        """The largest of the processes' values; of flags, whether any is set."""
+        if self.size == 1:
+            return value  # every step asks: the host is not to wait for the device
+        return self._reduced(torch.tensor(float(value), device=self.device), dist.ReduceOp.MAX).item()
+
+    def _reduced(self, values: Tensor, operation) -> Tensor:
+        values = values.clone()
+        if self.size > 1:
+            dist.all_reduce(values, operation)
+        return values
+
+    def broadcast_buffers(self, model: nn.Module) -> None:
+        """Give every process the first one's buffers: BatchNorm's running statistics differ from shard to shard."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)

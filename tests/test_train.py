@@ -1,0 +1,370 @@
+"""Schedules, seeds, the training step, precision and how training ends, against what can be worked out by hand."""
+import argparse
+import math
+import os
+import platform
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DATASETS, ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_evaluate import EPSILON, FLOAT32, Brightness, Wavy, precision, wavy_images
+from torch import nn
+
+import objectives
+import options
+import train
+import train_cifar
+import train_svhn
+from attacks import fgsm, zerograd
+from checkpoint import Folder, State
+from data import Augmentation, Images
+from machine import Compiled, World, choose_device
+from utils import Failure, Stopped, StopSignals, UsageError, seed_everything
+
+
+def schedule_of(dataset, *flags):
+    args = options.parse(dataset, argv=list(flags))
+    return options.SCHEDULES[args.lr_schedule](args, dataset)
+
+
+def test_cyclic_schedule_at_its_corners():
+    cifar, svhn = train_cifar.DATASET, train_svhn.DATASET
+    for dataset, epochs, peak in ((cifar, 30, 15), (svhn, 15, 6), (cifar, 5, 2), (svhn, 5, 2)):
+        lr = schedule_of(dataset, "--lr-schedule=cyclic", "--lr-max=0.2", f"--epochs={epochs}")
+        assert lr(0) == 0 and lr(epochs) == 0 and lr(peak) == 0.2
+        assert lr(peak / 2) == pytest.approx(0.1) and lr((peak + epochs) / 2) == pytest.approx(0.1)
+    lr = schedule_of(cifar, "--lr-schedule=cyclic", "--lr-max=0.2", "--epochs=1")  # a single epoch only goes down
+    assert lr(0.5) == pytest.approx(0.1) and lr(1.0) == 0
+
+
+def test_onedrop_schedule_at_its_corners():
+    lr = schedule_of(train_cifar.DATASET, "--lr-max=0.1")
+    assert lr(49.999) == 0.1 and lr(50) == pytest.approx(0.01)
+    assert schedule_of(train_cifar.DATASET, "--lr-max=0.1", "--lr-drop=0")(0) == pytest.approx(0.01)
+
+
+@settings(max_examples=50, deadline=None)
+@given(keys=st.lists(st.lists(st.integers(0, 2**32 - 1), min_size=3, max_size=3).map(tuple), min_size=2, max_size=5,
+                     unique=True))
+def test_random_numbers_are_a_function_of_their_key(keys):
+    def draw(key):
+        seed_everything(*key)
+        return torch.randint(2**62, (1,)).item()
+    drawn = [draw(key) for key in keys]
+    assert drawn == [draw(key) for key in keys] and len(set(drawn)) == len(keys)
+
+
+# The training step
+
+
+def small_run(model, images, attack=None, precision=FLOAT32, folder="nowhere", held_out=slice(0), **changes):
+    """A run of `model`, trained and tested on `images`; the learning rate is a tenth of the time in epochs."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=99.0, momentum=0.9, weight_decay=5e-4, fused=True)
+    args = {"batch_size": 16, "seed": 5, "epsilon": 8.0, "pgd_alpha": 2.0, "epochs": 9, "eval": False,
+            "full_test": False, "test_iters": 8, "test_restarts": 1, "chkpt_steps": None, **changes}
+    return train.Run(argparse.Namespace(**args), State(model, optimizer, precision), Folder(folder), World(),
+                     StopSignals(), model, model, attack, objectives.ce, lambda t: 0.1 * t, Augmentation(), images,
+                     images[held_out], images)
+
+
+def test_a_training_step_is_the_published_one():
+    """Two epochs against the update written out by hand in float64."""
+    images, attack = wavy_images(40), partial(zerograd, alpha=2 * EPSILON, q=0.35, init="zero")
+    torch.manual_seed(1)
+    model = Wavy()
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    run, metrics = small_run(model, images, attack), []
+    for epoch in range(2):
+        run.state.begin_epoch(epoch)
+        metrics.append(train.train_epoch(run))
+
+    shadow, momentum = Wavy(), {}
+    with torch.no_grad():
+        for name, value in shadow.named_parameters():
+            value.copy_(weights[name])
+    for epoch in range(2):
+        seed_everything(train.ORDER, 5, epoch)
+        order = torch.randperm(40)
+        total = right = 0
+        for step in range(3):
+            x, y = images.batch(order[step * 16:(step + 1) * 16])
+            delta = attack(shadow, x, y, EPSILON)
+            logits = shadow((x + delta).clamp(0, 1))
+            loss = F.cross_entropy(logits, y)
+            gradients = torch.autograd.grad(loss, list(shadow.parameters()))
+            total, right = total + loss.item() * len(y), right + (logits.argmax(dim=1) == y).sum().item()
+            lr = 0.1 * (epoch + (step + 1) / 3)
+            with torch.no_grad():
+                for (name, value), gradient in zip(shadow.named_parameters(), gradients):
+                    momentum[name] = 0.9 * momentum.get(name, 0) + gradient + 5e-4 * value
+                    value -= lr * momentum[name]
+        assert metrics[epoch]["train_robust_acc"] == right / 40 and metrics[epoch]["train_images"] == 40
+        assert metrics[epoch]["train_robust_loss"] == pytest.approx(total / 40, rel=1e-6)
+        assert metrics[epoch]["lr"] == pytest.approx(0.1 * (epoch + 1))
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, shadow.get_parameter(name), rtol=1e-9, atol=1e-9)
+
+
+def test_the_attack_sees_the_model_in_training_mode_and_unaugmented_delta_is_counted():
+    seen = []
+
+    def attack(model, x, y, epsilon, step):
+        seen.append((model.training, len(x), epsilon, step.time))
+        return torch.full_like(x, 3 / 255)
+
+    metrics = train.train_epoch(small_run(Wavy().eval(), wavy_images(40), attack))
+    assert seen == [(True, 16, EPSILON, 1 / 3), (True, 16, EPSILON, 2 / 3), (True, 8, EPSILON, 1.0)]
+    assert metrics["defence_mean"] == pytest.approx(3)
+
+
+def test_what_a_method_keeps_is_the_states_and_what_it_finds_is_the_steps():
+    seen = []
+
+    def attack(model, x, y, epsilon, step):
+        step.kept["count"] = step.kept.get("count", torch.zeros(())) + 1
+        seen.append(step.logits)
+        return fgsm(model, x, y, epsilon, 0.0, "zero", step)
+
+    def objective(model, x, y, delta, epsilon, step):
+        torch.testing.assert_close(step.logits, model(x))
+        assert (step.start == 0).all()
+        return objectives.ce(model, x, y, delta, epsilon, step)
+
+    run = replace(small_run(Wavy(), wavy_images(40), attack), objective=objective)
+    train.train_epoch(run)
+    assert run.state.kept == {"count": 3} and seen == [None] * 3
+
+
+# Precision and finite numbers
+
+
+def test_a_first_step_that_float16_skips_leaves_no_trace():
+    """PyTorch's fused SGD would otherwise leave the momentum of such a step uninitialized."""
+    args = options.parse(train_cifar.DATASET, argv=["--amp", "--amp-dtype=float16", "--base-width=4"])
+    state, _ = train.build(train_cifar.DATASET, args, torch.device("cpu"), World())
+    before = [weight.detach().clone() for weight in state.model.parameters()]
+    state.precision.backward_and_step(sum(weight.sum() for weight in state.model.parameters()) * 1e38, state.optimizer)
+    assert all(map(torch.equal, state.model.parameters(), before))
+    momentum = [each["momentum_buffer"] for each in state.optimizer.state.values()]
+    assert len(momentum) == len(before) and not any(buffer.any() for buffer in momentum)
+
+
+def test_a_loss_that_is_not_finite_stops_the_epoch_and_names_the_first_step():
+    calls = []
+
+    def attack(model, x, y, epsilon, step):
+        calls.append(1)
+        return torch.full_like(x, math.nan if len(calls) >= 2 else 0.0)
+
+    with pytest.raises(Failure, match="no longer finite at epoch 0, step 1; no state was saved before: lower --lr-max"):
+        train.train_epoch(small_run(Wavy(), wavy_images(40), attack))
+
+
+@pytest.mark.parametrize("broken", ["weight", "statistics", "answer"])
+def test_what_is_not_finite_is_never_saved(broken, tmp_path):
+    """Not even where every loss was finite: the last step may have been too long, or an answer be beyond float32."""
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.bn = nn.Parameter(torch.ones(())), nn.BatchNorm2d(3)
+
+        def forward(self, x):
+            z = self.bn(x).mean(dim=(2, 3))
+            return z if self.training else z * self.scale
+
+    model = Net()
+    run = small_run(model, wavy_images(40), folder=tmp_path)
+    run.state.step = 3
+    train.require_finite(run)
+    with torch.no_grad():
+        if broken == "weight":
+            model.bn.weight[0] = math.inf
+        elif broken == "statistics":
+            model.bn.running_var[0] = math.inf
+        else:
+            model.scale.fill_(3e38)
+            model.bn.weight.fill_(1e3)
+    model.train()
+    with pytest.raises(Failure, match="no longer finite at epoch 0, step 2"):
+        train.save(run)
+    assert model.training and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_low_precision_trains_nearly_alike(dtype):
+    images, seen, trained = wavy_images(32), [], []
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 8, 3, stride=4), nn.Linear(8, 3)
+
+        def forward(self, x):
+            hidden = self.conv(x)
+            seen.append((hidden.dtype, torch.is_grad_enabled()))
+            return self.linear(torch.relu(hidden).mean(dim=(2, 3)))
+
+    model = Net()
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    for kind in (FLOAT32, precision(True, dtype)):
+        model.load_state_dict(start)
+        seen.clear()
+        metrics = train.train_epoch(small_run(model, images, partial(fgsm, alpha=EPSILON), precision=kind))
+        trained.append(metrics["train_robust_loss"])
+        assert {low for low, training in seen if training} == {kind.dtype}
+        assert {low for low, training in seen if not training} == {torch.float32}  # whether its answers are finite
+    assert trained[1] == pytest.approx(trained[0], rel=0.05)
+
+
+def test_tf32_is_off_where_it_is_refused_and_never_on_where_accuracy_is_judged(monkeypatch):
+    def allowed():
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    def judge(x):
+        assert allowed() == (False, False)
+        raise KeyError
+
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    args = argparse.Namespace(amp=False, amp_dtype="bfloat16", amp_impl="native")
+    for asked in (True, False):
+        args.tf32 = asked
+        on_gpu = train.Precision(args, torch.device("cuda"))
+        assert allowed() == (False, asked) and on_gpu.is_float32 != asked
+        assert train.Precision(args, torch.device("cpu")).is_float32
+        with pytest.raises(KeyError):
+            on_gpu.float32_logits(judge, torch.zeros(1))
+        assert allowed() == (False, asked)
+
+
+# The evaluation of an epoch
+
+
+@pytest.mark.parametrize("flags, held_out, last, judged_on, scored_on", [
+    ({}, 0, False, 10, 10), ({}, 0, True, 12, 10), ({"full_test": True}, 0, False, 12, 12), ({}, 3, False, 10, 3),
+    ({"eval": True}, 0, False, 12, 10)])
+def test_an_epoch_is_judged_on_the_first_images_and_scored_on_the_same_in_each(flags, held_out, last, judged_on,
+                                                                               scored_on, monkeypatch):
+    monkeypatch.setattr(train, "EPOCH_IMAGES", 10)
+    values = torch.tensor([140] * 4 + [130] * 8)  # the first four withstand it
+    test = Images(values.byte().view(-1, 1, 1, 1).expand(-1, 32, 32, 3).contiguous(), torch.ones_like(values))
+    run = small_run(Brightness(), test, held_out=slice(3, 3 + held_out), **flags)
+    run.state.begin_epoch(8 if last else 7)  # of 9
+    found = train.measure(run)
+    assert (found["test_images"], found["test_robust_acc"], found["test_acc"]) == (judged_on, 4 / judged_on, 1)
+    assert found["score"] == (1 / 3 if held_out else 4 / scored_on)
+    assert (found.get("val_images"), found.get("val_robust_acc")) == ((3, 1 / 3) if held_out else (None, None))
+
+
+# Signals
+
+
+def test_the_first_signal_is_noted_the_second_acts_and_an_ignored_one_stays_ignored(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    acted, hangup = [], signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    monkeypatch.setattr(signal, "SIG_DFL", lambda number, frame: acted.append(number))
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.received is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.received == signal.SIGTERM and not acted
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert acted == [signal.SIGTERM]
+        assert {number: signal.getsignal(number) for number in before} == before
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+
+
+def test_training_stops_after_the_step_in_which_a_signal_came():
+    class Bar:
+        steps = 0
+
+        def update(self):
+            self.steps += 1
+            if self.steps == 2:
+                run.signals.received = signal.SIGTERM
+
+    run, bar = small_run(Wavy(), wavy_images(40), lambda model, x, *rest, step: torch.zeros_like(x)), Bar()
+    with pytest.raises(Stopped, match="stopped by SIGTERM; --resume auto goes on from here"):
+        train.train_epoch(run, train.between_steps(run, bar))
+    assert (bar.steps, run.state.step) == (2, 2) and run.state.sums[2] == 32
+
+
+# The machine
+
+
+PAGES = """
+import resource, torch
+from machine import keep_freed_memory
+
+def new_pages():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        torch.ones(10_000_000)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+usual = new_pages()
+keep_freed_memory()
+print(usual, min(new_pages() for _ in range(6)))  # not the first, and small things may be in the way of another
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_freed_memory_is_used_again_without_new_pages():
+    """In a process of its own: how the heap of this one is cut up depends on the tests before."""
+    usual, kept = map(int, subprocess.check_output([sys.executable, "-c", PAGES], cwd=ROOT, text=True).split())
+    assert kept < usual / 10
+
+
+def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):
+    """As far as this can be seen without a GPU."""
+    monkeypatch.setattr("machine.cuda_devices", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr("os.environ", {})
+    try:
+        for asked in (False, True):
+            args = argparse.Namespace(device="auto", deterministic=asked)
+            assert choose_device(args) == torch.device("cuda", 0)
+            assert torch.are_deterministic_algorithms_enabled() == asked
+            assert torch.backends.cudnn.benchmark == (not asked)
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_a_gpu_whose_driver_does_not_start_is_none(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device(argparse.Namespace(device="auto", deterministic=False)) == torch.device("cpu")
+    with pytest.raises(UsageError, match=r"--device cuda is not there.*take --device cpu"):
+        choose_device(argparse.Namespace(device="cuda", deterministic=False))
+
+
+@pytest.mark.parametrize("script", DATASETS)
+def test_the_compiler_is_never_used_unasked(script):
+    assert not options.parse(DATASETS[script], argv=[]).compile
+    assert not options.parse(DATASETS[script], argv=["--device=cuda", "--amp", "--no-compile"]).compile
+    assert options.parse(DATASETS[script], argv=["--compile", "--deterministic"]).compile
+
+
+def test_whole_training_batches_are_compiled_and_nothing_else(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda forward, **how: lambda x: (forward(x), how))
+    model = nn.Linear(3, 2)
+    network = Compiled(model, 4, "max-autotune")
+    for n, training, compiled in ((4, True, True), (12, True, True), (3, True, False), (4, False, False)):
+        model.train(training)
+        found, x = network(torch.ones(n, 3)), torch.ones(n, 3)
+        assert isinstance(found, tuple) == compiled
+        answer, how = found if compiled else (found, {})
+        assert torch.equal(answer, model(x)) and how.get("mode", "max-autotune") == "max-autotune"

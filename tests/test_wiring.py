@@ -1,0 +1,237 @@
+"""From the real command line to the loss, the weights and the accuracies, against the method written out again here.
+
+No attack, objective, schedule or augmentation of the project is used for what is expected, only its network, without
+the normalization. Both sides compute in float64, where rounding decides no sign; pixels and perturbations are float32.
+"""
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from conftest import DATASETS
+from PIL import Image
+from test_evaluate import plain_evaluation
+
+import options
+import train
+from checkpoint import Folder
+from machine import World
+from preactresnet import PreActResNet18
+from utils import StopSignals, seed_everything
+
+SIDE, IMAGES, BATCH, STEPS, SEED, EPSILON, CPU = 16, 20, 8, 3, 3, 4 / 255, torch.device("cpu")
+RNG = np.random.default_rng(0)
+
+
+def own_images(n):
+    """A coarse pattern each, under noise, some pixels at the edge of what there is; and labels by chance."""
+    patterns = RNG.integers(256, size=(n, 4, 4, 3)).repeat(SIDE // 4, axis=1).repeat(SIDE // 4, axis=2)
+    noise = RNG.integers(-20, 21, size=patterns.shape)
+    return (patterns + noise).clip(0, 255).astype(np.uint8), RNG.integers(10, size=n)
+
+
+TRAIN, TEST = own_images(24), own_images(32)
+
+# Classes, mean, std, padding mode (None: no augmentation), degrees; the schedule's flags, its rate at a time in epochs,
+# and the epoch to train in: on CIFAR-10's way up to its peak and SVHN's way down from it, on CIFAR-100 around the drop.
+SCRIPTS = {
+    "train_cifar.py": (10, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616), "reflect", 0,
+                       ["--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.3"],
+                       lambda t: np.interp(t, [0, 2, 4], [0, 0.3, 0]), 1),
+    "train_cifar100.py": (100, (0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
+                          (0.2673342858792401, 0.2564384629170883, 0.27615047132568404), "constant", 15,
+                          ["--epochs=3", "--lr-schedule=onedrop", "--lr-max=0.2", "--lr-drop=1.5"],
+                          lambda t: 0.2 if t < 1.5 else 0.02, 1),
+    "train_svhn.py": (10, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), None, 0,
+                      ["--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.3"],
+                      lambda t: np.interp(t, [0, 1, 4], [0, 0.3, 0]), 1),
+}
+
+
+def gradient(network, x, delta, y):
+    delta = delta.clone().requires_grad_()
+    return torch.autograd.grad(F.cross_entropy(network(x + delta), y), delta)[0]
+
+
+def inside(delta, x):
+    return delta.clamp(-EPSILON, EPSILON).maximum(-x).minimum(1 - x)
+
+
+def random_start(x):
+    return inside(torch.empty_like(x).uniform_(-EPSILON, EPSILON), x)
+
+
+def fgsm(network, x, y, alpha, delta):
+    return inside(delta + alpha * gradient(network, x, delta, y).sign(), x)
+
+
+def zerograd(network, x, y, alpha, q, steps):
+    delta = random_start(x)
+    for _ in range(steps):
+        g = gradient(network, x, delta, y)
+        for image in g:
+            magnitude = image.abs().double().numpy()
+            image[torch.from_numpy(magnitude < np.quantile(magnitude, q))] = 0
+        delta = inside(delta + alpha * g.sign(), x)
+    return delta
+
+
+def multigrad(network, x, y, alpha, n, threshold, parallel=False):
+    if parallel:
+        xs = torch.cat([x] * n)
+        signs = gradient(network, xs, random_start(xs), torch.cat([y] * n)).sign().chunk(n)
+    else:
+        signs = [gradient(network, x, random_start(x), y).sign() for _ in range(n)]
+    s = sum(signs)
+    s[s.abs() < threshold - (n - threshold)] = 0
+    return inside(alpha * s.sign(), x)
+
+
+def pgd(network, x, y, alpha, steps):
+    delta = random_start(x)
+    for _ in range(steps):
+        delta = fgsm(network, x, y, alpha, delta)
+    return delta
+
+
+# The flags, the attack, and its forward passes in a step. Steps below epsilon, or clipping would hide them.
+ATTACKS = {
+    "fgsm zero": (["--attack=fgsm", "--fgsm-init=zero", "--fgsm-alpha=0.75"],
+                  lambda *batch: fgsm(*batch, 3 / 255, torch.zeros_like(batch[1])), 1),
+    "fgsm random": (["--attack=fgsm", "--fgsm-alpha=0.75"],
+                    lambda *batch: fgsm(*batch, 3 / 255, random_start(batch[1])), 1),
+    "zerograd": (["--attack=zerograd", "--fgsm-alpha=0.75", "--zero-qval=0.55", "--zero-iters=2"],
+                 lambda *batch: zerograd(*batch, 3 / 255, 0.55, 2), 2),
+    "multigrad all": (["--fgsm-alpha=0.75", "--multi-samps=4"], lambda *batch: multigrad(*batch, 3 / 255, 4, 4), 4),
+    "multigrad 2 of 3": (["--attack=multigrad", "--fgsm-alpha=0.75", "--multi-samps=3", "--multi-th=2"],
+                         lambda *batch: multigrad(*batch, 3 / 255, 3, 2), 3),
+    "multigrad parallel": (["--attack=multigrad", "--fgsm-alpha=0.75", "--multi-th=2", "--multi-parallel"],
+                           lambda *batch: multigrad(*batch, 3 / 255, 3, 2, parallel=True), 1),
+    "pgd": (["--attack=pgd", "--pgd-alpha=1.5", "--pgd-iters=3"], lambda *batch: pgd(*batch, 1.5 / 255, 3), 3),
+}
+
+# The flags, the loss and the logits at the perturbed images, and its forward passes in a step.
+OBJECTIVES = {
+    "ce": ([], lambda net, x, y, delta: (F.cross_entropy(logits := net((x + delta).clamp(0, 1)), y), logits), 1),
+}
+
+
+def test_every_attack_and_objective_of_the_command_line_is_here():
+    def chosen(flag, cases):
+        parsed = [options.parse(DATASETS["train_cifar.py"], argv=flags) for flags, *_ in cases.values()]
+        return {vars(args)[flag] for args in parsed}
+
+    assert chosen("attack", ATTACKS) == options.ATTACKS.keys()
+    assert chosen("objective", OBJECTIVES) == options.OBJECTIVES.keys()
+
+
+def run_of(script, flags, tmp_path):
+    """The run that `train.train` makes of the command line, its network in float64; and the network's first weights."""
+    dataset = replace(DATASETS[script], source=lambda data_dir: (TRAIN, TEST))
+    args = options.parse(dataset, argv=[
+        "--device=cpu", "--base-width=4", f"--batch-size={BATCH}", f"--train-samples={IMAGES}", f"--seed={SEED}",
+        "--epsilon=4", f"--fname={tmp_path}", *flags])
+    world = World()
+    state, layout = train.build(dataset, args, CPU, world)
+    state.model.double().register_forward_pre_hook(lambda module, inputs: inputs[0].double())
+    for each in state.optimizer.state.values():
+        each["momentum_buffer"] = each["momentum_buffer"].double()
+    images = train.load_images(dataset, args, world, state, CPU, layout)
+    first = {name: value.clone() for name, value in state.model.state_dict().items()}
+    return train.assemble(dataset, args, state, Folder(tmp_path), world, StopSignals(), images), first
+
+
+def own_network(script, weights):
+    """The network with these weights, and the function of images that it is behind the normalization."""
+    classes, mean, std, *_ = SCRIPTS[script]
+    net = PreActResNet18(classes, base_width=4).double()
+    net.load_state_dict(weights)
+    mean, std = (torch.tensor(values).view(3, 1, 1).double() for values in (mean, std))
+    return net, lambda x: net((x.double() - mean) / std)
+
+
+def augmented(pixels, mode, degrees, top, left, flip, angle):
+    """One image through the published transforms."""
+    picture = Image.fromarray(pixels)
+    if mode:
+        picture = TF.crop(TF.pad(picture, 4, padding_mode=mode), int(top), int(left), SIDE, SIDE)
+        picture = TF.hflip(picture) if flip else picture
+        picture = TF.rotate(picture, float(angle)) if degrees else picture
+    return TF.to_tensor(picture)
+
+
+def trained(script, weights, attack, objective):
+    """Three steps from `weights`: the state dict after them, and the epoch's loss, accuracy and mean abs(delta)."""
+    *_, mode, degrees, _, schedule, epoch = SCRIPTS[script]
+    net, network = own_network(script, weights)
+    pixels, labels = TRAIN
+    momentum, found = [0.0 for _ in net.parameters()], np.zeros(3)
+    seed_everything(0, SEED, epoch)
+    order = torch.randperm(IMAGES)
+    drawn = [torch.randint(9, (IMAGES,)), torch.randint(9, (IMAGES,)), torch.rand(IMAGES) < 0.5,
+             torch.empty(IMAGES, dtype=torch.float64).uniform_(-degrees, degrees)]
+    for step in range(STEPS):
+        batch = slice(step * BATCH, (step + 1) * BATCH)
+        y = torch.tensor(labels[order[batch]])
+        x = torch.stack([augmented(pixels[i], mode, degrees, *each)
+                         for i, *each in zip(order[batch], *(values[batch] for values in drawn))])
+        seed_everything(1, SEED, epoch, step, 0)
+        delta = attack(network, x, y)
+        loss, logits = objective(network, x, y, delta)
+        found += len(y) / IMAGES * np.array([loss.item(), (logits.argmax(dim=1) == y).double().mean(),
+                                             255 * delta.abs().mean()])
+        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        with torch.no_grad():
+            for i, (weight, grad) in enumerate(zip(net.parameters(), gradients)):
+                momentum[i] = 0.9 * momentum[i] + grad + 5e-4 * weight
+                weight -= schedule(epoch + (step + 1) / STEPS) * momentum[i]
+    return net.state_dict(), found
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("attack", ATTACKS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_three_steps_are_those_of_the_method(script, attack, objective, tmp_path):
+    (attack_flags, own_attack, passes), (objective_flags, own_objective, more) = ATTACKS[attack], OBJECTIVES[objective]
+    *_, schedule_flags, schedule, epoch = SCRIPTS[script]
+    run, first = run_of(script, [*attack_flags, *objective_flags, *schedule_flags], tmp_path)
+    wanted = []  # at each forward pass, the parameters whose gradients autograd gets ready for
+    run.network.register_forward_pre_hook(lambda module, inputs: wanted.append(
+        sum(parameter.requires_grad for parameter in module.parameters())))
+    run.state.begin_epoch(epoch)
+    metrics = train.train_epoch(run)
+
+    expected = ([0] * passes + [len(list(run.network.parameters()))] * more) * STEPS
+    assert wanted[:len(expected)] == expected
+    weights, (loss, accuracy, magnitude) = trained(script, first, own_attack, own_objective)
+    assert metrics["train_robust_loss"] == pytest.approx(loss, rel=1e-9)
+    assert metrics["train_robust_acc"] == pytest.approx(accuracy) and metrics["train_images"] == IMAGES
+    assert metrics["defence_mean"] == pytest.approx(magnitude, rel=1e-6)
+    assert metrics["lr"] == pytest.approx(schedule(epoch + 1))
+    for name, value in run.state.model.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-8, atol=1e-10, msg=name)
+
+
+def test_evaluations_attack_as_the_flags_say(tmp_path):
+    flags = "--pgd-alpha=0.5 --test-iters=3 --test-restarts=2 --final-iters=5 --final-restarts=3 --final-samples=24"
+    run, _ = run_of("train_cifar.py", flags.split(), tmp_path)
+    train.train_epoch(run)
+    model, (x, _) = run.state.model.eval(), run.test.batch(slice(None))
+    with torch.no_grad():
+        model.linear.bias -= model(x).mean(dim=0)  # or all answers were the same, too far apart for the attack
+        labels = model(x).argmax(dim=1)
+    labels[::8] = (labels[::8] + 1) % 10
+    run.test.labels.copy_(labels)
+    net, network = own_network("train_cifar.py", model.state_dict())
+    net.eval()
+
+    for n, right, steps, restarts, prefix, found in (
+            (32, 28, 3, 2, "test_", train.measure(run)),
+            (24, 21, 5, 3, "", train.final_evaluation(run, train.asked(run)))):
+        robust, loss = plain_evaluation(network, run.test[:n], EPSILON, 0.5 / 255, steps, restarts, SEED)
+        assert 0 < robust.sum() < right
+        assert found[f"{prefix}acc" if prefix else "clean_acc"] == right / n and found[f"{prefix}images"] == n
+        assert found[f"{prefix}robust_acc"] == robust.double().mean()
+        assert found[f"{prefix}robust_loss"] == pytest.approx(loss.double().mean().item(), rel=1e-6)

@@ -1,0 +1,436 @@
+"""One run, from top to bottom: what every training script does once it has stated its data set.
+
+`train` is the whole of it; the functions below are its steps, in the order in which they are taken.
+"""
+import contextlib
+import copy
+import importlib
+import math
+import signal
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import attacks
+import checkpoint
+import evaluate
+import objectives
+import options
+from checkpoint import Folder, Found, State
+from data import Augmentation, Images, load
+from machine import Compiled, Precision, World, choose_device, describe, memory_format
+from utils import Failure, Stopped, StopSignals, UsageError, one_line_errors, say, seed_everything
+
+# What random numbers are drawn for: the first part of every key that they are seeded with here.
+ORDER, STEP = 0, 1
+
+EPOCH_IMAGES = 1000  # test images that an epoch is judged on, unless --full-test
+EVALUATION_BATCH = 128  # the most images that a process evaluates at once; --batch-size is that of all processes
+
+# In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
+# epoch's last step. (torchrun kills them 30 seconds after SIGTERM.)
+STOP_STEPS, STOP_SECONDS = 20, 5
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of. While it runs, nothing in here changes but `state`.
+
+    network: what attacks call, compiled if asked; forward: what is trained, the network or, of several processes,
+    DistributedDataParallel around it; attack, objective: of attacks.py and objectives.py, with their keywords;
+    schedule: time in epochs -> learning rate; held_out: what the best model is chosen on, unless on test images.
+    """
+
+    args: Any
+    state: State
+    folder: Folder
+    world: World
+    signals: StopSignals
+    network: nn.Module
+    forward: nn.Module
+    attack: Callable[..., Tensor]
+    objective: Callable[..., tuple[Tensor, Tensor]]
+    schedule: Callable[[float], float]
+    augmentation: Augmentation
+    train: Images
+    held_out: Images
+    test: Images
+
+    @property
+    def steps(self) -> int:
+        """Steps in an epoch; the last may be on a smaller batch."""
+        return math.ceil(len(self.train) / self.args.batch_size)
+
+
+def main(dataset: options.DataSet, args) -> None:
+    """Train or evaluate on `dataset` as the arguments ask; an error ends the process."""
+    with one_line_errors(args.fname), StopSignals() as signals:
+        folder = Folder(args.fname)
+        try:
+            train(dataset, args, folder, signals)
+        finally:
+            folder.release()
+
+
+def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) -> None:
+    """The run: build it, go on where it was, train epoch by epoch, and evaluate what came out."""
+    device = choose_device(args)
+    world = World.join(device)
+    folder.require_writable()
+    state, layout = build(dataset, args, device, world)
+    found = world.decide(lambda: look_for_checkpoint(folder, args))
+    if found:
+        checkpoint.resume(state, found, args)
+    images = load_images(dataset, args, world, state, device, layout)
+    run = assemble(dataset, args, state, folder, world, signals, images)
+    if args.eval and found:
+        evaluate_only(run, found)
+    elif found and state.epoch == args.epochs and state.final and \
+            world.decide(lambda: asked(run)).items() <= state.final.items():
+        if world.is_main:
+            if not (folder.path / "final.json").exists():  # a kill came between the state and its logs
+                checkpoint.render(folder, state, args)
+            say(f"{args.fname} is complete: nothing to do")
+    else:
+        start(run, found)
+        with tqdm(total=args.epochs * run.steps, initial=state.epoch * run.steps + state.step, unit="step",
+                  disable=None if world.is_main else True, dynamic_ncols=True) as bar:
+            while state.epoch < args.epochs:
+                bar.set_description(f"epoch {state.epoch}")
+                with saved_if_stopped(run):
+                    with advised(run, f"lower --batch-size (now {args.batch_size})"):
+                        trained = train_epoch(run, between_steps(run, bar))
+                    finish_epoch(run, trained, measure(run))
+        finish(run)
+    world.leave()
+
+
+def build(dataset: options.DataSet, args, device: torch.device, world: World) -> tuple[State, torch.memory_format]:
+    """The network that the seed gives, on the device and in its layout there, and its optimizer."""
+    precision = Precision(args, device)
+    if args.sync_bn and (world.size == 1 or device.type != "cuda"):
+        raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
+    seed_everything(args.seed)
+    model = new_network(dataset, args)
+    if args.sync_bn:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    layout = memory_format(model, device)
+    if args.compile and layout == torch.contiguous_format:  # the compiler would choose channels_last by itself
+        raise UsageError("--compile on a CPU needs --base-width 16 or more")
+    model = model.to(device).to(memory_format=layout)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, momentum=0.9, weight_decay=5e-4, fused=True)
+    for parameter in model.parameters():  # or where float16's scaler skips the first step, it would stay uninitialized
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    precision.prepare(model, optimizer)
+    return State(model, optimizer, precision), layout
+
+
+def new_network(dataset: options.DataSet, args) -> nn.Module:
+    """The network that the arguments name, for images of the data set."""
+    module, keywords = options.MODELS[args.model]
+    network = getattr(importlib.import_module(module), "WideResNet" if module == "wideresnet" else args.model)
+    return network(num_classes=dataset.classes, mean=dataset.mean, std=dataset.std, **keywords(args))
+
+
+def look_for_checkpoint(folder: Folder, args) -> Found | None:
+    """The checkpoint that --resume asks for. A folder that is trained in is locked before anything of it is read."""
+    if not args.eval and folder.names(r"\.lock|(state|(model|opt)_\d+)\.pth"):
+        folder.lock()
+    found = checkpoint.find(folder, args.resume, args.eval) if args.resume else None
+    if args.eval and found is None:
+        raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
+    return found
+
+
+def load_images(dataset: options.DataSet, args, world: World, state: State, device: torch.device,
+                layout: torch.memory_format) -> list[Images]:
+    """The images to train, to choose the best model and to test on, on the device."""
+    loaded = world.decide(lambda: load(dataset, args))  # one process reads, or downloads, for all
+    if (len(loaded[0]) - 1) % args.batch_size + 1 < world.size:
+        raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
+                         f"{world.size} processes")
+    if not args.eval and state.sums[2] != min(state.step * args.batch_size, len(loaded[0])):
+        raise UsageError("--resume: the run has not trained on as many images as its steps say: its state is damaged")
+    return [images.to(device, layout) for images in loaded]
+
+
+def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world: World, signals: StopSignals,
+             images: list[Images]) -> Run:
+    """Compile the network, join it with those of the other processes, and turn names into functions."""
+    model = state.model
+    if not world.is_main:
+        state.sums = torch.zeros_like(state.sums)  # the saved sums are those of all processes
+    network = Compiled(model, args.batch_size // world.size, args.compile_mode) if args.compile else model
+    forward = network
+    if world.size > 1:
+        forward = nn.parallel.DistributedDataParallel(network, [world.device] if world.device.type == "cuda" else None)
+    return Run(args, state, folder, world, signals, network, forward,
+               partial(getattr(attacks, args.attack), **options.ATTACKS[args.attack](args)),
+               partial(getattr(objectives, args.objective), **options.OBJECTIVES[args.objective](args)),
+               options.SCHEDULES[args.lr_schedule](args, dataset), Augmentation(**dataset.augmentation), *images)
+
+
+def start(run: Run, found: Found | None) -> None:
+    """Make the folder ready for the epochs to come, and write down what is about to run."""
+    args, state, folder, world = run.args, run.state, run.folder, run.world
+    state.final = None
+
+    def prepare() -> tuple[str | None, bool]:
+        folder.lock()
+        return checkpoint.make_ready(folder, state, found)
+
+    aside, best_is_gone = world.decide(prepare)
+    if best_is_gone:
+        state.best = -1.0
+    state.starts.append({**describe(world.device, world.size), "epoch": state.epoch, "step": state.step,
+                         "source": found.source if found else None, "aside": aside})
+    if world.is_main:
+        checkpoint.render(folder, state, args)
+        if found:
+            say(checkpoint.resumed_line(state.starts[-1]))
+        if aside:
+            say(f"# files of an earlier run are now in {aside}")
+        if state.precision.dtype is torch.bfloat16 and world.device.type == "cpu" and \
+                torch.backends.cpu.get_cpu_capability() == "AVX2":
+            say("# without AVX-512, this processor is slow in bfloat16: better leave --amp out")
+        say(checkpoint.header(len(run.held_out) > 0))
+
+
+def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict[str, float]:
+    """Train to the end of the state's epoch, of which some steps may be done. Returns the epoch's training metrics.
+
+    The order of the images and their augmentation depend on the seed and the epoch alone, an attack's random start
+    on those, the step and the process. Nothing waits for the device before the epoch is over.
+    """
+    state, world, batch_size, seed = run.state, run.world, run.args.batch_size, run.args.seed
+    device, precision, epsilon = run.train.labels.device, state.precision, run.args.epsilon / 255
+    seed_everything(ORDER, seed, state.epoch)
+    order = torch.randperm(len(run.train)).to(device)
+    drawn = {name: values.to(device) for name, values in run.augmentation.draw(len(run.train)).items()}
+    state.sums, state.first_fault = state.sums.to(device), state.first_fault.to(device)
+    began = time.perf_counter() - state.seconds
+    state.model.train()
+    while state.step < run.steps:
+        now = state.epoch + (state.step + 1) / run.steps
+        for group in state.optimizer.param_groups:
+            group["lr"] = run.schedule(now)
+        whole = range(state.step * batch_size, min((state.step + 1) * batch_size, len(run.train)))
+        share = slice(whole.start + world.rank, whole.stop, world.size)
+        x, y = run.train.batch(order[share], run.augmentation, {name: values[share] for name, values in drawn.items()})
+        seed_everything(STEP, seed, state.epoch, state.step, world.rank)
+        step = attacks.Step(now, state.kept)
+        with precision.autocast():
+            delta = run.attack(run.network, x, y, epsilon, step=step)
+            loss, logits = run.objective(run.forward, x, y, delta, epsilon, step)
+        # Gradients are averaged over the processes; shares of a last batch can differ by an image.
+        finite = precision.backward_and_step(loss * (len(y) * world.size / len(whole)), state.optimizer)
+        state.first_fault = torch.where(finite, state.first_fault, state.first_fault.clamp(max=state.step))
+        correct = (logits.detach().argmax(dim=1) == y).sum()
+        state.sums += torch.stack([loss.detach().double() * len(y), correct.double(),
+                                   torch.ones_like(correct).double() * len(y), delta.abs().mean().double() * len(y)])
+        state.step += 1
+        state.seconds = time.perf_counter() - began
+        after_step()
+    require_finite(run)
+    loss, correct, n, magnitude = world.sum(state.sums).tolist()
+    state.seconds = time.perf_counter() - began
+    return {"train_time": state.seconds, "lr": run.schedule(state.epoch + 1), "train_robust_loss": loss / n,
+            "train_robust_acc": correct / n, "defence_mean": 255 * magnitude / n, "train_images": int(n)}
+
+
+def between_steps(run: Run, bar: tqdm) -> Callable[[], None]:
+    """What is done after every step: show it, save the state if it is time to, stop if asked."""
+    unchecked, checked_at, check_every = 0, time.perf_counter(), 1
+
+    def after_step() -> None:
+        nonlocal unchecked, checked_at, check_every
+        bar.update()
+        if run.args.chkpt_steps and run.state.step % run.args.chkpt_steps == 0:
+            save(run)
+        unchecked += 1
+        if unchecked >= check_every or run.state.step == run.steps or run.world.size == 1:
+            stop_if_asked(run)
+            now = time.perf_counter()
+            pace = run.world.max((now - checked_at) / unchecked)
+            check_every = max(1, min(STOP_STEPS, int(STOP_SECONDS / max(pace, 1e-9))))
+            unchecked, checked_at = 0, now
+
+    return after_step
+
+
+def stop_if_asked(run: Run) -> None:
+    """Stop if a signal came, to whichever process. All processes have to call it together."""
+    number = int(run.world.max(run.signals.received or 0))
+    if number:
+        raise Stopped(signal.Signals(number), "" if run.args.eval else "; --resume auto goes on from here")
+
+
+@contextlib.contextmanager
+def saved_if_stopped(run: Run) -> Iterator[None]:
+    try:
+        yield
+    except Stopped:
+        save(run)
+        raise
+
+
+def measure(run: Run) -> dict[str, Any]:
+    """The evaluation of the present network that every epoch ends with, its score, and what it took."""
+    args, began = run.args, time.perf_counter()
+    last = args.eval or run.state.epoch + 1 == args.epochs
+    fixed = len(run.test) if args.full_test else EPOCH_IMAGES  # the same images in every epoch, to choose the best on
+    test = run.test if last else run.test[:fixed]
+    verdict = judged(run, run.state.model, test, args.test_iters, args.test_restarts)
+    score, found = verdict.metrics(fixed)["robust_acc"], verdict.metrics()
+    metrics = {title: found[name] for title, name in (
+        ("test_loss", "clean_loss"), ("test_acc", "clean_acc"), ("test_robust_loss", "robust_loss"),
+        ("test_robust_acc", "robust_acc"), ("attack_mean", "attack_mean"), ("no_gradient", "no_gradient"),
+        ("test_images", "images"))}
+    if len(run.held_out):
+        validation = judged(run, run.state.model, run.held_out, args.test_iters, args.test_restarts).metrics()
+        metrics |= {"val_robust_acc": validation["robust_acc"], "val_images": validation["images"]}
+        score = validation["robust_acc"]
+    if run.world.device.type == "cuda":
+        metrics["peak_memory"] = torch.cuda.max_memory_allocated(run.world.device)
+    return {**metrics, "score": score, "test_time": time.perf_counter() - began}
+
+
+def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int,
+           progress: Callable[[int], None] = lambda images_done: None) -> evaluate.Verdict:
+    """What PGD leaves of `model` on `images`, with the run's epsilon and step."""
+    attack = evaluate.PGD(run.args.epsilon / 255, run.args.pgd_alpha / 255, steps, restarts, run.args.seed)
+    batch_size = min(run.args.batch_size, EVALUATION_BATCH)
+    with advised(run, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
+        return evaluate.evaluate(model, images, attack, batch_size, run.state.precision, run.world, progress,
+                                 partial(stop_if_asked, run))
+
+
+@contextlib.contextmanager
+def advised(run: Run, advice: str) -> Iterator[None]:
+    """Out of memory, or without a compiler, the run ends with one line that says what would help there."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch has no class of its own for a CPU's memory.
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            raise Failure(f"out of memory: {advice}") from None
+        if isinstance(error, torch._dynamo.exc.TorchDynamoException):
+            if run.signals.received:  # which the compiler's own processes received, too
+                raise Stopped(run.signals.received, " while compiling; --resume auto goes on from the newest state") \
+                    from None
+            raise Failure(f"--compile: {str(error).partition(chr(10))[0]}; use --no-compile") from None
+        raise
+
+
+def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) -> None:
+    """Record and save an epoch that is over."""
+    state, args = run.state, run.args
+    if not math.isfinite(measured["test_loss"] + measured["test_robust_loss"]):
+        raise not_finite(run, state.step - 1)
+    score = measured.pop("score")
+    record = {"epoch": state.epoch, **trained, **measured, "best": score > state.best}
+    state.best = max(state.best, score)
+    state.history.append(record)
+    state.begin_epoch(state.epoch + 1)
+    if run.world.is_main:
+        if record["best"]:
+            checkpoint.save(run.folder.file("model", "best"), state.model.state_dict())
+        if state.epoch % args.chkpt_iters == 0 or state.epoch == args.epochs:
+            checkpoint.save(run.folder.file("model", state.epoch - 1), state.model.state_dict())
+            checkpoint.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
+    save(run)
+    if run.world.is_main:
+        say(checkpoint.log_line(record))  # last: standard output may be closed
+
+
+def save(run: Run) -> None:
+    """Save all that --resume auto needs to go on from here. All processes have to call it together."""
+    require_finite(run)
+    sums = run.world.sum(run.state.sums)
+    if run.world.is_main:
+        checkpoint.save_state(run.folder, run.state, run.args, sums)
+
+
+def require_finite(run: Run) -> None:
+    """Raise Failure if a step of this epoch was not finite, or left weights or answers to images that are not."""
+    state = run.state
+    fault = run.world.min(state.first_fault).item()
+    if fault < math.inf:
+        raise not_finite(run, int(fault))
+    if state.step:
+        training = state.model.training
+        x, _ = run.test.batch(slice(min(run.args.batch_size, EVALUATION_BATCH)))
+        answers = state.precision.float32_logits(state.model.eval(), x)
+        state.model.train(training)
+        sound = torch.stack([values.isfinite().all() for values in (*state.model.state_dict().values(), answers)]).all()
+        if run.world.max(not sound):
+            raise not_finite(run, state.step - 1)
+
+
+def not_finite(run: Run, step: int) -> Failure:
+    good = run.folder.path / "state.pth"
+    advice = "lower --lr-max" if run.state.precision.dtype is not torch.float16 else \
+        "lower --lr-max, or take --amp-dtype=bfloat16, whose range is wider"
+    return Failure(f"the loss, a gradient or a weight is no longer finite at epoch {run.state.epoch}, step {step}; "
+                   f"{f'the last good state is {good}' if good.exists() else 'no state was saved before'}: {advice}")
+
+
+def asked(run: Run) -> dict[str, Any]:
+    """The final evaluation that the arguments ask for. There may be no best model: then it is of the last one."""
+    args = run.args
+    best = args.final_model == "best" and run.folder.file("model", "best").exists()
+    return {"model": "best" if best else "last", "iters": args.final_iters, "restarts": args.final_restarts,
+            "alpha": args.pgd_alpha, "epsilon": args.epsilon, "epoch": run.state.epoch - 1,
+            "images": min(args.final_samples or len(run.test), len(run.test))}
+
+
+def finish(run: Run) -> None:
+    """Attack the last or the best network with restarts (PGD-50-10), and record what is left of its accuracy."""
+    run.state.final = final_evaluation(run, run.world.decide(lambda: asked(run)))
+    save(run)
+    if run.world.is_main:
+        say(checkpoint.final_line(run.state.final))
+
+
+def final_evaluation(run: Run, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The final evaluation that `asked` describes."""
+    model, began = run.state.model, time.perf_counter()
+    torch.backends.cudnn.benchmark = False  # batches of every size are to come
+    if wanted["model"] == "best":
+        best = run.folder.file("model", "best")
+        model = copy.deepcopy(model)
+        checkpoint.load_network(model, run.world.decide(lambda: checkpoint.read_checkpoint(best)), best.name)
+    with tqdm(total=math.ceil(wanted["images"] / run.world.size), desc=f"PGD-{wanted['iters']}-{wanted['restarts']}",
+              unit="image", disable=None if run.world.is_main else True, dynamic_ncols=True) as bar:
+        def progress(images_done: int) -> None:
+            bar.update(images_done)
+            if run.world.size == 1:  # many are not at the same step
+                stop_if_asked(run)
+
+        verdict = judged(run, model, run.test[:wanted["images"]], wanted["iters"], wanted["restarts"], progress)
+    return {**wanted, "seconds": time.perf_counter() - began, **verdict.metrics()}
+
+
+def evaluate_only(run: Run, found: Found) -> None:
+    """What --eval does: the evaluation of an epoch on the whole test set, then the final one; all of them are kept."""
+    state = run.state
+    epoch = max(state.epoch - 1, 0) if state.step == 0 else state.epoch  # the one under way, or the last
+    untrained = dict.fromkeys(("train_time", "lr", "train_robust_loss", "train_robust_acc", "defence_mean"))
+    measured = measure(run)
+    del measured["score"]
+    if not math.isfinite(measured["test_loss"]):
+        raise UsageError(f"--eval: what the network in {found.source} answers is no finite number")
+    final = final_evaluation(run, run.world.decide(lambda: asked(run)))
+    record = {"epoch": epoch, **untrained, **measured, "final": {**final, "epoch": epoch}, "resumed": found.source,
+              **describe(run.world.device, run.world.size)}
+    if run.world.is_main:
+        checkpoint.add_evaluation(run.folder, record)
+        for line in (checkpoint.header("val_robust_acc" in record), checkpoint.log_line(record),
+                     checkpoint.final_line(record["final"])):
+            say(line)
