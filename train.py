@@ -27,8 +27,8 @@ from data import Augmentation, Images, load
 from machine import Compiled, Precision, World, choose_device, describe, memory_format
 from utils import Failure, Stopped, StopSignals, UsageError, one_line_errors, say, seed_everything
 
-# What random numbers are drawn for: the first part of every key that they are seeded with here.
-ORDER, STEP = 0, 1
+# What random numbers are drawn for: the first part of every key that they are seeded with here. (evaluate.py has 3.)
+ORDER, STEP, WATCH, WEIGHTS = 0, 1, 2, 4
 
 EPOCH_IMAGES = 1000  # test images that an epoch is judged on, unless --full-test
 EVALUATION_BATCH = 128  # the most images that a process evaluates at once; --batch-size is that of all processes
@@ -116,7 +116,7 @@ def build(dataset: options.DataSet, args, device: torch.device, world: World) ->
     precision = Precision(args, device)
     if args.sync_bn and (world.size == 1 or device.type != "cuda"):
         raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
-    seed_everything(args.seed)
+    seed_everything(WEIGHTS, args.seed)
     model = new_network(dataset, args)
     if args.sync_bn:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
