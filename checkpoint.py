@@ -25,13 +25,15 @@ import numpy as np
 import torch
 from filelock import BaseFileLock
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from machine import Precision
 from utils import UsageError, lock, whole_file
 
 # Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
 FREE = {"data_dir", "fname", "resume", "eval", "allow_changes", "device", "tf32", "compile", "compile_mode",
-        "chkpt_iters", "chkpt_steps", "final_iters", "final_restarts", "final_samples", "final_model", "deterministic"}
+        "chkpt_iters", "chkpt_steps", "final_iters", "final_restarts", "final_samples", "final_model", "deterministic",
+        "method", "recipe"}
 
 TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
           "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")
@@ -41,8 +43,8 @@ TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train 
 class State:
     """All that a run is at a moment: the network, its optimizer, and how far it has come.
 
-    kept: the method's own, by name; epoch, step: the next step; best: the highest score of an epoch so far; seconds:
-    those of this epoch; sums: of this epoch's loss, correct images, images and mean abs(delta), this process's share;
+    ema: the average of the network's weights, if one is kept; kept: the method's own, by name; epoch, step: the next
+    step; best: the highest score of an epoch so far; seconds: those of this epoch; sums: of this epoch's loss, correct images, images and mean abs(delta), this process's share;
     first_fault: the epoch's first step that was not finite; history: a record for each epoch; starts: one for each time
     that the run was started; final: that of the final evaluation.
     """
@@ -50,6 +52,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision
+    ema: AveragedModel | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     epoch: int = 0
     step: int = 0
@@ -63,6 +66,11 @@ class State:
 
     PLAIN = ("epoch", "step", "best", "seconds", "sums", "first_fault", "history", "starts", "final")
 
+    @property
+    def judged(self) -> nn.Module:
+        """The network that is evaluated: the average, if one is kept."""
+        return self.ema.module if self.ema else self.model
+
     def begin_epoch(self, epoch: int) -> None:
         """Be before the first step of `epoch`."""
         self.epoch, self.step, self.seconds, self.sums = epoch, 0, 0.0, torch.zeros_like(self.sums)
@@ -70,8 +78,10 @@ class State:
     def training(self, args, sums: Tensor) -> dict:
         """The optimizer's state dict and, under "run", the rest; `sums` are those of all processes."""
         plain = {name: getattr(self, name) for name in self.PLAIN}
+        raw = {"raw": self.model.state_dict(), "averaged": int(self.ema.n_averaged)} if self.ema else {}
         return {**self.optimizer.state_dict(), "run": {
-            **plain, "sums": sums, "kept": self.kept, "precision": self.precision.state_dict(), "args": vars(args)}}
+            **plain, **raw, "sums": sums, "kept": self.kept, "precision": self.precision.state_dict(),
+            "args": vars(args)}}
 
     def load_training(self, saved: dict, source: str) -> dict:
         """Load what `training` gave, or a bare optimizer's state dict; returns the arguments of that run.
@@ -94,7 +104,10 @@ class State:
             self.precision.load_state_dict(run.get("precision", {}))
             for name in self.PLAIN:
                 setattr(self, name, run.get(name, getattr(self, name)))
-            self.kept = dict(run.get("kept", {}))
+            self.kept = {name: value.to(parameters[0].device) for name, value in run.get("kept", {}).items()}
+            if self.ema and "raw" in run:
+                self.model.load_state_dict(run["raw"])
+                self.ema.n_averaged.fill_(run["averaged"])
             return dict(run.get("args", {}))
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
             raise UsageError(f"--resume: {source} holds no optimizer state for this network") from None
@@ -257,7 +270,9 @@ def _with_past(training: dict, folder: Folder, epoch: int | None) -> dict:
 
 def resume(state: State, found: Found, args) -> None:
     """Bring `state` to where the checkpoint is. Raises UsageError where it does not fit this run."""
-    load_network(state.model, found.model, found.source)
+    load_network(state.judged, found.model, found.source)
+    if state.ema:
+        state.model.load_state_dict(state.judged.state_dict())
     before = state.load_training(found.training, found.source) if found.training is not None else {}
     if before.get("data_set", args.data_set) != args.data_set:
         raise UsageError(f"--resume: {found.source} is of a run on {before['data_set']}, not {args.data_set}")
@@ -327,7 +342,7 @@ def save(path: Path, content: dict) -> None:
 
 def save_state(folder: Folder, state: State, args, sums: Tensor) -> None:
     """Save all that --resume auto needs, and render what there is to be read of it."""
-    save(folder.path / "state.pth", {"model": state.model.state_dict(), "opt": state.training(args, sums)})
+    save(folder.path / "state.pth", {"model": state.judged.state_dict(), "opt": state.training(args, sums)})
     render(folder, state, args)
 
 

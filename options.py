@@ -3,6 +3,7 @@
 Nothing here needs PyTorch, so that --help and a refused flag answer at once.
 """
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -44,22 +45,85 @@ ATTACKS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "zerograd": lambda a: dict(alpha=_step(a), q=a.zero_qval, steps=a.zero_iters, init=a.fgsm_init),
     "fgsm": lambda a: dict(alpha=_step(a), init=a.fgsm_init),
     "pgd": lambda a: dict(alpha=a.pgd_alpha / 255, steps=a.pgd_iters),
+    "none": lambda a: {},
+    "nfgsm": lambda a: dict(alpha=_step(a), k=a.noise_k),
+    "sora": lambda a: {},
+    "ckpt": lambda a: dict(alpha=_step(a), count=a.ckpt_count),
+    "free": lambda a: {},
+    "pgi": lambda a: dict(alpha=_step(a), reset=a.pgi_reset, smoothing=a.label_smoothing),
+    "kl": lambda a: dict(alpha=a.pgd_alpha / 255, steps=a.pgd_iters),
+    "nuclear": lambda a: dict(alpha=_step(a), weight=a.nuclear_lambda),
 }
 
 OBJECTIVES: dict[str, Callable[[Any], dict[str, Any]]] = {
-    "ce": lambda a: {},
+    "ce": lambda a: dict(smoothing=a.label_smoothing),
+    "gradalign": lambda a: dict(smoothing=a.label_smoothing, weight=a.gradalign_lambda),
+    "elle": lambda a: dict(smoothing=a.label_smoothing, weight=a.elle_lambda, adaptive=a.elle_adaptive),
+    "aaer": lambda a: dict(smoothing=a.label_smoothing, weights=a.aaer_lambdas),
+    "trades": lambda a: dict(smoothing=a.label_smoothing, beta=a.trades_beta),
+    "nuclear": lambda a: dict(smoothing=a.label_smoothing, weight=a.nuclear_lambda),
+    "logits": lambda a: dict(smoothing=a.label_smoothing, weight=a.logits_lambda),
 }
 
 SCHEDULES: dict[str, Callable[[Any, DataSet], Callable[[float], float]]] = {
     "cyclic": lambda a, d: lambda t: schedules.cyclic(t, a.lr_max, d.peak(a.epochs), a.epochs),
     "onedrop": lambda a, d: lambda t: schedules.onedrop(t, a.lr_max, a.lr_drop),
+    "onecycle": lambda a, d: lambda t: schedules.onecycle(t, a.lr_max, a.epochs),
 }
 
 MODELS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
     **{f"PreActResNet{depth}": ("preactresnet", lambda a: dict(base_width=a.base_width))
        for depth in (18, 34, 50, 101, 152)},
+    "ResNet18": ("resnet", lambda a: dict(base_width=a.base_width)),
     "WideResNet": ("wideresnet", lambda a: dict(depth=34, width_factor=a.width_factor)),
 }
+
+# Objectives that compare with the start of the attack, the attacks that have none, and objectives that torch.compile
+# cannot take: they need a second derivative, or a graph twice.
+WITH_START, WITHOUT_START = ("gradalign", "aaer", "logits"), ("none", "free", "kl", "nuclear")
+EAGER = ("gradalign", "logits")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A published method: the flags that it stands for, its forward and backward passes a training step, its source."""
+
+    flags: dict[str, Any]
+    passes: str
+    source: str
+
+
+METHODS = {
+    "fgsm": Method(dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0), "2", "arXiv 1412.6572"),
+    "fgsm-rs": Method(dict(attack="fgsm", fgsm_alpha=1.25), "2", "arXiv 2001.03994"),
+    "zerograd": Method(dict(attack="zerograd"), "2", "arXiv 2103.15476"),
+    "multigrad": Method(dict(attack="multigrad"), "4", "arXiv 2103.15476"),
+    "pgd": Method(dict(attack="pgd"), "11", "arXiv 1706.06083"),
+    "n-fgsm": Method(dict(attack="nfgsm", fgsm_alpha=1.0), "2", "arXiv 2202.01181"),
+    "n-aaer": Method(dict(attack="nfgsm", fgsm_alpha=1.0, objective="aaer"), "2", "arXiv 2404.08154"),
+    "rs-aaer": Method(dict(attack="fgsm", fgsm_alpha=1.25, objective="aaer"), "2", "arXiv 2404.08154"),
+    "gradalign": Method(dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.25, objective="gradalign"), "5",
+                        "arXiv 2007.02617"),
+    "elle": Method(dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle"), "5", "arXiv 2401.11618"),
+    "elle-a": Method(dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle", elle_adaptive=True), "5",
+                     "arXiv 2401.11618"),
+    "free": Method(dict(attack="free"), "1", "arXiv 1904.12843"),
+    "ckpt": Method(dict(attack="ckpt", fgsm_alpha=1.25), "2.7", "arXiv 2010.01799"),
+    "pgi": Method(dict(attack="pgi", fgsm_alpha=1.0, objective="logits", label_smoothing=4 / 9), "2.7",
+                  "arXiv 2207.08859"),
+    "nuat": Method(dict(attack="nuclear", fgsm_alpha=1.0, objective="nuclear"), "3.3", "NeurIPS 2021"),
+    "trades": Method(dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573"),
+    "sora": Method(dict(attack="sora"), "2", "arXiv 2606.00738"),
+}
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # github.com/fzjcdt/FastAT_Benchmark, but for its learning rate, which moves once an epoch
+    "fastat": dict(model="ResNet18", epochs=100, lr_schedule="onecycle", lr_max=0.1, label_smoothing=0.4, ema=0.9995,
+                   val_size=1000, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), final_model="best"),
+}
+
+# The step that an attack of another paper takes where --fgsm-alpha says nothing, in epsilons.
+STEPS = {"nfgsm": 1.0, "pgi": 1.0, "nuclear": 1.0, "ckpt": 1.25}
 
 
 def _step(a) -> float:
@@ -69,6 +133,32 @@ def _step(a) -> float:
 
 def _threshold(a) -> int:
     return a.multi_samps if a.multi_th == -1 else a.multi_th
+
+
+def _gradalign_lambda(a) -> float:
+    """As published, by epsilon: log-linear, on SVHN from another point."""
+    return 2.5 * 10 ** ((a.epsilon - 8) / 39.2) if a.data_set == "SVHN" else 0.2 * 10 ** ((a.epsilon - 8) / 8)
+
+
+def _elle_lambda(a) -> float:
+    return 4000.0 if a.elle_adaptive else 1000.0 if a.epsilon <= 8 else 5000.0 if a.epsilon <= 20 else 10000.0
+
+
+def _aaer_lambdas(a) -> tuple[float, float, float]:
+    """As published, for the nearest of its epsilons, by data set, and by whether delta is clipped to the ball."""
+    table = {("CIFAR-10", True): {8: (2.5, 1.5), 12: (5, 2.75), 16: (7, 3.25), 32: (5.75, 1.5)},
+             ("CIFAR-10", False): {8: (1.5, 0.15), 12: (5, 0.55), 16: (8.5, 1.5), 32: (2.75, 0.75)},
+             ("CIFAR-100", True): {8: (3.5, 1.5), 12: (3.5, 2.75), 16: (6, 2.25), 32: (5, 0.75)},
+             ("CIFAR-100", False): {8: (1.5, 0.15), 12: (3.5, 0.3), 16: (6, 0.5), 32: (3.5, 0.5)}}
+    values = table["CIFAR-100" if a.data_set == "CIFAR-100" else "CIFAR-10", a.attack != "nfgsm"]
+    return (1.0, *values[min(values, key=lambda epsilon: abs(epsilon - a.epsilon))])
+
+
+# Flags whose default depends on others.
+DEPENDENT: dict[str, Callable[[Any], Any]] = {
+    "gradalign_lambda": _gradalign_lambda, "elle_lambda": _elle_lambda, "aaer_lambdas": _aaer_lambdas,
+    "fgsm_alpha": lambda a: STEPS.get(a.attack, 2.0),
+}
 
 
 def number(kind: type, low: float, high: float = float("inf"), also: tuple = ()) -> Callable[[str], float]:
@@ -92,6 +182,17 @@ def number(kind: type, low: float, high: float = float("inf"), also: tuple = ())
         return value
 
     return parse_number
+
+
+def triple(text: str) -> tuple[float, ...]:
+    """An argparse type: three numbers, with commas between them."""
+    try:
+        values = tuple(float(value) for value in text.split(","))
+    except ValueError:
+        values = ()
+    if len(values) != 3 or not all(math.isfinite(value) for value in values):
+        raise argparse.ArgumentTypeError(f"must be three numbers, such as 0.5,0.5,0.5, not {text!r}")
+    return values
 
 
 def path(text: str) -> str:
@@ -123,12 +224,31 @@ class Parser(argparse.ArgumentParser):
 def parse(dataset: DataSet, description: str | None = None, argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of the script that trains on `dataset`; --help and a mistake end the process."""
     p = parser(dataset, description)
+    named, _ = p.parse_known_args(argv)
+    if named.method == "list":
+        print(methods_table())
+        p.exit()
+    # They set defaults and nothing else: what is given beside them wins, and a recipe's default over a method's.
+    p.set_defaults(**{**(METHODS[named.method].flags if named.method else {}), **RECIPES.get(named.recipe, {})})
     args = p.parse_args(argv)
+    for name, default in DEPENDENT.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default(args))
     try:
         check(args)
     except UsageError as error:
         p.error(str(error))
     return args
+
+
+def methods_table() -> str:
+    """The methods by name, a line each."""
+    rows = [("--method", "passes", "source", "stands for")]
+    rows += [(name, method.passes, method.source, " ".join(
+        f"--{flag.replace('_', '-')}" + ("" if value is True else f"={value:.4g}" if isinstance(value, float) else
+                                         f"={value}") for flag, value in method.flags.items()))
+             for name, method in METHODS.items()]
+    return "\n".join(f"{name:10} {passes:>6}  {source:17} {flags}" for name, passes, source, flags in rows)
 
 
 def parser(dataset: DataSet, description: str | None) -> Parser:
@@ -152,27 +272,48 @@ def _data(p: Parser) -> None:
 def _model(p: Parser) -> None:
     add = p.add_argument_group("model").add_argument
     add("--model", choices=MODELS, default="PreActResNet18", help="PreActResNet by depth, or WideResNet-34")
-    add("--base-width", type=number(int, 1, 1024), default=64, help="width of PreActResNet's stem")
+    add("--base-width", type=number(int, 1, 1024), default=64, help="width of the stem of PreActResNet and ResNet")
     add("--width-factor", type=number(int, 1, 64), default=10, help="width of WideResNet")
+    add("--mean", type=triple, metavar="R,G,B", help="what is subtracted from the pixels (default: the data set's mean)")
+    add("--std", type=triple, metavar="R,G,B", help="what they are divided by (default: the data set's)")
 
 
 def _training(p: Parser) -> None:
     add = p.add_argument_group("training").add_argument
     add("--epochs", type=number(int, 1, 10**6), help="passes over the training images")
     add("--batch-size", type=number(int, 1, 10**6), default=128, help="images a step, over all processes")
-    add("--lr-schedule", choices=SCHEDULES, help="cyclic: up and down; onedrop: constant, then a tenth")
+    add("--recipe", choices=RECIPES, help="the training protocol of another comparison: sets defaults of other flags")
+    add("--lr-schedule", choices=SCHEDULES, help="cyclic: up and down; onedrop: constant, then a tenth; onecycle: "
+        "PyTorch's")
     add("--lr-max", type=number(float, 0), help="the highest learning rate")
     add("--lr-drop", type=number(float, 0), default=50, help="the epoch of onedrop's drop")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random")
     add("--objective", choices=OBJECTIVES, default="ce", help="what is minimized at the perturbed images")
+    add("--gradalign-lambda", type=number(float, 0), help="weight of gradalign's term (default: as published for "
+        "--epsilon)")
+    add("--elle-lambda", type=number(float, 0), help="weight of elle's term (default: as published for --epsilon)")
+    add("--elle-adaptive", action="store_true", help="ELLE-A: the weight falls, and jumps when the term does")
+    add("--aaer-lambdas", type=triple, metavar="L1,L2,L3", help="weights of aaer's terms (default: as published for "
+        "--epsilon)")
+    add("--trades-beta", type=number(float, 0), default=6.0, help="weight of trades' divergence")
+    add("--nuclear-lambda", type=number(float, 0), default=4.5, help="weight of nuclear's norm, in both places")
+    add("--logits-lambda", type=number(float, 0), default=10.0, help="weight of the difference between logits")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="of the cross-entropy that is minimized")
+    add("--ema", type=number(float, 0, 1), default=0.0, metavar="DECAY",
+        help="judge a moving average of the network, BatchNorm's statistics included; 0: the network itself")
 
 
 def _attack(p: Parser) -> None:
     add = p.add_argument_group("attack to train on").add_argument
+    add("--method", choices=(*METHODS, "list"), metavar="NAME",
+        help="a published method: sets the defaults of other flags; list: show them all")
     add("--attack", choices=ATTACKS, default="multigrad", help="how training images are perturbed")
     add("--epsilon", type=number(float, 0, 255), default=8.0,
         help="radius of the l_inf ball in 1/255, in training and in evaluation")
-    add("--fgsm-alpha", type=number(float, 0), default=2.0, help="step of the single-step attacks, in epsilons")
+    add("--eps-warmup", type=number(float, 0), default=0.0, metavar="EPOCHS",
+        help="epochs over which --epsilon and the attack's step grow from 0")
+    add("--fgsm-alpha", type=number(float, 0), help="step of the single-step attacks, in epsilons (default: 2; of "
+        "nfgsm, pgi, nuclear 1, of ckpt 1.25)")
     add("--fgsm-init", choices=("zero", "random"), default="random", help="start of fgsm, zerograd")
     add("--zero-qval", type=number(float, 0, 1), help="fraction of an image's gradient to zero")
     add("--zero-iters", type=number(int, 1), default=1, help="ZeroGrad's steps")
@@ -180,7 +321,12 @@ def _attack(p: Parser) -> None:
     add("--multi-th", type=number(int, 1, also=(-1,)), default=-1, help="how many must agree on a sign; -1: all")
     add("--multi-parallel", action="store_true", help="all starts as one batch")
     add("--pgd-alpha", type=number(float, 0), default=2.0, help="PGD's step in 1/255, in training and in evaluation")
-    add("--pgd-iters", type=number(int, 1), default=10, help="PGD's steps in training")
+    add("--pgd-iters", type=number(int, 1), default=10, help="steps of pgd and kl in training")
+    add("--noise-k", type=number(float, 0), default=2.0, help="nfgsm's noise, in epsilons")
+    add("--ckpt-count", type=number(int, 2), default=3, help="parts into which ckpt divides its perturbation")
+    add("--free-replays", type=number(int, 1), default=8, help="how often free uses a batch; an epoch has as many "
+        "steps as any, and so fewer images")
+    add("--pgi-reset", type=number(int, 1), default=40, help="epochs between two resets of pgi's perturbations")
 
 
 def _evaluation(p: Parser) -> None:
@@ -225,6 +371,13 @@ def check(args: argparse.Namespace) -> None:
     """Raise UsageError where flags do not go together."""
     if args.multi_th > args.multi_samps:
         raise UsageError(f"--multi-th must be from 1 to --multi-samps ({args.multi_samps}), or -1, not {args.multi_th}")
+    parallel = args.attack == "multigrad" and args.multi_parallel
+    if args.objective in WITH_START and (args.attack in WITHOUT_START or parallel):
+        raise UsageError(f"--objective {args.objective} compares with the attack's start, and --attack {args.attack}"
+                         f"{' --multi-parallel' if parallel else ''} has none: take fgsm or nfgsm, say")
+    if args.attack == "sora" and (args.objective != "ce" or args.label_smoothing or args.amp_impl == "apex"):
+        raise UsageError("--attack sora compares gradients of the plain cross-entropy: it needs --objective ce, "
+                         "--label-smoothing 0 and --amp-impl native")
     if args.eval and args.resume == 0:
         raise UsageError("--eval needs a model: --resume N for model_{N-1}.pth, or --resume auto")
     if isinstance(args.resume, int) and args.resume > args.epochs and not args.eval:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import swa_utils
 from tqdm import tqdm
 
 import attacks
@@ -22,9 +23,11 @@ import checkpoint
 import evaluate
 import objectives
 import options
+import schedules
 from checkpoint import Folder, Found, State
 from data import Augmentation, Images, load
 from machine import Compiled, Precision, World, choose_device, describe, memory_format
+from step import Step
 from utils import Failure, Stopped, StopSignals, UsageError, one_line_errors, say, seed_everything
 
 # What random numbers are drawn for: the first part of every key that they are seeded with here. (evaluate.py has 3.)
@@ -43,8 +46,9 @@ class Run:
     """What a run is made of. While it runs, nothing in here changes but `state`.
 
     network: what attacks call, compiled if asked; forward: what is trained, the network or, of several processes,
-    DistributedDataParallel around it; attack, objective: of attacks.py and objectives.py, with their keywords;
-    schedule: time in epochs -> learning rate; held_out: what the best model is chosen on, unless on test images.
+    DistributedDataParallel around it; attack, objective: of attacks.py and objectives.py, with their keywords; alpha:
+    the attack's step, if it has one; schedule, momentum: time in epochs -> learning rate, momentum; held_out: what the
+    best model is chosen on, unless on test images.
     """
 
     args: Any
@@ -56,7 +60,9 @@ class Run:
     forward: nn.Module
     attack: Callable[..., Tensor]
     objective: Callable[..., tuple[Tensor, Tensor]]
+    alpha: float | None
     schedule: Callable[[float], float]
+    momentum: Callable[[float], float]
     augmentation: Augmentation
     train: Images
     held_out: Images
@@ -128,14 +134,17 @@ def build(dataset: options.DataSet, args, device: torch.device, world: World) ->
     for parameter in model.parameters():  # or where float16's scaler skips the first step, it would stay uninitialized
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     precision.prepare(model, optimizer)
-    return State(model, optimizer, precision), layout
+    ema = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(args.ema), use_buffers=True) \
+        if args.ema else None
+    return State(model, optimizer, precision, ema), layout
 
 
 def new_network(dataset: options.DataSet, args) -> nn.Module:
     """The network that the arguments name, for images of the data set."""
     module, keywords = options.MODELS[args.model]
     network = getattr(importlib.import_module(module), "WideResNet" if module == "wideresnet" else args.model)
-    return network(num_classes=dataset.classes, mean=dataset.mean, std=dataset.std, **keywords(args))
+    return network(num_classes=dataset.classes, mean=args.mean or dataset.mean, std=args.std or dataset.std,
+                   **keywords(args))
 
 
 def look_for_checkpoint(folder: Folder, args) -> Found | None:
@@ -155,8 +164,6 @@ def load_images(dataset: options.DataSet, args, world: World, state: State, devi
     if (len(loaded[0]) - 1) % args.batch_size + 1 < world.size:
         raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
                          f"{world.size} processes")
-    if not args.eval and state.sums[2] != min(state.step * args.batch_size, len(loaded[0])):
-        raise UsageError("--resume: the run has not trained on as many images as its steps say: its state is damaged")
     return [images.to(device, layout) for images in loaded]
 
 
@@ -166,14 +173,20 @@ def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world
     model = state.model
     if not world.is_main:
         state.sums = torch.zeros_like(state.sums)  # the saved sums are those of all processes
-    network = Compiled(model, args.batch_size // world.size, args.compile_mode) if args.compile else model
+    compiled = args.compile and args.objective not in options.EAGER
+    network = Compiled(model, args.batch_size // world.size, args.compile_mode) if compiled else model
     forward = network
     if world.size > 1:
         forward = nn.parallel.DistributedDataParallel(network, [world.device] if world.device.type == "cuda" else None)
+    keywords = options.ATTACKS[args.attack](args)
+    alpha = keywords.pop("alpha", None)
+    momentum = partial(schedules.onecycle_momentum, epochs=args.epochs) if args.lr_schedule == "onecycle" else \
+        lambda t: 0.9
     return Run(args, state, folder, world, signals, network, forward,
-               partial(getattr(attacks, args.attack), **options.ATTACKS[args.attack](args)),
-               partial(getattr(objectives, args.objective), **options.OBJECTIVES[args.objective](args)),
-               options.SCHEDULES[args.lr_schedule](args, dataset), Augmentation(**dataset.augmentation), *images)
+               partial(getattr(attacks, args.attack), **keywords),
+               partial(getattr(objectives, args.objective), **options.OBJECTIVES[args.objective](args)), alpha,
+               options.SCHEDULES[args.lr_schedule](args, dataset), momentum, Augmentation(**dataset.augmentation),
+               *images)
 
 
 def start(run: Run, found: Found | None) -> None:
@@ -199,6 +212,8 @@ def start(run: Run, found: Found | None) -> None:
         if state.precision.dtype is torch.bfloat16 and world.device.type == "cpu" and \
                 torch.backends.cpu.get_cpu_capability() == "AVX2":
             say("# without AVX-512, this processor is slow in bfloat16: better leave --amp out")
+        if args.compile and args.objective in options.EAGER:
+            say(f"# --compile is off: --objective {args.objective} needs what torch.compile cannot give")
         say(checkpoint.header(len(run.held_out) > 0))
 
 
@@ -210,6 +225,7 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     """
     state, world, batch_size, seed = run.state, run.world, run.args.batch_size, run.args.seed
     device, precision, epsilon = run.train.labels.device, state.precision, run.args.epsilon / 255
+    replays = run.args.free_replays if run.args.attack == "free" else 1
     seed_everything(ORDER, seed, state.epoch)
     order = torch.randperm(len(run.train)).to(device)
     drawn = {name: values.to(device) for name, values in run.augmentation.draw(len(run.train)).items()}
@@ -219,17 +235,29 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     while state.step < run.steps:
         now = state.epoch + (state.step + 1) / run.steps
         for group in state.optimizer.param_groups:
-            group["lr"] = run.schedule(now)
-        whole = range(state.step * batch_size, min((state.step + 1) * batch_size, len(run.train)))
+            group["lr"], group["momentum"] = run.schedule(now), run.momentum(now)
+        batch = state.step // replays
+        whole = range(batch * batch_size, min((batch + 1) * batch_size, len(run.train)))
         share = slice(whole.start + world.rank, whole.stop, world.size)
         x, y = run.train.batch(order[share], run.augmentation, {name: values[share] for name, values in drawn.items()})
         seed_everything(STEP, seed, state.epoch, state.step, world.rank)
-        step = attacks.Step(now, state.kept)
+        step = Step(run.network, len(run.train), order[whole.start:whole.stop], state.epoch, batch,
+                    state.epoch / run.args.epochs, state.kept, world, run.args.objective == "logits")
+        grown = min(1.0, now / run.args.eps_warmup) if run.args.eps_warmup else 1.0
+        size = {} if run.alpha is None else {"alpha": grown * run.alpha}
         with precision.autocast():
-            delta = run.attack(run.network, x, y, epsilon, step=step)
-            loss, logits = run.objective(run.forward, x, y, delta, epsilon, step)
+            delta = run.attack(run.network, x, y, grown * epsilon, step=step, **size)
+            delta.requires_grad_(step.after is not None)
+            loss, logits = run.objective(run.forward, x, y, delta, grown * epsilon, step)
+        scale = precision.scaler.get_scale() if step.after else 1.0
         # Gradients are averaged over the processes; shares of a last batch can differ by an image.
-        finite = precision.backward_and_step(loss * (len(y) * world.size / len(whole)), state.optimizer)
+        weight = len(y) * world.size / len(whole)
+        finite = precision.backward_and_step(loss * weight, state.optimizer)
+        if step.after and delta.grad is not None:
+            step.after(delta.grad / (scale * weight))
+            delta = delta.detach()
+        if state.ema:
+            state.ema.update_parameters(state.model)
         state.first_fault = torch.where(finite, state.first_fault, state.first_fault.clamp(max=state.step))
         correct = (logits.detach().argmax(dim=1) == y).sum()
         state.sums += torch.stack([loss.detach().double() * len(y), correct.double(),
@@ -286,14 +314,14 @@ def measure(run: Run) -> dict[str, Any]:
     last = args.eval or run.state.epoch + 1 == args.epochs
     fixed = len(run.test) if args.full_test else EPOCH_IMAGES  # the same images in every epoch, to choose the best on
     test = run.test if last else run.test[:fixed]
-    verdict = judged(run, run.state.model, test, args.test_iters, args.test_restarts)
+    verdict = judged(run, run.state.judged, test, args.test_iters, args.test_restarts)
     score, found = verdict.metrics(fixed)["robust_acc"], verdict.metrics()
     metrics = {title: found[name] for title, name in (
         ("test_loss", "clean_loss"), ("test_acc", "clean_acc"), ("test_robust_loss", "robust_loss"),
         ("test_robust_acc", "robust_acc"), ("attack_mean", "attack_mean"), ("no_gradient", "no_gradient"),
         ("test_images", "images"))}
     if len(run.held_out):
-        validation = judged(run, run.state.model, run.held_out, args.test_iters, args.test_restarts).metrics()
+        validation = judged(run, run.state.judged, run.held_out, args.test_iters, args.test_restarts).metrics()
         metrics |= {"val_robust_acc": validation["robust_acc"], "val_images": validation["images"]}
         score = validation["robust_acc"]
     if run.world.device.type == "cuda":
@@ -340,9 +368,9 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
     state.begin_epoch(state.epoch + 1)
     if run.world.is_main:
         if record["best"]:
-            checkpoint.save(run.folder.file("model", "best"), state.model.state_dict())
+            checkpoint.save(run.folder.file("model", "best"), state.judged.state_dict())
         if state.epoch % args.chkpt_iters == 0 or state.epoch == args.epochs:
-            checkpoint.save(run.folder.file("model", state.epoch - 1), state.model.state_dict())
+            checkpoint.save(run.folder.file("model", state.epoch - 1), state.judged.state_dict())
             checkpoint.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
     save(run)
     if run.world.is_main:
@@ -400,7 +428,7 @@ def finish(run: Run) -> None:
 
 def final_evaluation(run: Run, wanted: dict[str, Any]) -> dict[str, Any]:
     """The final evaluation that `asked` describes."""
-    model, began = run.state.model, time.perf_counter()
+    model, began = run.state.judged, time.perf_counter()
     torch.backends.cudnn.benchmark = False  # batches of every size are to come
     if wanted["model"] == "best":
         best = run.folder.file("model", "best")

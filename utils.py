@@ -35,8 +35,8 @@ def seed_everything(*key: int) -> None:
     """Make all random numbers from here on a function of `key` (whole numbers, 0 or more) alone.
 
     Every training step and every evaluated batch starts with this, so that a run that goes on from any step draws
-    what an unbroken run draws, and no random state needs saving. NumPy fills a short key up with zeros: (5,) is the same
-    as (5, 0, 0, 0), so that every purpose needs a first number of its own.
+    what an unbroken run draws, and no random state needs saving. NumPy fills a short key up with zeros: (5,) is the
+    same as (5, 0, 0, 0), so that every purpose needs a first number of its own.
     """
     import numpy as np
     import torch
