@@ -23,17 +23,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from filelock import BaseFileLock
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+import watch
 from machine import Precision
 from utils import UsageError, lock, whole_file
 
 # Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
 FREE = {"data_dir", "fname", "resume", "eval", "allow_changes", "device", "tf32", "compile", "compile_mode",
         "chkpt_iters", "chkpt_steps", "final_iters", "final_restarts", "final_samples", "final_model", "deterministic",
-        "method", "recipe"}
+        "method", "recipe", "on_collapse"}
 
 TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
           "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")
@@ -44,9 +46,12 @@ class State:
     """All that a run is at a moment: the network, its optimizer, and how far it has come.
 
     ema: the average of the network's weights, if one is kept; kept: the method's own, by name; epoch, step: the next
-    step; best: the highest score of an epoch so far; seconds: those of this epoch; sums: of this epoch's loss, correct images, images and mean abs(delta), this process's share;
-    first_fault: the epoch's first step that was not finite; history: a record for each epoch; starts: one for each time
-    that the run was started; final: that of the final evaluation.
+    step; best: the highest score of an epoch so far; seconds: those of this epoch; rate: what the learning rate is
+    multiplied by, halved by every rollback; first_fault: this epoch's first step that was not finite; history: a record
+    for each epoch; starts: one for each time that the run was started; final: that of the final evaluation.
+
+    sums: this epoch's, this process's share: loss, correct images, images, mean abs(delta); images that the attack made
+    easier, images where that is known; in the first half, correct images, images.
     """
 
     model: nn.Module
@@ -58,13 +63,14 @@ class State:
     step: int = 0
     best: float = -1.0
     seconds: float = 0.0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(4, dtype=torch.float64))
+    rate: float = 1.0
+    sums: Tensor = field(default_factory=lambda: torch.zeros(8, dtype=torch.float64))
     first_fault: Tensor = field(default_factory=lambda: torch.tensor(math.inf))
     history: list[dict] = field(default_factory=list)
     starts: list[dict] = field(default_factory=list)
     final: dict | None = None
 
-    PLAIN = ("epoch", "step", "best", "seconds", "sums", "first_fault", "history", "starts", "final")
+    PLAIN = ("epoch", "step", "best", "seconds", "rate", "sums", "first_fault", "history", "starts", "final")
 
     @property
     def judged(self) -> nn.Module:
@@ -104,6 +110,7 @@ class State:
             self.precision.load_state_dict(run.get("precision", {}))
             for name in self.PLAIN:
                 setattr(self, name, run.get(name, getattr(self, name)))
+            self.sums = F.pad(self.sums, (0, 8 - len(self.sums)))  # older files have the first four
             self.kept = {name: value.to(parameters[0].device) for name, value in run.get("kept", {}).items()}
             if self.ema and "raw" in run:
                 self.model.load_state_dict(run["raw"])
@@ -310,13 +317,13 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
         (folder.path / unfinished).unlink(missing_ok=True)
     if found is None:
         return folder.set_aside(folder.names(r"(output|eval)\.log|metrics\.jsonl|(args|final|eval|evaluation)\.json|"
-                                             r"state\.pth|(model|opt)_(\d+|best)\.pth")), False
+                                             r"(state|healthy)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
     if found.epoch is None:  # the run goes on from its newest state
         other_final = state.final is None and (folder.path / "final.json").exists()
         return folder.set_aside(["final.json", "output.log"] if other_final else []), False
     later = [f"{name}_{epoch}.pth" for name in ("model", "opt") for epoch in folder.epochs(name)
              if epoch >= state.epoch]
-    later += ["state.pth", "final.json"]
+    later += ["state.pth", "final.json", "healthy.pth", "model_healthy.pth"]
     try:
         made = [record["epoch"] for record in read_records(folder)]
         best = max((record["epoch"] for record in read_records(folder) if record.get("best")), default=-1)
@@ -351,6 +358,7 @@ def render(folder: Folder, state: State, args) -> None:
     started = {"data_set": args.data_set, "args": vars(args), "starts": state.starts}
     folder.write("args.json", json.dumps(started, indent=1) + "\n")
     rows = [(start["epoch"], 0, resumed_line(start)) for start in state.starts if start.get("source")]
+    rows += [(record["epoch"], 2, "# " + watch.line(record)) for record in state.history if record.get("collapsed")]
     rows += [(record["epoch"], 1, log_line(record)) for record in state.history]
     lines = [header(any("val_robust_acc" in record for record in state.history)),
              *(line for _, _, line in sorted(rows, key=lambda row: row[:2]))]
@@ -401,7 +409,8 @@ def log_line(record: dict[str, Any]) -> str:
 
 
 def resumed_line(start: dict[str, Any]) -> str:
-    return f"# resumed at epoch {start['epoch']}, step {start['step']} from {start['source']}"
+    what = "went back to" if start.get("rollback") else "resumed at"
+    return f"# {what} epoch {start['epoch']}, step {start['step']} from {start['source']}"
 
 
 def final_line(final: dict[str, Any]) -> str:

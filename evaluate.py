@@ -24,6 +24,7 @@ class PGD:
     steps: int
     restarts: int
     seed: int = 0
+    init: str = "random"
 
 
 @dataclass
@@ -137,7 +138,9 @@ def _judged(model, x: Tensor, y: Tensor, delta: Tensor, logits: Tensor, finished
 
 def _starts(images: Images, attack: PGD, restart: int) -> Tensor:
     """Uniform starts for all `images`, (N, 3, H, W), drawn on the CPU and whole, to depend on nothing else."""
-    seed_everything(STARTS, attack.seed, restart)
     n, height, width, channels = images.pixels.shape
+    if attack.init == "zero":
+        return torch.zeros(1, channels, height, width).expand(n, -1, -1, -1)
+    seed_everything(STARTS, attack.seed, restart)
     starts = torch.empty(n, height, width, channels).uniform_(-attack.epsilon, attack.epsilon)
     return starts.permute(0, 3, 1, 2)

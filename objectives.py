@@ -72,7 +72,8 @@ def aaer(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
 
     Abnormal are images whose cross-entropy the attack made smaller. + l1 (n_abnormal / B) (l2 mean_abnormal(
     CE(x + start) - CE(x + delta)) + l3 max(V_abnormal - V_normal, 0)), where both kinds occur; V is the mean over a
-    kind's images of norm2(f(x + start) - f(x + delta))^2. As in the authors' code, only V_abnormal has a gradient, through f(x + delta).
+    kind's images of norm2(f(x + start) - f(x + delta))^2. As in the authors' code, only V_abnormal has a gradient,
+    through f(x + delta).
     """
     l1, l2, l3 = weights
     loss, logits = ce(model, x, y, delta, epsilon, step, smoothing)

@@ -274,7 +274,7 @@ def _model(p: Parser) -> None:
     add("--model", choices=MODELS, default="PreActResNet18", help="PreActResNet by depth, or WideResNet-34")
     add("--base-width", type=number(int, 1, 1024), default=64, help="width of the stem of PreActResNet and ResNet")
     add("--width-factor", type=number(int, 1, 64), default=10, help="width of WideResNet")
-    add("--mean", type=triple, metavar="R,G,B", help="what is subtracted from the pixels (default: the data set's mean)")
+    add("--mean", type=triple, metavar="R,G,B", help="what is subtracted from the pixels (default: the data set's)")
     add("--std", type=triple, metavar="R,G,B", help="what they are divided by (default: the data set's)")
 
 
@@ -337,6 +337,8 @@ def _evaluation(p: Parser) -> None:
     add("--final-iters", type=number(int, 1), default=50, help="PGD's steps in the final evaluation")
     add("--final-restarts", type=number(int, 1), default=10, help="its restarts")
     add("--final-samples", type=number(int, 1), metavar="N", help="only the first N test images in it")
+    add("--on-collapse", choices=("warn", "stop", "rollback"), default="warn", help="what to do on catastrophic "
+        "overfitting: say so; stop; or, up to three times, go back to the last healthy epoch at half the rate")
     add("--final-model", choices=("last", "best"), default="last", help="which model the final evaluation is of")
     add("--eval", action="store_true", help="evaluate the resumed model (--final-model=best: the best one), and stop")
 

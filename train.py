@@ -24,6 +24,7 @@ import evaluate
 import objectives
 import options
 import schedules
+import watch
 from checkpoint import Folder, Found, State
 from data import Augmentation, Images, load
 from machine import Compiled, Precision, World, choose_device, describe, memory_format
@@ -113,6 +114,8 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
                     with advised(run, f"lower --batch-size (now {args.batch_size})"):
                         trained = train_epoch(run, between_steps(run, bar))
                     finish_epoch(run, trained, measure(run))
+                    if state.history[-1]["collapsed"]:
+                        on_collapse(run)
         finish(run)
     world.leave()
 
@@ -235,7 +238,7 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     while state.step < run.steps:
         now = state.epoch + (state.step + 1) / run.steps
         for group in state.optimizer.param_groups:
-            group["lr"], group["momentum"] = run.schedule(now), run.momentum(now)
+            group["lr"], group["momentum"] = state.rate * run.schedule(now), run.momentum(now)
         batch = state.step // replays
         whole = range(batch * batch_size, min((batch + 1) * batch_size, len(run.train)))
         share = slice(whole.start + world.rank, whole.stop, world.size)
@@ -259,17 +262,22 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
         if state.ema:
             state.ema.update_parameters(state.model)
         state.first_fault = torch.where(finite, state.first_fault, state.first_fault.clamp(max=state.step))
-        correct = (logits.detach().argmax(dim=1) == y).sum()
-        state.sums += torch.stack([loss.detach().double() * len(y), correct.double(),
-                                   torch.ones_like(correct).double() * len(y), delta.abs().mean().double() * len(y)])
+        correct, n = (logits.detach().argmax(dim=1) == y).sum().double(), len(y)
+        easier, known = watch.abnormal(step.logits, logits, y)
+        first = float(2 * state.step < run.steps)
+        state.sums += torch.stack([loss.detach().double() * n, correct, n * torch.ones_like(correct),
+                                   delta.abs().mean().double() * n, easier, known * torch.ones_like(correct),
+                                   first * correct, first * n * torch.ones_like(correct)])
         state.step += 1
         state.seconds = time.perf_counter() - began
         after_step()
     require_finite(run)
-    loss, correct, n, magnitude = world.sum(state.sums).tolist()
+    loss, correct, n, magnitude, easier, known, first_correct, first_n = world.sum(state.sums).tolist()
     state.seconds = time.perf_counter() - began
-    return {"train_time": state.seconds, "lr": run.schedule(state.epoch + 1), "train_robust_loss": loss / n,
-            "train_robust_acc": correct / n, "defence_mean": 255 * magnitude / n, "train_images": int(n)}
+    rise = (correct - first_correct) / (n - first_n) - first_correct / first_n if first_n and n > first_n else None
+    return {"train_time": state.seconds, "lr": state.rate * run.schedule(state.epoch + 1),
+            "train_robust_loss": loss / n, "train_robust_acc": correct / n, "defence_mean": 255 * magnitude / n,
+            "train_images": int(n), "train_rise": rise, "abnormal": easier / known if known else None}
 
 
 def between_steps(run: Run, bar: tqdm) -> Callable[[], None]:
@@ -320,6 +328,11 @@ def measure(run: Run) -> dict[str, Any]:
         ("test_loss", "clean_loss"), ("test_acc", "clean_acc"), ("test_robust_loss", "robust_loss"),
         ("test_robust_acc", "robust_acc"), ("attack_mean", "attack_mean"), ("no_gradient", "no_gradient"),
         ("test_images", "images"))}
+    fgsm = judged(run, run.state.judged, test, 1, 1, alpha=args.epsilon / 255, init="zero")
+    metrics["fgsm_acc"] = fgsm.metrics()["robust_acc"]
+    x, y = run.test.batch(slice(EVALUATION_BATCH))
+    seed_everything(WATCH, args.seed, run.state.epoch)
+    metrics |= watch.signs(run.state.judged, x, y, args.epsilon / 255)
     if len(run.held_out):
         validation = judged(run, run.state.judged, run.held_out, args.test_iters, args.test_restarts).metrics()
         metrics |= {"val_robust_acc": validation["robust_acc"], "val_images": validation["images"]}
@@ -330,9 +343,11 @@ def measure(run: Run) -> dict[str, Any]:
 
 
 def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int,
-           progress: Callable[[int], None] = lambda images_done: None) -> evaluate.Verdict:
-    """What PGD leaves of `model` on `images`, with the run's epsilon and step."""
-    attack = evaluate.PGD(run.args.epsilon / 255, run.args.pgd_alpha / 255, steps, restarts, run.args.seed)
+           progress: Callable[[int], None] = lambda images_done: None, alpha: float | None = None,
+           init: str = "random") -> evaluate.Verdict:
+    """What PGD leaves of `model` on `images`, with the run's epsilon and, unless told otherwise, its step."""
+    alpha = run.args.pgd_alpha / 255 if alpha is None else alpha
+    attack = evaluate.PGD(run.args.epsilon / 255, alpha, steps, restarts, run.args.seed, init)
     batch_size = min(run.args.batch_size, EVALUATION_BATCH)
     with advised(run, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
         return evaluate.evaluate(model, images, attack, batch_size, run.state.precision, run.world, progress,
@@ -365,8 +380,11 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
     record = {"epoch": state.epoch, **trained, **measured, "best": score > state.best}
     state.best = max(state.best, score)
     state.history.append(record)
+    record["collapsed"] = watch.collapsed(state.history)[-1]
     state.begin_epoch(state.epoch + 1)
     if run.world.is_main:
+        if not record["collapsed"]:
+            checkpoint.save(run.folder.file("model", "healthy"), state.judged.state_dict())
         if record["best"]:
             checkpoint.save(run.folder.file("model", "best"), state.judged.state_dict())
         if state.epoch % args.chkpt_iters == 0 or state.epoch == args.epochs:
@@ -374,7 +392,35 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
             checkpoint.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
     save(run)
     if run.world.is_main:
+        if args.on_collapse == "rollback" and not record["collapsed"]:
+            checkpoint.save(run.folder.path / "healthy.pth", {"model": state.judged.state_dict(),
+                                                              "opt": state.training(args, state.sums)})
         say(checkpoint.log_line(record))  # last: standard output may be closed
+        if record["collapsed"]:
+            say("# " + watch.line(record))
+
+
+def on_collapse(run: Run) -> None:
+    """Stop, or go back to the last healthy state with half the learning rate, if --on-collapse asks for it."""
+    args, state, path = run.args, run.state, run.folder.path / "healthy.pth"
+    epoch = state.epoch - 1
+    if args.on_collapse == "stop":
+        raise Failure(f"collapsed in epoch {epoch}; the last healthy network is in "
+                      f"{run.folder.file('model', 'healthy')}; --resume auto --on-collapse=warn goes on all the same")
+    if args.on_collapse == "warn" or state.rate <= 1 / 8 or not run.world.decide(path.exists):
+        return
+    saved = run.world.decide(lambda: checkpoint.read_checkpoint(path))
+    rate, starts = state.rate / 2, state.starts
+    checkpoint.resume(state, Found(saved["model"], saved["opt"], None, path.name), args)
+    if not run.world.is_main:
+        state.sums = torch.zeros_like(state.sums)
+    state.rate = rate
+    state.starts = [*starts, {**describe(run.world.device, run.world.size), "epoch": state.epoch, "step": 0,
+                              "rollback": True, "source": f"{path.name}: collapsed in epoch {epoch}; the learning rate "
+                                                          f"is now {rate:g} of the schedule's"}]
+    save(run)
+    if run.world.is_main:
+        say(checkpoint.resumed_line(state.starts[-1]))
 
 
 def save(run: Run) -> None:
@@ -420,7 +466,8 @@ def asked(run: Run) -> dict[str, Any]:
 
 def finish(run: Run) -> None:
     """Attack the last or the best network with restarts (PGD-50-10), and record what is left of its accuracy."""
-    run.state.final = final_evaluation(run, run.world.decide(lambda: asked(run)))
+    found = final_evaluation(run, run.world.decide(lambda: asked(run)))
+    run.state.final = {**found, **watch.summary(run.state.history)}
     save(run)
     if run.world.is_main:
         say(checkpoint.final_line(run.state.final))

@@ -1,0 +1,151 @@
+"""The watch: the rule of collapse on curves known beforehand and on every committed one, its signs, what follows."""
+import json
+
+import pytest
+import torch
+from conftest import ROOT, SMALL, SmallNet, epochs_of
+from test_scripts import one_line
+
+import train
+import watch
+
+
+def curve(*pairs: tuple[float, float]) -> list[dict]:
+    return [{"epoch": i, "fgsm_acc": fgsm, "test_robust_acc": pgd} for i, (fgsm, pgd) in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("pairs, expected", [
+    ([(0.3, 0.2), (0.5, 0.4), (0.9, 0.05), (0.95, 0.0)], [False, False, True, True]),
+    ([(0.3, 0.2), (0.35, 0.15), (0.2, 0.09)], [False, False, False]),  # low, and yet no gap: a bad epoch
+    ([(0.5, 0.4), (0.7, 0.25)], [False, False]),  # a gap, and yet above the half
+    ([(0.5, 0.4), (0.9, 0.1), (0.9, 0.3), (0.45, 0.3)], [False, True, True, False]),  # sound once neither holds
+    ([(0.5, 0.4), (0.9, 0.1), (0.25, 0.1)], [False, True, True]),
+    ([(0.9, 0.0)], [False])])  # there is no best to fall from yet
+def test_the_rule_on_curves_known_beforehand(pairs, expected):
+    assert watch.collapsed(curve(*pairs)) == expected
+
+
+# Of every committed run that fell, the epochs (from 1) in which the rule says that it is in collapse.
+FELL = {
+    "cpu-bf16/cifar100_fgsm_fgsm-init=zero_fgsm-alpha=1_seed=0": (12, 15),
+    "cpu-bf16/cifar10_fgsm_fgsm-alpha=1.25_epsilon=12_pgd-alpha=3_seed=0": (3, 7),
+    "cpu-bf16/cifar10_fgsm_fgsm-alpha=1.25_epsilon=16_pgd-alpha=4_seed=0": (3, 14),
+    "cpu-bf16/cifar10_fgsm_fgsm-init=zero_fgsm-alpha=1_epsilon=12_pgd-alpha=3_seed=0": (2, 15),
+    "cpu-bf16/cifar10_fgsm_fgsm-init=zero_fgsm-alpha=1_epsilon=16_pgd-alpha=4_seed=0": (2, 15),
+    "cpu-bf16/cifar10_fgsm_fgsm-init=zero_fgsm-alpha=1_seed=0": (2, 15),
+    "cpu-bf16/cifar10_multigrad_multi-samps=3_epsilon=16_pgd-alpha=4_seed=0": (14, 15),
+    "cpu-bf16/cifar10_zerograd_zero-qval=0.35_epsilon=12_pgd-alpha=3_seed=0": (2, 15),
+    "cpu-bf16/cifar10_zerograd_zero-qval=0.35_epsilon=16_pgd-alpha=4_seed=0": (2, 15),
+    "cpu-bf16/cifar10_zerograd_zero-qval=0.7_epsilon=16_pgd-alpha=4_seed=0": (3, 5),
+    "cpu-bf16/cifar10_zerograd_zero-qval=0_seed=0": (15, 15),
+    "cpu/cifar10_fgsm_fgsm-init=zero_fgsm-alpha=1_seed=0": (2, 15),
+    "cpu/cifar10_zerograd_zero-qval=0.35_epsilon=16_pgd-alpha=4_seed=0": (2, 7),
+    "cpu/cifar10_zerograd_zero-qval=0.35_fgsm-init=zero_epochs=5_seed=0": (2, 5),
+    "cpu/cifar10_zerograd_zero-qval=0.35_fgsm-init=zero_lr-max=0.05_epochs=5_seed=0": (2, 5),
+    "cpu/cifar10_zerograd_zero-qval=0.35_fgsm-init=zero_seed=0": (2, 15)}
+
+
+def test_the_rule_flags_every_committed_run_that_fell_and_no_other():
+    """Those of before the watch, which do not know FGSM's accuracy; newer ones say themselves."""
+    found = {}
+    for path in sorted((ROOT / "experiments/results").glob("*/*.json")):
+        epochs = json.loads(path.read_text())["epochs"]
+        states = watch.collapsed(epochs)
+        if "fgsm_acc" in epochs[0]:
+            assert states == [epoch["collapsed"] for epoch in epochs]
+        elif any(states):
+            fallen = [i + 1 for i, state in enumerate(states) if state]
+            found[f"{path.parent.name}/{path.stem}"] = (fallen[0], fallen[-1])
+    assert found == FELL
+
+
+def test_the_signs_are_their_formulas():
+    torch.manual_seed(0)
+    model, x, y = SmallNet().double(), torch.rand(6, 3, 5, 5, dtype=torch.float64), torch.randint(4, (6,))
+
+    def gradient(delta):
+        delta = delta.clone().requires_grad_()
+        torch.nn.functional.cross_entropy(model.eval()(x + delta), y).backward()
+        return delta.grad.flatten(1)
+
+    torch.manual_seed(1)
+    found = watch.signs(model, x, y, 0.1)
+    torch.manual_seed(1)
+    g, other = gradient(torch.zeros_like(x)), gradient(torch.empty_like(x).uniform_(-0.1, 0.1))
+    cosine = (g * other).sum(1) / g.square().sum(1).sqrt() / other.square().sum(1).sqrt()
+    ratio = g.abs().sum(1) ** 2 / g.square().sum(1) / 75
+    assert found["alignment"] == pytest.approx(cosine.mean().item(), rel=1e-5)
+    assert found["participation"] == pytest.approx(ratio.mean().item(), rel=1e-5)
+
+
+def test_abnormal_images_are_those_that_the_attack_made_easier():
+    y = torch.tensor([0, 1, 1])
+    at_start = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    after = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    easier, known = watch.abnormal(at_start, after, y)
+    assert (easier.item(), known) == (1, 3) and watch.abnormal(None, after, y)[1] == 0
+
+
+def test_a_run_logs_its_signs_and_its_summary(tmp_path, call, small_dummy):
+    assert call("train_cifar.py", *SMALL, "--attack=fgsm", "--fname", tmp_path / "run")[0] == 0
+    for record in epochs_of(tmp_path / "run"):
+        assert record["fgsm_acc"] >= 0 and -1 <= record["alignment"] <= 1 and 0 < record["participation"] <= 1
+        assert 0 <= record["abnormal"] <= 1 and -1 <= record["train_rise"] <= 1 and record["collapsed"] is False
+    final, records = json.loads((tmp_path / "run" / "final.json").read_text()), epochs_of(tmp_path / "run")
+    assert final["collapse_epoch"] is None and final["last_robust_acc"] == records[-1]["test_robust_acc"]
+    assert final["best_robust_acc"] == max(record["test_robust_acc"] for record in records)
+
+
+def fall(monkeypatch, *epochs: int) -> None:
+    """Have the run's evaluation find a collapse, the first time that it comes to each of the epochs."""
+    measure, left = train.measure, list(epochs)
+
+    def found(run):
+        metrics = {**measure(run), "fgsm_acc": 0.7, "test_robust_acc": 0.6}
+        if run.state.epoch in left:
+            left.remove(run.state.epoch)
+            metrics |= {"fgsm_acc": 0.9, "test_robust_acc": 0.1}
+        return metrics
+
+    monkeypatch.setattr(train, "measure", found)
+
+
+FOUR = [*SMALL, "--attack=fgsm", "--epochs=4", "--lr-schedule=onedrop", "--lr-max=0.1"]
+
+
+def test_a_collapse_is_said_and_kept(tmp_path, call, small_dummy, monkeypatch):
+    fall(monkeypatch, 1, 2)
+    status, output, _ = call("train_cifar.py", *FOUR, "--fname", tmp_path / "run")
+    assert status == 0 and output.count("catastrophic overfitting") == 2
+    assert "# catastrophic overfitting in epoch 1: 90.0% right under FGSM, 10.0% under PGD" in output
+    assert "catastrophic overfitting in epoch 2" in (tmp_path / "run" / "output.log").read_text()
+    assert [record["collapsed"] for record in epochs_of(tmp_path / "run")] == [False, True, True, False]
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    assert (final["collapse_epoch"], final["collapsed_epochs"]) == (1, 2)
+    healthy, last = (torch.load(tmp_path / "run" / f"model_{name}.pth", weights_only=True) for name in ("healthy", 3))
+    assert all(torch.equal(healthy[key], last[key]) for key in last)  # sound again in the end
+
+
+def test_a_run_can_stop_at_its_collapse(tmp_path, call, small_dummy, monkeypatch):
+    fall(monkeypatch, 1)
+    flags = [*FOUR, "--on-collapse=stop", "--fname", tmp_path / "run"]
+    status, _, error = call("train_cifar.py", *flags)
+    assert status == 1 and error.count("\n") == 1 and "collapsed in epoch 1" in error and "model_healthy.pth" in error
+    assert len(epochs_of(tmp_path / "run")) == 2
+    assert call("train_cifar.py", *flags, "--on-collapse=warn", "--resume=auto")[0] == 0
+    assert len(epochs_of(tmp_path / "run")) == 4
+
+
+def test_a_run_can_go_back_with_half_the_learning_rate(tmp_path, call, small_dummy, monkeypatch):
+    fall(monkeypatch, 1, 1, 2, 2)
+    status, output, _ = call("train_cifar.py", *FOUR, "--on-collapse=rollback", "--fname", tmp_path / "run")
+    assert status == 0 and output.count("# went back to epoch") == 3  # the fourth time it goes on
+    records = epochs_of(tmp_path / "run")
+    assert [record["epoch"] for record in records] == [0, 1, 2, 3]
+    assert [record["lr"] for record in records] == pytest.approx([0.1, 0.025, 0.0125, 0.0125])
+    assert [record["collapsed"] for record in records] == [False, False, True, False]
+    assert "the learning rate is now 0.125 of the schedule's" in (tmp_path / "run" / "output.log").read_text()
+
+
+def test_an_unknown_answer_to_a_collapse_is_refused(tmp_path, call):
+    one_line(call("train_cifar.py", *SMALL, "--on-collapse=panic", "--fname", tmp_path / "run"), "--on-collapse")
