@@ -41,7 +41,7 @@ def summary(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Of a whole run: the first epoch in collapse, how many were, and PGD's accuracy in the best and the last epoch."""
     states, robust = collapsed(history), [record["test_robust_acc"] for record in history]
     return {"collapse_epoch": states.index(True) if any(states) else None, "collapsed_epochs": sum(states),
-            "best_robust_acc": max(robust), "last_robust_acc": robust[-1]}
+            "best_robust_acc": max(robust, default=None), "last_robust_acc": robust[-1] if robust else None}
 
 
 def abnormal(at_start: Tensor | None, logits: Tensor, y: Tensor) -> tuple[Tensor, int]:

@@ -16,7 +16,8 @@ import attacks
 import objectives
 import options
 import train_cifar
-from attacks import Step, confident_gradient, fgsm, multigrad, pgd, quantile_mask, sign_consensus, zerograd
+from attacks import confident_gradient, fgsm, multigrad, pgd, quantile_mask, sign_consensus, zerograd
+from step import Step
 
 EPSILON = 8 / 255
 
@@ -322,9 +323,9 @@ def test_the_confident_gradient_does_not_vanish_where_that_of_the_loss_does(dtyp
 @pytest.mark.parametrize("name", ["fgsm", "zerograd", "multigrad", "pgd"])
 def test_a_step_is_told_where_the_first_forward_pass_was_and_what_it_found(name):
     model, x, y = problem("smooth", 4)
-    step, further = Step(), dict(steps=3) if name == "pgd" else dict(q=0.4, steps=2) if name == "zerograd" else {}
+    step, further = Step(model, 4, torch.arange(4)), {"pgd": dict(steps=3), "zerograd": dict(q=0.4, steps=2)}
     found, start = same_draws(
-        lambda: getattr(attacks, name)(model.eval(), x, y, EPSILON, 2 * EPSILON, step=step, **further),
+        lambda: getattr(attacks, name)(model.eval(), x, y, EPSILON, 2 * EPSILON, step=step, **further.get(name, {})),
         lambda: reference_start(x, EPSILON))
     assert torch.equal(step.start, start) and torch.equal(step.logits, model(x + start))
     assert not step.start.requires_grad and not step.logits.requires_grad and not torch.equal(found, start)

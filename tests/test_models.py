@@ -58,8 +58,8 @@ def test_every_network_of_the_command_line_is_built_as_wide_as_asked(name):
     stem = network.block1.layer[0].conv1 if name == "WideResNet" else network.conv1
     assert stem.out_channels == (32 if name == "WideResNet" else 3)
     convolutions = sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in network.modules())
-    assert convolutions == {"WideResNet": 31, "PreActResNet18": 17, "PreActResNet34": 33, "PreActResNet50": 17,
-                            "PreActResNet101": 34, "PreActResNet152": 51}[name]
+    assert convolutions == {"WideResNet": 31, "ResNet18": 17, "PreActResNet18": 17, "PreActResNet34": 33,
+                            "PreActResNet50": 17, "PreActResNet101": 34, "PreActResNet152": 51}[name]
 
 
 def test_the_names_are_those_of_published_checkpoints():

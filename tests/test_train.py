@@ -69,10 +69,11 @@ def small_run(model, images, attack=None, precision=FLOAT32, folder="nowhere", h
     """A run of `model`, trained and tested on `images`; the learning rate is a tenth of the time in epochs."""
     optimizer = torch.optim.SGD(model.parameters(), lr=99.0, momentum=0.9, weight_decay=5e-4, fused=True)
     args = {"batch_size": 16, "seed": 5, "epsilon": 8.0, "pgd_alpha": 2.0, "epochs": 9, "eval": False,
-            "full_test": False, "test_iters": 8, "test_restarts": 1, "chkpt_steps": None, **changes}
+            "full_test": False, "test_iters": 8, "test_restarts": 1, "chkpt_steps": None, "eps_warmup": 0.0,
+            "attack": "own", "objective": "ce", **changes}
     return train.Run(argparse.Namespace(**args), State(model, optimizer, precision), Folder(folder), World(),
-                     StopSignals(), model, model, attack, objectives.ce, lambda t: 0.1 * t, Augmentation(), images,
-                     images[held_out], images)
+                     StopSignals(), model, model, attack, objectives.ce, None, lambda t: 0.1 * t, lambda t: 0.9,
+                     Augmentation(), images, images[held_out], images)
 
 
 def test_a_training_step_is_the_published_one():
@@ -117,11 +118,11 @@ def test_the_attack_sees_the_model_in_training_mode_and_unaugmented_delta_is_cou
     seen = []
 
     def attack(model, x, y, epsilon, step):
-        seen.append((model.training, len(x), epsilon, step.time))
+        seen.append((model.training, len(x), epsilon, step.batch))
         return torch.full_like(x, 3 / 255)
 
     metrics = train.train_epoch(small_run(Wavy().eval(), wavy_images(40), attack))
-    assert seen == [(True, 16, EPSILON, 1 / 3), (True, 16, EPSILON, 2 / 3), (True, 8, EPSILON, 1.0)]
+    assert seen == [(True, 16, EPSILON, 0), (True, 16, EPSILON, 1), (True, 8, EPSILON, 2)]
     assert metrics["defence_mean"] == pytest.approx(3)
 
 

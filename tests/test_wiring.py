@@ -118,13 +118,43 @@ OBJECTIVES = {
 }
 
 
+# The rivals, whose functions have references of their own in test_rivals.py: the flags, and what is called with what.
+SIZES = ["--epsilon=4", "--fgsm-alpha=0.75", "--pgd-alpha=1.5", "--pgd-iters=3", "--label-smoothing=0.3"]
+RIVAL_ATTACKS = {
+    "none": ([], {}), "nfgsm": (["--noise-k=1.5"], dict(alpha=3 / 255, k=1.5)), "sora": (["--label-smoothing=0"], {}),
+    "ckpt": (["--ckpt-count=5"], dict(alpha=3 / 255, count=5)), "free": ([], {}),
+    "pgi": (["--pgi-reset=7"], dict(alpha=3 / 255, reset=7, smoothing=0.3)),
+    "kl": ([], dict(alpha=1.5 / 255, steps=3)),
+    "nuclear": (["--nuclear-lambda=2.5"], dict(alpha=3 / 255, weight=2.5)),
+}
+RIVAL_OBJECTIVES = {
+    "gradalign": (["--gradalign-lambda=0.6"], dict(weight=0.6)),
+    "elle": (["--elle-lambda=70", "--elle-adaptive"], dict(weight=70, adaptive=True)),
+    "aaer": (["--aaer-lambdas=2,3,0.5"], dict(weights=(2, 3, 0.5))), "trades": (["--trades-beta=5"], dict(beta=5)),
+    "nuclear": (["--nuclear-lambda=2.5"], dict(weight=2.5)), "logits": (["--logits-lambda=9"], dict(weight=9)),
+}
+
+
+@pytest.mark.parametrize("kind, name", [("attack", name) for name in RIVAL_ATTACKS] + [
+    ("objective", name) for name in RIVAL_OBJECTIVES])
+def test_the_rivals_are_called_with_what_the_command_line_says(kind, name):
+    flags, expected = (RIVAL_ATTACKS if kind == "attack" else RIVAL_OBJECTIVES)[name]
+    argv = [*SIZES, "--attack=fgsm", f"--{kind}={name}", *flags]
+    args = options.parse(DATASETS["train_cifar.py"], argv=argv)
+    if kind == "objective":
+        expected = {"smoothing": 0.3, **expected}
+    found = (options.ATTACKS if kind == "attack" else options.OBJECTIVES)[name](args)
+    assert found.keys() == expected.keys()
+    assert all(found[key] == pytest.approx(value) for key, value in expected.items())
+
+
 def test_every_attack_and_objective_of_the_command_line_is_here():
     def chosen(flag, cases):
         parsed = [options.parse(DATASETS["train_cifar.py"], argv=flags) for flags, *_ in cases.values()]
         return {vars(args)[flag] for args in parsed}
 
-    assert chosen("attack", ATTACKS) == options.ATTACKS.keys()
-    assert chosen("objective", OBJECTIVES) == options.OBJECTIVES.keys()
+    assert chosen("attack", ATTACKS) | RIVAL_ATTACKS.keys() == options.ATTACKS.keys()
+    assert chosen("objective", OBJECTIVES) | RIVAL_OBJECTIVES.keys() == options.OBJECTIVES.keys()
 
 
 def run_of(script, flags, tmp_path):
