@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -370,7 +371,11 @@ def _machine(p: Parser) -> None:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raise UsageError where flags do not go together."""
+    """Raise UsageError where flags do not go together, or there is nowhere for PyTorch to put a temporary file."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        raise UsageError("no folder for temporary files can be written: set TMPDIR to one") from None
     if args.multi_th > args.multi_samps:
         raise UsageError(f"--multi-th must be from 1 to --multi-samps ({args.multi_samps}), or -1, not {args.multi_th}")
     parallel = args.attack == "multigrad" and args.multi_parallel

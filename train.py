@@ -27,7 +27,7 @@ import schedules
 import watch
 from checkpoint import Folder, Found, State
 from data import Augmentation, Images, load
-from machine import Compiled, Precision, World, choose_device, describe, memory_format
+from machine import Compiled, Precision, World, choose_device, describe, memory_format, slowdown
 from step import Step
 from utils import Failure, Stopped, StopSignals, UsageError, one_line_errors, say, seed_everything
 
@@ -212,9 +212,8 @@ def start(run: Run, found: Found | None) -> None:
             say(checkpoint.resumed_line(state.starts[-1]))
         if aside:
             say(f"# files of an earlier run are now in {aside}")
-        if state.precision.dtype is torch.bfloat16 and world.device.type == "cpu" and \
-                torch.backends.cpu.get_cpu_capability() == "AVX2":
-            say("# without AVX-512, this processor is slow in bfloat16: better leave --amp out")
+        if args.amp and world.device.type == "cpu" and (slower := slowdown(state.precision.dtype)) > 1.2:
+            say(f"# {args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: leave --amp out")
         if args.compile and args.objective in options.EAGER:
             say(f"# --compile is off: --objective {args.objective} needs what torch.compile cannot give")
         say(checkpoint.header(len(run.held_out) > 0))
@@ -471,6 +470,9 @@ def finish(run: Run) -> None:
     save(run)
     if run.world.is_main:
         say(checkpoint.final_line(run.state.final))
+        if found["no_gradient"] > 0.01:
+            say(f"# warning: for {100 * found['no_gradient']:.0f}% of the images the attack had no gradient to go by: "
+                f"the network may only look robust; try an attack without gradients, such as Square")
 
 
 def final_evaluation(run: Run, wanted: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """What goes wrong around a run: a full disk, a loss that explodes, files and command lines that make no sense."""
+import errno
 import hashlib
 import os
 import random
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 
@@ -18,6 +20,8 @@ import data
 import evaluate
 import options
 import train
+from data import Images
+from machine import Precision, slowdown
 
 TINY = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=8", "--train-samples=8", "--epochs=2",
         "--test-iters=1", "--final-iters=1", "--final-restarts=1", "--final-samples=1", "--chkpt-iters=1",
@@ -263,3 +267,71 @@ def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, small_dumm
         monkeypatch.setattr(module, name, fail)
         status, _, line = call("train_cifar.py", *SMALL, "--attack=fgsm", "--fname", tmp_path / "run")
         assert status == 1 and line.endswith(f": error: out of memory: {advice}\n")
+
+
+def test_without_a_folder_for_temporary_files_tmpdir_is_named(tmp_path, call, monkeypatch):
+    def none():
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    one_line(call("train_cifar.py", *SMALL, "--fname", tmp_path / "run"), "TMPDIR")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_flushed_is_trained_in_all_the_same(tmp_path, call, monkeypatch):
+    """Shared ones may answer EINVAL where a directory is to be flushed. A file that cannot be is an error, and told."""
+    fsync, files_too = os.fsync, False
+
+    def fail(descriptor):
+        if files_too or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    flags = [*TINY, "--epochs=1", "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags)[0] == 0
+    files_too = True
+    status, _, error = call("train_cifar.py", *flags)
+    assert status == 1 and error.count("\n") == 1 and "Invalid argument" in error and "lower" not in error
+
+
+def test_hashes_that_name_things_are_not_those_of_security(tmp_path, call, monkeypatch):
+    """Where a machine forbids MD5 for security, a data set's files are still recognized by it."""
+    md5 = hashlib.md5
+
+    def forbidden(data=b"", *, usedforsecurity=True):
+        if usedforsecurity:
+            raise ValueError("disabled for FIPS")
+        return md5(data, usedforsecurity=False)
+
+    write_cifar10(tmp_path / "data", monkeypatch)
+    monkeypatch.setattr(hashlib, "md5", forbidden)
+    flags = [flag for flag in TINY if flag != "--dummy"]
+    assert call("train_cifar.py", *flags, "--data-dir", tmp_path / "data", "--fname", tmp_path / "run")[0] == 0
+
+
+def test_a_slow_precision_is_measured_and_not_looked_up():
+    assert slowdown(torch.float32) == pytest.approx(1, abs=0.9)
+    if torch.backends.cpu.get_cpu_capability() == "AVX512":  # without native float16, which none of these has in full
+        assert slowdown(torch.float16) > 1
+
+
+@pytest.mark.parametrize("times", [10, 30])
+def test_a_surer_network_does_not_look_more_robust(times):
+    """Its logits scaled up change no decision; in float32 and float16 the plain loss's gradient then vanishes."""
+    torch.manual_seed(0)
+    args = options.parse(DATASETS["train_cifar.py"], argv=["--base-width=8", "--device=cpu"])
+    model = train.new_network(DATASETS["train_cifar.py"], args).eval()
+    images = Images(torch.randint(256, (96, 32, 32, 3), dtype=torch.uint8), torch.zeros(96, dtype=torch.long))
+    with torch.no_grad():
+        model.linear.weight.mul_(300)
+    images.labels = model(images.batch(slice(None))[0]).argmax(dim=1)
+    found = []
+    for scale in (1, times):
+        with torch.no_grad():
+            model.linear.weight.mul_(scale), model.linear.bias.mul_(scale)
+        attack = evaluate.PGD(1.5 / 255, 0.5 / 255, 10, 1)
+        found.append(evaluate.evaluate(model, images, attack, 32, Precision(args, torch.device("cpu"))))
+    plain, sure = (verdict.metrics() for verdict in found)
+    assert 0.05 < plain["robust_acc"] < 0.95 and sure["no_gradient"] == 0
+    assert sure["robust_acc"] == pytest.approx(plain["robust_acc"], abs=0.06)

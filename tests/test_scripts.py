@@ -331,11 +331,12 @@ def test_eval_writes_its_own_logs_keeps_them_all_and_changes_nothing_else(tmp_pa
                 assert path.read_bytes() == before[path.name]
 
 
-def test_a_processor_without_fast_bfloat16_is_told_of(tmp_path, call, small_dummy, monkeypatch):
+def test_a_precision_that_is_slower_here_is_told_of(tmp_path, call, small_dummy, monkeypatch):
     flags = [*SMALL, "--epochs=1", "--fname", tmp_path / "run"]
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    assert "AVX-512" in call("train_cifar.py", *flags, "--amp")[1]
-    assert "AVX-512" not in call("train_cifar.py", *flags)[1]
+    for factor, told in ((1.1, False), (7.0, True)):
+        monkeypatch.setattr(train, "slowdown", lambda dtype, factor=factor: factor)
+        assert ("bfloat16 is 7.0 times as slow as float32" in call("train_cifar.py", *flags, "--amp")[1]) == told
+    assert "times as slow" not in call("train_cifar.py", *flags)[1]
 
 
 @pytest.mark.slow
