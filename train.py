@@ -113,6 +113,8 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
                 with saved_if_stopped(run):
                     with advised(run, f"lower --batch-size (now {args.batch_size})"):
                         trained = train_epoch(run, between_steps(run, bar))
+                    if world.size > 1:  # torchrun may not wait for the end of an evaluation
+                        save(run)
                     finish_epoch(run, trained, measure(run))
                     if state.history[-1]["collapsed"]:
                         on_collapse(run)

@@ -33,6 +33,8 @@ SCALES = {
                  f"--device=cpu {SMALL}", (0,)),
     "cpu-bf16": Scale("the scale cpu in bfloat16 and compiled, for CPUs with AVX-512, better AMX; needs a C++ compiler",
                       f"--device=cpu --amp --compile {SMALL}", (0,)),
+    "cpu-paper": Scale("the paper's commands at full width, in bfloat16 and compiled, for CPUs with AMX; the final "
+                       "evaluation on 1,000 images", "--device=cpu --amp --compile --final-samples=1000", (0,)),
     "smoke": Scale("seconds a run on synthetic images: only to see that everything works",
                    "--dummy --device=cpu --base-width=4 --epochs=2 --batch-size=32 --train-samples=96 --test-iters=2 "
                    "--final-iters=2 --final-restarts=1 --final-samples=64", (0,)),
@@ -74,6 +76,12 @@ CIFAR100_METHODS = {**{name: METHODS[name] for name in ("FGSM from zero", "FGSM-
                     **{name: METHODS[name] for name in ("ZeroGrad, q = 0.7", "MultiGrad", "PGD-10")}}
 SVHN_METHODS = {name: flags for name, flags in METHODS.items() if name != "ZeroGrad, q = 0.35"}
 PARALLEL = {"MultiGrad, parallel": "--attack=multigrad --multi-samps=3 --multi-parallel"}
+RIVALS = {
+    **METHODS,
+    "N-FGSM": "--method=n-fgsm", "N-AAER": "--method=n-aaer", "RS-AAER": "--method=rs-aaer", "SORA": "--method=sora",
+    "Free": "--method=free", "ckpt": "--method=ckpt", "FGSM-MEP": "--method=pgi", "NuAT": "--method=nuat",
+    "GradAlign": "--method=gradalign", "ELLE": "--method=elle", "ELLE-A": "--method=elle-a",
+}
 ZEROGRAD = METHODS["ZeroGrad, q = 0.35"]
 
 # RobustBench's model cards, of runs by other recipes: clean / robust as its authors report it / under AutoAttack.
@@ -120,6 +128,10 @@ def _from_zero() -> Table:
 # In order of worth: where time is short, the first are made first.
 TABLES = {
     "cifar10": Table("CIFAR-10, epsilon 8/255", ("trained on",), _methods("cifar10", {**METHODS, **PARALLEL})),
+    "rivals": Table("CIFAR-10: the methods against catastrophic overfitting, at epsilon 8/255 and 16/255",
+                    ("epsilon", "trained on"), tuple(
+                        Row((str(value), name), "cifar10", flags + _epsilon(value))
+                        for value in (8, 16) for name, flags in RIVALS.items())),
     "quantile": Table("CIFAR-10: ZeroGrad over q", ("q",), tuple(
         Row((q,), "cifar10", f"--attack=zerograd --zero-qval={q}") for q in ("0", "0.2", "0.35", "0.5", "0.7", "0.9"))),
     "cifar100": Table("CIFAR-100, epsilon 8/255", ("trained on",), _methods("cifar100", CIFAR100_METHODS)),

@@ -3,7 +3,7 @@
     python experiments/report.py --scale=cpu
 
 reads experiments/results/SCALE/*.json, as reproduce.py writes them, and writes experiments/report/SCALE.md with every
-table, and the figures SCALE_*.png. A cell that was not measured stays empty.
+table, and the figures SCALE_*.png. A row that was not measured is left out.
 """
 import statistics
 import sys
@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 sys.path.insert(0, str(ROOT))
+import watch
 from options import Parser
 from utils import whole_file
 
@@ -32,9 +33,12 @@ plt.rcParams.update({"figure.dpi": 110, "font.size": 9, "axes.grid": True, "grid
 NOTES = """
 * Accuracies are in % on test images; after ±, the sample's standard deviation over the seeds, where there are several.
   The choice of images alone makes a standard error of up to 0.5 with 10,000 of them, and 1.6 with 1,000.
-* PGD-10 after an epoch is judged at its end; the closing attack, whose second number counts its restarts, after every
-  step. In the curves, the last epoch is on all test images, the others (but for SVHN) are on a part; the best of these,
-  in a column of its own, is chosen on the test images that it is reported on.
+* The second number of PGD-10-1 and the like counts restarts. An image is robust if it is right at every step; in runs
+  from before the watch (those without FGSM's accuracy in their files), PGD-10 after an epoch is judged at its end alone.
+* In the curves, the last epoch is on all test images, the others (but for SVHN) are on a part; the best of these, in a
+  column of its own, is chosen on the test images that it is reported on.
+* Collapsed: the first epoch in which catastrophic overfitting was found (`watch.py`), over several seeds how many
+  of the runs collapsed at some time; "then sound" where the last epoch is sound again.
 * Seconds are the median over a run's epochs, beside whatever else the machine did (`--jobs` is of one command: there
   may have been others); they tell orders of magnitude, benchmarks/speed.py tells ratios. A table whose runs were made
   on several kinds of machine has none.
@@ -79,6 +83,17 @@ def final(record: Result) -> float:
     return 100 * record["final"]["robust_acc"]
 
 
+def collapse(records: list[Result]) -> str:
+    """When a run collapsed, epochs counted from 1; of several runs, how many did."""
+    states = [watch.collapsed(record["epochs"]) for record in records]
+    fallen = [state for state in states if any(state)]
+    if len(records) > 1:
+        return f"{len(fallen)} of {len(records)}"
+    if not fallen:
+        return "no"
+    return f"epoch {fallen[0].index(True) + 1}" + ("" if fallen[0][-1] else ", then sound")
+
+
 def seconds(record: Result) -> float:
     return statistics.median(epoch["train_time"] for epoch in record["epochs"])
 
@@ -101,11 +116,9 @@ def size(row: Row) -> float:
 
 def table_text(table: Table, results: Results) -> str:
     """The table in Markdown; accuracies in %, as means over the seeds with their standard deviation."""
-    rows = sorted(table.at(results.scale), key=size)
+    rows = sorted(measured(table, results), key=size)
     found = [results.of(row) for row in rows]
     records = [record for by_seed in found for record in by_seed.values()]
-    if not records:
-        return "None of its runs has been made yet.\n"
     judged, epoch = records[0]["final"], records[0]["epochs"][-1]
     flags = SCALES[results.scale].flags.split()
     steps = next((flag.split("=")[1] for flag in flags if flag.startswith("--test-iters=")), 10)
@@ -125,11 +138,11 @@ def table_text(table: Table, results: Results) -> str:
             for start in record["starts"]}) == 1:
         columns["training, s an epoch"] = seconds
     published = any(row.published for row in table.at(results.scale)) and results.scale == "paper"
-    heads = [*table.columns, *columns, "seeds"] + (["published elsewhere"] if published else [])
+    heads = [*table.columns, *columns, "collapsed", "seeds"] + (["published elsewhere"] if published else [])
     lines = [heads, ["---"] * len(heads)]
     for row, by_seed in zip(rows, found):
         cells = [mean_and_deviation([value(record) for record in by_seed.values()]) for value in columns.values()]
-        lines.append([*row.cells, *cells, ", ".join(map(str, by_seed))] + ([row.published] if published else []))
+        lines.append([*row.cells, *cells, collapse(list(by_seed.values())), ", ".join(map(str, by_seed))] + ([row.published] if published else []))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -262,7 +275,7 @@ def write_report(results: Results, out: Path) -> Path:
             f"{scale.about[0].upper() + scale.about[1:]}: `{scale.flags}`.\n"
             f"{notes}* Written by `python experiments/report.py --scale={results.scale}`.\n"]
     for name, table in TABLES.items():
-        if not table.at(results.scale):
+        if not measured(table, results):
             continue
         text.append(f"\n## {table.title}\n\n{table_text(table, results)}")
         for image, draw in [(f"{results.scale}_{key}.png", draw) for key, (of, draw) in FIGURES.items() if of == name]:

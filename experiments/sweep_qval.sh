@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# ZeroGrad over its quantile, one run after another. Call it again after an interruption: finished runs are kept, a cut
-# off one goes on. Flags given to it are passed on: experiments/sweep_qval.sh --data-dir ~/data --base-width 16
+# ZeroGrad over its quantile, one run after another; QS lists the values. Call it again after an interruption: finished
+# runs are kept, a cut off one goes on. Flags given to it are passed on, the later of two the stronger:
+#     QS="0 0.35 0.7" experiments/sweep_qval.sh --epochs=5 --base-width=16 --data-dir="$HOME/data"
 # (relative paths are taken from the project's folder).
 set -euo pipefail
 cd "$(dirname "$0")/.."
-for q in 0 0.2 0.35 0.5 0.7 0.9; do
+for q in ${QS:-0 0.2 0.35 0.5 0.7 0.9}; do
     python train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --zero-qval="$q" \
         --resume=auto --fname="runs/zerograd_q$q" "$@"
 done

@@ -48,8 +48,7 @@ def test_every_command_of_every_table_is_one_that_its_script_takes(scale):
     meant = {}
     for run in runs:
         name, *flags = run.command
-        args = options.parser(DATASETS[name], None).parse_args(flags)
-        options.check(args)
+        args = options.parse(DATASETS[name], argv=flags)
         assert args.epochs == run.epochs
         assert meant.setdefault(tuple(sorted((k, str(v)) for k, v in vars(args).items())), run.name) == run.name
     assert run.seed == 1 and {run.scale for run in runs} == {scale}
@@ -183,6 +182,10 @@ def test_the_plain_sweep_makes_every_quantile_and_passes_flags_on(tmp_path):
     assert [re.search("--zero-qval=(\\S+)", call)[1] for call in calls] == ["0", "0.2", "0.35", "0.5", "0.7", "0.9"]
     assert all("--resume=auto" in call and call.endswith("--data-dir a b") for call in calls)
     assert len({re.search("--fname=(\\S+)", call)[1] for call in calls}) == 6
+    (tmp_path / "calls").unlink()
+    subprocess.run([ROOT / "experiments/sweep_qval.sh"], env={**environment, "QS": "0.1 0.3"}, check=True)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [re.search("--zero-qval=(\\S+)", call)[1] for call in calls] == ["0.1", "0.3"]
 
 
 @pytest.mark.parametrize("status", (0, 1, 143))
@@ -220,7 +223,7 @@ def write_known(folder, flags: str, seed: int, accuracies: list[float]) -> None:
         "epochs": epochs})
 
 
-def test_the_report_gives_means_deviations_and_empty_cells(tmp_path):
+def test_the_report_gives_means_deviations_and_collapses(tmp_path):
     for seed, last in enumerate((0.1, 0.2, 0.3)):
         write_known(tmp_path, "--attack=zerograd --zero-qval=0.35", seed, [0.4, last])
     write_known(tmp_path, "--attack=zerograd --zero-qval=0.7", 0, [0.2, 0.45])
@@ -231,10 +234,10 @@ def test_the_report_gives_means_deviations_and_empty_cells(tmp_path):
     path = report.write_report(results, tmp_path / "out")
     text = path.read_text()
     assert statistics.stdev((10, 20, 30)) == 10
-    row = "| 40.0 ± 20.0 | 20.0 ± 10.0 | 40.0 ± 0.0 | 20.0 ± 10.0 | 10.0 ± 0.0 | 0, 1, 2 |"
+    row = "| 40.0 ± 20.0 | 20.0 ± 10.0 | 40.0 ± 0.0 | 20.0 ± 10.0 | 10.0 ± 0.0 | 1 of 3 | 0, 1, 2 |"
     assert f"| ZeroGrad, q = 0.35 {row}" in text
-    assert "| ZeroGrad, q = 0.7 | 90.0 | 45.0 | 20.0 | 45.0 | 10.0 | 0 |" in text
-    assert "| FGSM-RS |  |  |  |  |  |  |" in text and "None of its runs" in text
+    assert "| ZeroGrad, q = 0.7 | 90.0 | 45.0 | 20.0 | 45.0 | 10.0 | no | 0 |" in text
+    assert "FGSM-RS" not in text and "MultiGrad over" not in text  # nothing was measured there
     quantiles = text.index("over q")
     assert text.index("| 0.35 | 40.0", quantiles) < text.index("| 0.7 | 90.0", quantiles)
     for name in ("cifar10", "quantile"):
