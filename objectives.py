@@ -14,10 +14,17 @@ from attacks import nuclear_ramp
 from step import Step
 
 
+def perturbed(x: Tensor, delta: Tensor) -> Tensor:
+    """x + delta, clipped to [0, 1], with delta's gradient as if it were not: the attack left no more than rounding to
+    clip, and where that falls is no reason for a gradient of 0."""
+    moved = x + delta
+    return moved + (moved.clamp(0, 1) - moved).detach()
+
+
 def ce(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: Step,
        smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy at the perturbed images, as in the published method (arXiv 2103.15476). Passes: 1."""
-    logits = model((x + delta).clamp(0, 1))
+    logits = model(perturbed(x, delta))
     return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
 
 
@@ -94,7 +101,7 @@ def trades(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """TRADES (Zhang et al., arXiv 1901.08573): CE(f(x), y) + beta KL(p(x) || p(x + delta)), both with their gradients.
     Passes: 2."""
-    clean, logits = step.network(x), model((x + delta).clamp(0, 1))
+    clean, logits = step.network(x), model(perturbed(x, delta))
     divergence = F.kl_div(logits.float().log_softmax(dim=1), clean.float().log_softmax(dim=1), log_target=True,
                           reduction="batchmean")
     return F.cross_entropy(clean, y, label_smoothing=smoothing) + beta * divergence, logits
@@ -104,7 +111,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: floa
             smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """NuAT (Sriramanan et al., NeurIPS 2021): CE(f(x), y) + weight norm_nuclear(f(x) - f(x + delta)) / B, the weight
     growing as `nuclear_ramp` says. Passes: 2."""
-    logits, clean = model((x + delta).clamp(0, 1)), step.network(x)
+    logits, clean = model(perturbed(x, delta)), step.network(x)
     norm = torch.linalg.matrix_norm(clean.float() - logits.float(), ord="nuc")
     return F.cross_entropy(clean, y, label_smoothing=smoothing) + weight * nuclear_ramp(step) * norm / len(x), logits
 

@@ -1,0 +1,1274 @@
+"""The methods of other papers: what they compute, against their formulas written out again here, and how they are run.
+
+A reference is a function of a network, images, labels, epsilon and a namespace `at`, which plays the part of `Step`. It
+draws the same random numbers in the same order, and makes the forward passes that were published, in the same modes, so
+that BatchNorm's running statistics have to agree too. None of it calls attacks.py or objectives.py.
+"""
+import copy
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATASETS, ROOT, SMALL, SmallNet, assert_same_run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import attacks
+import checkpoint
+import data
+import objectives
+import options
+import resnet
+import schedules
+import train
+import train_cifar
+import train_cifar100
+import train_svhn
+from checkpoint import Folder
+from machine import CPU, World
+from step import Step
+from utils import StopSignals, seed_everything
+
+EPSILON = 8 / 255
+
+
+# The formulas: building blocks
+
+
+def each_ce(logits, y):
+    """The cross-entropy of each image."""
+    return -logits.log_softmax(dim=1)[torch.arange(len(y)), y]
+
+
+def mean_ce(logits, y, smoothing=0.0):
+    """The mean cross-entropy with the target 1 - s + s / K for the label, s / K for the other classes."""
+    return (1 - smoothing) * each_ce(logits, y).mean() - smoothing * logits.log_softmax(dim=1).mean()
+
+
+def slope(net, x, y, delta, smoothing=0.0):
+    """The gradient with respect to delta, and the logits with their way back to the weights."""
+    delta = delta.clone().requires_grad_()
+    logits = net(x + delta)
+    g, = torch.autograd.grad(mean_ce(logits, y, smoothing), delta, retain_graph=True)
+    return g, logits
+
+
+def pixels(delta, x):
+    return torch.max(torch.min(delta, 1 - x), -x)
+
+
+def ball(delta, x, epsilon):
+    return pixels(torch.clamp(delta, -epsilon, epsilon), x)
+
+
+def uniform(x, size):
+    return torch.empty_like(x).uniform_(-size, size)
+
+
+def corners(x, size):
+    """Bernoulli noise of -size or size."""
+    return size * torch.sign(2 * torch.rand_like(x) - 1)
+
+
+def singular_sum(matrix):
+    """The nuclear norm in float32, in which it is computed."""
+    return torch.linalg.svdvals(matrix).sum()
+
+
+def divergence(clean, perturbed):
+    """KL(p || q) of the two answers, the mean over images, in float32, in which it is computed."""
+    log_p, log_q = clean.float().log_softmax(dim=1), perturbed.float().log_softmax(dim=1)
+    return (clean.float().softmax(dim=1) * (log_p - log_q)).sum() / len(clean)
+
+
+# The perturbations
+
+
+def none(net, x, y, epsilon, at):
+    return x * 0
+
+
+def fgsm(net, x, y, epsilon, at, alpha, init="random"):
+    eta = x * 0 if init == "zero" else pixels(uniform(x, epsilon), x)
+    at.gradient, at.logits = slope(net, x, y, eta)
+    return ball(eta + alpha * at.gradient.sign(), x, epsilon)
+
+
+def nfgsm(net, x, y, epsilon, at, alpha, k=2):
+    eta = pixels(uniform(x, k * epsilon), x)
+    at.gradient, at.logits = slope(net, x, y, eta)
+    return pixels(eta + alpha * at.gradient.sign(), x)
+
+
+def pgd(net, x, y, epsilon, at, alpha, steps):
+    """The first pass is the one that objectives compare with."""
+    delta, found = pixels(uniform(x, epsilon), x), []
+    for _ in range(steps):
+        found.append(slope(net, x, y, delta))
+        delta = ball(delta + alpha * found[-1][0].sign(), x, epsilon)
+    at.gradient, at.logits = found[0]
+    return delta
+
+
+def sora(net, x, y, epsilon, at):
+    v = at.kept.setdefault("v", 0.99)
+    eta = pixels(uniform(x, epsilon), x)
+    g, _ = slope(net, x, y, eta)
+    a = 2 * epsilon * (min(1, 0.02 / (1 - v)) if v < 1 else 1)
+
+    def after(g_after):
+        ratios = [(one.sign() * other).sum().item() / max(one.abs().sum().item(), 1e-12)
+                  for one, other in zip(g, g_after)]
+        at.kept["v"] = 0.95 * v + 0.05 * min(max(sum(ratios) / len(ratios), -1), 1)
+
+    at.after = after
+    return pixels(eta + a * torch.rand_like(x) * g.sign(), x)
+
+
+def ckpt(net, x, y, epsilon, at, alpha, count=3):
+    eta = pixels(uniform(x, epsilon), x)
+    g, logits = slope(net, x, y, eta)
+    delta = ball(eta + alpha * g.sign(), x, epsilon)
+    net.eval()
+    for i in range(len(x)):
+        wrong = [k for k in range(1, count) if net(x[i:i + 1] + k / count * delta[i:i + 1]).argmax() != y[i]]
+        share = 0 if logits[i].argmax() != y[i] else wrong[0] / count if wrong else 1
+        at.shares.append(share)
+        delta[i] *= share
+    net.train()
+    return delta
+
+
+def free(net, x, y, epsilon, at):
+    if "delta" not in at.kept:
+        at.kept["delta"] = torch.zeros_like(x)
+    delta = ball(at.kept["delta"][:len(x)].float().to(x.dtype), x, epsilon)  # kept in float32
+
+    def after(g):
+        at.kept["delta"][:len(x)] = ball(delta + epsilon * g.sign(), x, epsilon)
+
+    at.after = after
+    return delta.clone()
+
+
+def pgi(net, x, y, epsilon, at, alpha, reset, smoothing=0.0):
+    """D and M, times the number of entries, are kept here as they are, and rounded to half precision where they are
+    taken up again."""
+    entries = x.numel()
+    for name in ("D", "M"):
+        at.kept.setdefault(name, torch.zeros(at.images, *x.shape[1:], dtype=x.dtype))
+    if at.epoch % reset == 0:
+        d, m = corners(x, epsilon), x * 0
+    else:
+        d, m = (at.kept[name][at.index].half().to(x.dtype) for name in ("D", "M"))
+    at.gradient, at.logits = slope(net, x, y, d, smoothing)
+    m = 0.3 * m / entries + at.gradient / at.gradient.abs().sum()
+    at.kept["D"][at.index], at.kept["M"][at.index] = ball(d + alpha * m.sign(), x, epsilon), m * entries
+    return ball(d + alpha * at.gradient.sign(), x, epsilon)
+
+
+def kl(net, x, y, epsilon, at, alpha, steps=10):
+    delta = 0.001 * torch.randn_like(x)
+    net.eval()
+    clean = net(x).detach()
+    for _ in range(steps):
+        delta = delta.clone().requires_grad_()
+        g, = torch.autograd.grad(divergence(clean, net(x + delta)), delta)
+        delta = ball(delta.detach() + alpha * g.sign(), x, epsilon)
+    net.train()
+    return delta
+
+
+def nuclear(net, x, y, epsilon, at, alpha, weight):
+    delta = pixels(corners(x, epsilon / 2), x).requires_grad_()
+    clean = net(x).detach()
+    net.eval()
+    logits = net(x + delta)
+    loss = mean_ce(logits, y)
+    if at.batch % 2 == 1:
+        loss = loss + weight * min(at.done / 0.9, 1) * singular_sum(clean.float() - logits.float()) / len(x)
+    g, = torch.autograd.grad(loss, delta)
+    net.train()
+    return ball(delta.detach() + alpha * g.sign(), x, epsilon)
+
+
+# What is minimized there
+
+
+def ce(net, x, y, delta, epsilon, at, smoothing=0.0):
+    return mean_ce(net(x + delta), y, smoothing)
+
+
+def gradalign(net, x, y, delta, epsilon, at, weight):
+    loss = mean_ce(net(x + delta), y)
+    g1 = at.gradient
+    noise = uniform(x, epsilon).requires_grad_()
+    g2, = torch.autograd.grad(mean_ce(net(x + noise), y), noise, create_graph=True)
+    cosines = [(a / a.norm() * b / b.norm()).sum() for a, b in zip(g1, g2) if a.abs().sum() > 0 and b.abs().sum() > 0]
+    return loss + weight * (1 - sum(cosines) / len(cosines)) if cosines else loss
+
+
+def elle(net, x, y, delta, epsilon, at, weight, adaptive=False):
+    loss = mean_ce(net(x + delta), y)
+    x_a = x + uniform(x, epsilon)
+    x_b = x + uniform(x, epsilon)
+    t = torch.rand(len(x), dtype=x.dtype)
+    wide = t.view(-1, 1, 1, 1)
+    triplet = net(torch.cat([x_a, x_b, (1 - wide) * x_a + wide * x_b]))
+    l_a, l_b, l_c = (each_ce(triplet[i * len(x):(i + 1) * len(x)], y) for i in range(3))
+    term = ((l_c - (1 - t) * l_a - t * l_b) ** 2).mean()
+    return loss + (elle_a(at.kept, term.item(), weight) if adaptive else weight) * term
+
+
+def elle_a(kept, term, weight):
+    """The weight for this batch; what is kept is then that for the next one, and all terms so far."""
+    now, history = kept.setdefault("lambda", 0.0), kept.setdefault("terms", [])
+    jumps = len(history) > 2 and term > np.mean(history) + 2 * np.std(history)
+    kept["lambda"] = weight if jumps else 0.99 * now
+    kept.setdefault("jumps", []).append(bool(jumps))
+    history.append(term)
+    return now
+
+
+def aaer(net, x, y, delta, epsilon, at, weights):
+    l1, l2, l3 = weights
+    logits, start = net(x + delta), at.logits.detach()
+    before, after = each_ce(start, y), each_ce(logits, y).detach()
+    abnormal = [i for i in range(len(y)) if before[i] > after[i]]
+    normal = [i for i in range(len(y)) if before[i] <= after[i]]
+    loss = mean_ce(logits, y)
+    at.kinds.append((len(abnormal), len(normal)))
+    if not abnormal or not normal:
+        return loss
+    variation = ((start - logits) ** 2).sum(dim=1)
+    v_abnormal, v_normal = variation[abnormal].mean(), variation[normal].mean().item()
+    fall = (before - after)[abnormal].mean()
+    at.terms.append(v_abnormal.item() - v_normal)
+    return loss + l1 * len(abnormal) / len(y) * (l2 * fall + l3 * torch.clamp(v_abnormal - v_normal, min=0))
+
+
+def trades(net, x, y, delta, epsilon, at, beta):
+    clean = net(x)
+    perturbed = net(x + delta)
+    return mean_ce(clean, y) + beta * divergence(clean, perturbed)
+
+
+def nuclear_norm(net, x, y, delta, epsilon, at, weight):
+    perturbed = net(x + delta)
+    clean = net(x)
+    return mean_ce(clean, y) + weight * min(at.done / 0.9, 1) * singular_sum(clean.float() - perturbed.float()) / len(x)
+
+
+def logits(net, x, y, delta, epsilon, at, weight, smoothing=0.0):
+    found = net(x + delta)
+    return mean_ce(found, y, smoothing) + weight * ((found - at.logits) ** 2).mean()
+
+
+# One step after another, side by side
+
+
+def sharp_net(classes: int = 4) -> SmallNet:
+    """In float64, and with answers that a perturbation changes."""
+    net = SmallNet(3, classes).double().train()
+    with torch.no_grad():
+        net.linear.weight.mul_(6)
+    return net
+
+
+def pool(n: int = 6, seed: int = 0):
+    """n images, some pixels at the edge of the box, labelled with what the network says but for two of them."""
+    torch.manual_seed(seed)
+    net = sharp_net()
+    x = torch.rand(n, 3, 5, 5, dtype=torch.float64)
+    x[:, :, 0] = x[:, :, 0].round()
+    y = copy.deepcopy(net)(x).argmax(dim=1)
+    y[:n // 3] = (y[:n // 3] + 1) % 4
+    return net, x, y
+
+
+ATTACKS = {f.__name__: f for f in (none, fgsm, nfgsm, pgd, sora, ckpt, free, pgi, kl, nuclear)}
+OBJECTIVES = {**{f.__name__: f for f in (ce, gradalign, elle, aaer, trades, logits)}, "nuclear": nuclear_norm}
+
+# Name: an attack and its keywords, an objective and its, and the relative tolerance: some terms are in float32.
+FAR, ZERO = dict(alpha=1.25 * EPSILON), dict(alpha=1.25 * EPSILON, init="zero")
+PAIRS = {
+    "none": ("none", {}, "ce", {}, 1e-9),
+    "fgsm, smoothed": ("fgsm", ZERO, "ce", dict(smoothing=0.3), 1e-9),
+    "nfgsm": ("nfgsm", dict(alpha=EPSILON), "ce", {}, 1e-9),
+    "nfgsm, k = 4": ("nfgsm", dict(alpha=1.25 * EPSILON, k=4), "ce", {}, 1e-9),
+    "sora": ("sora", {}, "ce", {}, 1e-9),
+    "ckpt": ("ckpt", FAR, "ce", {}, 1e-9),
+    "ckpt in 5 parts": ("ckpt", dict(alpha=1.25 * EPSILON, count=5), "ce", {}, 1e-9),
+    "free": ("free", {}, "ce", {}, 1e-9),
+    "free, smoothed": ("free", {}, "ce", dict(smoothing=0.3), 1e-9),
+    "pgi": ("pgi", dict(alpha=EPSILON, reset=2, smoothing=0.4), "logits", dict(weight=10.0, smoothing=0.4), 1e-9),
+    "pgi, reset in every epoch": ("pgi", dict(alpha=1.25 * EPSILON, reset=1), "ce", {}, 1e-9),
+    "pgd, logits": ("pgd", dict(alpha=EPSILON / 4, steps=3), "logits", dict(weight=10.0), 1e-9),
+    "kl, trades": ("kl", dict(alpha=EPSILON / 4), "trades", dict(beta=6.0), 1e-5),
+    "kl": ("kl", dict(alpha=EPSILON / 4, steps=3), "ce", {}, 1e-9),
+    "nuclear": ("nuclear", dict(alpha=EPSILON, weight=4.5), "nuclear", dict(weight=4.5), 1e-5),
+    "gradalign": ("fgsm", ZERO, "gradalign", dict(weight=0.2), 1e-9),
+    "nfgsm, gradalign": ("nfgsm", FAR, "gradalign", dict(weight=2.5), 1e-9),
+    "elle": ("fgsm", ZERO, "elle", dict(weight=1000.0), 1e-9),
+    "elle-a": ("fgsm", ZERO, "elle", dict(weight=4000.0, adaptive=True), 1e-9),
+    "n-aaer": ("nfgsm", dict(alpha=EPSILON), "aaer", dict(weights=(1.0, 1.5, 0.15)), 1e-9),
+    "rs-aaer": ("fgsm", FAR, "aaer", dict(weights=(1.0, 2.5, 1.5)), 1e-9),
+    "pgd, aaer": ("pgd", dict(alpha=EPSILON / 4, steps=2), "aaer", dict(weights=(2.0, 1.5, 0.15)), 1e-9),
+}
+
+# The steps of a short run: epoch, batch in it, how much of the run is over, which images, epsilon in 8/255.
+STEPS = [(0, 0, 0.0, [4, 0, 5, 1, 2, 3], 1), (0, 1, 0.0, [3, 5, 1, 0], 1), (1, 0, 0.3, [0, 2, 4, 1, 5, 3], 1),
+         (1, 1, 0.3, [1, 0, 3], 1), (2, 0, 0.6, [3, 5, 1, 0, 4, 2], 8), (2, 1, 0.6, [0, 1, 3, 5], 1),
+         (3, 1, 0.95, [5, 4, 1, 0, 2, 3], 8)]
+
+
+def memory(images: int) -> SimpleNamespace:
+    return SimpleNamespace(images=images, kept={}, after=None, logits=None, gradient=None, shares=[], kinds=[],
+                           terms=[])
+
+
+def assert_kept(found: dict, expected: dict, rtol: float = 1e-9) -> None:
+    """What the code keeps is what the reference keeps; D and M to half precision."""
+    close = torch.testing.assert_close
+    if "v" in expected:
+        close(found["sora"].item(), expected["v"], rtol=rtol, atol=0)
+    if "delta" in expected:
+        close(found["free"].to(expected["delta"].dtype), expected["delta"], rtol=1e-5, atol=1e-7)
+    if "D" in expected:
+        close(found["pgi"].double(), expected["D"].double(), rtol=2**-10, atol=1e-7)
+        close(found["pgi momentum"].double(), expected["M"].double(), rtol=2**-10, atol=1e-4)
+    if "terms" in expected:
+        terms = np.array(expected["terms"])
+        close(found["elle"], torch.tensor([expected["lambda"], len(terms), terms.sum(), (terms**2).sum()],
+                                          dtype=torch.float64), rtol=rtol, atol=0)
+    assert len(found) == len(expected.keys() & {"v", "delta", "D", "M", "terms"})
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_steps_are_the_formulas(name):
+    """Perturbation, loss, its gradient, BatchNorm's statistics and what is kept, in steps of which each moves the
+    weights; and an attack leaves the gradients and the mode of the model alone."""
+    attack, its, objective, more, rtol = PAIRS[name]
+    net, x_pool, y_pool = pool()
+    other, at, kept = copy.deepcopy(net), memory(len(x_pool)), {}
+    for number, (epoch, batch, done, index, factor) in enumerate(STEPS):
+        x, y, index = x_pool[index], y_pool[index], torch.tensor(index)
+        step = Step(net, len(x_pool), index, epoch, batch, done, kept, keeps_graph=objective == "logits")
+        at.epoch, at.batch, at.done, at.index = epoch, batch, done, index
+        gradients = {name: torch.randn_like(p) for name, p in net.named_parameters()}
+        for parameter, gradient in gradients.items():
+            net.get_parameter(parameter).grad = gradient.clone()
+        epsilon, keywords = factor * EPSILON, {**its, "alpha": factor * its["alpha"]} if "alpha" in its else its
+        torch.manual_seed(100 + number)
+        delta = getattr(attacks, attack)(net, x, y, epsilon, step=step, **keywords)
+        for parameter, gradient in gradients.items():
+            assert torch.equal(net.get_parameter(parameter).grad, gradient)
+        assert net.training and all(p.requires_grad for p in net.parameters()) and not delta.requires_grad
+        loss, _ = getattr(objectives, objective)(net, x, y, delta.requires_grad_(), epsilon, step, **more)
+        found = torch.autograd.grad(loss, [*net.parameters(), delta], materialize_grads=True)
+
+        torch.manual_seed(100 + number)
+        expected_delta = ATTACKS[attack](other, x, y, epsilon, at, **keywords).requires_grad_()
+        expected_loss = OBJECTIVES[objective](other, x, y, expected_delta, epsilon, at, **more)
+        expected = torch.autograd.grad(expected_loss, [*other.parameters(), expected_delta], materialize_grads=True)
+        torch.testing.assert_close(delta, expected_delta, rtol=0, atol=1e-12)
+        torch.testing.assert_close(loss.double(), expected_loss.double(), rtol=rtol, atol=0)
+        scale = max(gradient.abs().max().item() for gradient in expected)  # that of a bias before BatchNorm is zero
+        for one, two in zip(found, expected):
+            torch.testing.assert_close(one, two, rtol=100 * rtol, atol=10 * rtol * scale)
+        if at.after:
+            step.after(found[-1])
+            at.after(expected[-1])
+        else:
+            assert step.after is None
+        for one, two in zip(net.buffers(), other.buffers()):
+            torch.testing.assert_close(one, two, rtol=rtol, atol=0)
+        assert_kept(kept, at.kept)
+        with torch.no_grad():
+            for one, two, gradient in zip(net.parameters(), other.parameters(), expected):
+                for parameter in (one, two):
+                    parameter -= 0.01 * gradient / max(gradient.norm().item(), 1)
+    # The steps were worth taking: every rule has acted.
+    if attack == "ckpt":
+        c = its.get("count", 3)
+        assert {0, 1 / c, 2 / c, 1} <= set(at.shares)
+    if "terms" in at.kept:
+        assert at.kept["jumps"].count(True) == 1 and at.kept["lambda"] == 0.99**2 * 4000
+    assert at.kept.get("v", 0) < 0.98
+
+
+def test_aaer_where_some_images_are_abnormal():
+    """Between random points, with both kinds of images there, and the abnormal ones' answers changed more, or less; an
+    image that is the same at both, and as well classified, is normal."""
+    net, x, y = pool(8, seed=3)
+    at = memory(len(x))
+    for seed in range(12):
+        torch.manual_seed(seed)
+        eta, delta, n = pixels(uniform(x, 0.3), x), pixels(uniform(x, 0.3), x), 8 if seed % 3 else 2
+        x_n, y_n = x[:n], y[:n]
+        net.train(seed % 2 == 0)  # or an image's answer would depend on the others
+        eta[0] = delta[0]
+        other, step = copy.deepcopy(net), Step(net, n, torch.arange(n))
+        step.logits, at.logits = net(x_n + eta[:n]), other(x_n + eta[:n]).detach()
+        loss, _ = objectives.aaer(net, x_n, y_n, delta[:n], EPSILON, step, weights=(2.0, 1.5, 0.7))
+        expected = aaer(other, x_n, y_n, delta[:n], EPSILON, at, (2.0, 1.5, 0.7))
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        for one, two in zip(torch.autograd.grad(loss, list(net.parameters())),
+                            torch.autograd.grad(expected, list(other.parameters()))):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+    assert {abnormal > 0 and normal > 0 for abnormal, normal in at.kinds} == {True, False}
+    assert min(at.terms) < 0 < max(at.terms)
+
+
+class Told(nn.Module):
+    """Its cross-entropy for the label 0 is 1, and the loss bends at the last third of three times the images."""
+
+    def __init__(self, bend):
+        super().__init__()
+        self.bend = bend
+
+    def forward(self, x):
+        losses = torch.ones(len(x), dtype=torch.float64)
+        losses[2:] += self.bend
+        return torch.stack([torch.zeros_like(losses), losses.expm1().log()], dim=1)
+
+
+def weights_after(terms) -> list[float]:
+    """The weights that ELLE-A gives to such terms, one after another: by how much each makes the loss larger."""
+    kept, weights = {}, []
+    x, y = torch.zeros(1, 3, 2, 2, dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    for term in terms:
+        step = Step(Told(math.sqrt(term)), 1, y, kept=kept)
+        loss, _ = objectives.elle(step.network, x, y, x, EPSILON, step, weight=4000.0, adaptive=True)
+        weights.append((loss.item() - 1) / term)
+    return weights
+
+
+def test_the_adaptive_weight_needs_three_terms_and_acts_one_step_late():
+    """0 at first, whatever comes; 4000 after the fifth term; then a hundredth less at each that is no exception."""
+    weights = weights_after([1, 100, 1, 1, 500, 1, 1, 1])
+    assert weights == pytest.approx([0, 0, 0, 0, 0, 4000, 3960, 3920.4], abs=1e-6)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.sampled_from([0.01, 0.04, 0.09, 1.0, 9.0]), min_size=1, max_size=25))
+def test_the_adaptive_weight_follows_its_rule_along_any_history(terms):
+    """By NumPy's mean and standard deviation, but for ties, which rounding decides."""
+    memo, expected = {}, []
+    for i, term in enumerate(terms):
+        if i > 2 and abs(term - np.mean(terms[:i]) - 2 * np.std(terms[:i])) < 1e-9:
+            terms = terms[:i]
+            break
+        expected.append(elle_a(memo, term, 4000.0))
+    assert weights_after(terms) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gradaligns_double_backward_is_the_slope_of_its_loss(seed):
+    """Against central differences along random directions of the weights, the detached gradient held fixed."""
+    net, x, y = pool(seed=seed)
+    step = Step(net, len(x), torch.arange(len(x)))
+    delta = attacks.fgsm(net, x, y, 0.1, 0.1, "zero", step)
+
+    def loss():
+        torch.manual_seed(seed)
+        return objectives.gradalign(net, x, y, delta, 0.1, step, weight=3.0)[0]
+
+    parameters = list(net.parameters())
+    gradients = torch.autograd.grad(loss(), parameters)
+    for _ in range(3):
+        torch.manual_seed(10 + seed)
+        directions, h, ends = [torch.randn_like(p) for p in parameters], 1e-5, []
+        for sign in (h, -2 * h):
+            with torch.no_grad():
+                for parameter, direction in zip(parameters, directions):
+                    parameter += sign * direction
+            ends.append(loss().item())
+        with torch.no_grad():
+            for parameter, direction in zip(parameters, directions):
+                parameter += h * direction
+        slope = sum((gradient * direction).sum().item() for gradient, direction in zip(gradients, directions))
+        plain = torch.autograd.grad(mean_ce(net(x + delta), y), parameters)
+        assert slope == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5)
+        assert abs(slope - sum((g * d).sum().item() for g, d in zip(plain, directions))) > 0.01  # the term's own share
+
+
+class Blind(nn.Module):
+    """Sees nothing of images that are almost white: their gradient is 0."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x):
+        return self.network(x * (x.mean(dim=(1, 2, 3), keepdim=True) < 0.9))
+
+
+def test_gradalign_leaves_out_images_without_a_gradient():
+    """Some or all of them; the loss and its gradient stay finite."""
+    net, x, y = pool()
+    net = Blind(net)
+    for blind in ([1, 4], [0, 1, 2, 3, 4, 5]):
+        x_now = x.clone()
+        x_now[blind] = 1
+        step = Step(net, len(x), torch.arange(len(x)))
+        step.gradient, _ = slope(net, x_now, y, x * 0)
+        delta, other = (0.01 * torch.ones_like(x)).clamp(-x_now, 1 - x_now), copy.deepcopy(net)
+        torch.manual_seed(1)
+        loss, _ = objectives.gradalign(net, x_now, y, delta, EPSILON, step, weight=5.0)
+        torch.manual_seed(1)
+        expected = gradalign(other, x_now, y, delta, EPSILON, SimpleNamespace(gradient=step.gradient), weight=5.0)
+        assert (step.gradient.flatten(1).abs().sum(dim=1) == 0).nonzero().flatten().tolist() == blind
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+        for one, two in zip(torch.autograd.grad(loss, list(net.parameters())),
+                            torch.autograd.grad(expected, list(other.parameters()))):
+            torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("stretch, ratio", [(1.0, 1.0), (0.5, 0.5), (-0.2, -0.2), (100.0, 1.0), (-100.0, -1.0)])
+def test_soras_ratio_is_clipped_and_moves_v_for_the_next_step(stretch, ratio):
+    """The gradient after is a multiple of that before; v of exactly 1 gives the whole step."""
+    net, x, y = pool()
+    for v in (1.0, 0.99, 0.9):
+        step = Step(net, len(x), torch.arange(len(x)), kept={"sora": torch.tensor(v, dtype=torch.float64)})
+        torch.manual_seed(2)
+        delta = attacks.sora(net, x, y, EPSILON, step)
+        torch.manual_seed(2)
+        eta = pixels(uniform(x, EPSILON), x)
+        a = 2 * EPSILON * {1.0: 1, 0.99: 1, 0.9: 0.2}[v]
+        torch.testing.assert_close(delta, pixels(eta + a * torch.rand_like(x) * step.gradient.sign(), x), rtol=0,
+                                   atol=1e-12)
+        assert step.kept["sora"] == v  # not before the training step's own backward pass
+        step.after(stretch * step.gradient)
+        assert step.kept["sora"].item() == pytest.approx(0.95 * v + 0.05 * ratio, abs=1e-12)
+
+
+def test_sora_and_pgi_where_there_is_no_gradient():
+    """Of one image or of all, nothing becomes infinite or undefined."""
+    net, x, y = pool()
+    net = Blind(net)
+    for blind in ([1], [0, 1, 2, 3, 4, 5]):
+        x_now = x.clone()
+        x_now[blind] = 1
+        step = Step(net, len(x), torch.arange(len(x)))
+        attacks.sora(net, x_now, y, EPSILON, step)
+        step.after(step.gradient)
+        assert step.kept["sora"].item() == pytest.approx(0.95 * 0.99 + 0.05 * (1 - len(blind) / 6), abs=1e-12)
+        step = Step(net, len(x), torch.arange(len(x)))
+        assert attacks.pgi(net, x_now, y, EPSILON, EPSILON, step).isfinite().all()
+        assert all(values.isfinite().all() for values in step.kept.values())
+
+
+def keywords_of(attack: str, *flags: str) -> dict:
+    return options.ATTACKS[attack](options.parse(train_cifar.DATASET, argv=[f"--attack={attack}", *flags]))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", options.ATTACKS)
+def test_an_attack_leaves_the_model_as_it_found_it(name, training):
+    """Its mode, what of it needs a gradient, and every gradient, also where there is none yet."""
+    net, x, y = pool()
+    net.train(training).conv.weight.requires_grad_(False)
+    net.bn.weight.grad = torch.randn(6, dtype=torch.float64)
+    before = {name: (p.grad, None if p.grad is None else p.grad.clone(), p.detach().clone(), p.requires_grad)
+              for name, p in net.named_parameters()}
+    step = Step(net, 6, torch.arange(6), batch=1, done=0.5)
+    getattr(attacks, name)(net, x, y, EPSILON, step=step, **keywords_of(name))
+    assert all(module.training == training for module in net.modules())
+    for parameter, (grad, values, weight, needed) in before.items():
+        now = net.get_parameter(parameter)
+        assert now.grad is grad and torch.equal(now, weight) and now.requires_grad == needed
+        assert grad is None or torch.equal(grad, values)
+
+
+# How far a perturbation can be from zero, in epsilons.
+REACH = {"none": 0, "nfgsm": 3, "sora": 3}
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(list(options.ATTACKS)), epsilon=st.floats(0, 80), seed=st.integers(0, 1000),
+       n=st.integers(1, 5))
+def test_a_perturbation_stays_in_its_ball_and_in_the_box(name, epsilon, seed, n):
+    """To the last bit in the box, so that nothing needs clipping before the network; in float32, as in training."""
+    torch.manual_seed(seed)
+    net, x, y = SmallNet().train(), torch.rand(n, 3, 4, 4), torch.randint(4, (n,))
+    x[:, 0] = x[:, 0].round()
+    flags = [f"--epsilon={epsilon}", f"--pgd-alpha={epsilon / 3}", "--pgd-iters=3"]
+    step = Step(net, n, torch.arange(n), batch=1, done=0.5)
+    delta = getattr(attacks, name)(net, x, y, epsilon / 255, step=step, **keywords_of(name, *flags))
+    assert delta.shape == x.shape and delta.dtype == x.dtype and not delta.requires_grad
+    assert (x + delta).min() >= 0 and (x + delta).max() <= 1
+    assert delta.abs().max() <= REACH.get(name, 1) * epsilon / 255 * (1 + 1e-6)
+
+
+# Whole training steps
+
+
+class Wide(nn.Module):
+    """The same, for images in float32."""
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.network = sharp_net(classes)
+
+    def forward(self, x):
+        return self.network(x.double())
+
+
+@pytest.fixture
+def tiny(monkeypatch, small_dummy):
+    """Runs are of a network and images so small that they take no time."""
+    monkeypatch.setattr(data, "DUMMY_SIDE", 8)
+    monkeypatch.setattr(train, "new_network", lambda dataset, args: Wide(dataset.classes))
+
+
+def small_run(folder, *flags: str, dataset=train_svhn.DATASET) -> train.Run:
+    """A run on SVHN, whose images are not augmented, about to begin."""
+    begin = [*SMALL, "--lr-schedule=onedrop", "--lr-max=0.1", "--fname", str(folder)]
+    args = options.parse(dataset, argv=[*begin, *flags])
+    state, layout = train.build(dataset, args, CPU, World())
+    images = train.load_images(dataset, args, World(), state, CPU, layout)
+    return train.assemble(dataset, args, state, Folder(folder), World(), StopSignals(), images)
+
+
+# Name: the passes of a training step; T: of the batch in train mode, E: in eval mode, 3: of three batches in one.
+PASSES = {"fgsm": "TT", "fgsm-rs": "TT", "zerograd": "TT", "multigrad": "TTTT", "pgd": "T" * 11, "n-fgsm": "TT",
+          "n-aaer": "TT", "rs-aaer": "TT", "gradalign": "TTT", "elle": "TT3", "elle-a": "TT3", "free": "T",
+          "ckpt": "TEET", "pgi": "TT", "nuat": "TETT", "trades": "E" * 11 + "TT", "sora": "TT"}
+
+
+@pytest.mark.parametrize("name", options.METHODS)
+def test_a_step_makes_the_published_passes(name, tmp_path, tiny):
+    """Forward passes by number, size and mode, in every step of an epoch whose last batch is smaller."""
+    run = small_run(tmp_path, "--method", name)
+    seen, steps, sizes = [], [], [32] * 3 if name == "free" else [32, 32, 16]
+
+    def passes(model, inputs):
+        if len(steps) == len(sizes):  # the look at whether all is finite, after the epoch
+            return
+        size = len(inputs[0])
+        seen.append("3" if size == 3 * sizes[len(steps)] else "T" if model.training else "E")
+        assert size in (sizes[len(steps)], 3 * sizes[len(steps)])
+
+    def after_step():
+        steps.append("".join(seen))
+        seen.clear()
+
+    run.state.model.register_forward_pre_hook(passes)
+    train.train_epoch(run, after_step)
+    assert steps == [PASSES[name]] * 3
+
+
+# Name: the reference's attack and its keywords, its objective and its.
+TRAINED = {
+    "fgsm": (fgsm, dict(alpha=EPSILON, init="zero"), ce, {}),
+    "fgsm-rs": (fgsm, dict(alpha=10 / 255), ce, {}),
+    "n-fgsm": (nfgsm, dict(alpha=EPSILON, k=2), ce, {}),
+    "n-aaer": (nfgsm, dict(alpha=EPSILON, k=2), aaer, dict(weights=(1, 1.5, 0.15))),
+    "rs-aaer": (fgsm, dict(alpha=10 / 255), aaer, dict(weights=(1, 2.5, 1.5))),
+    "gradalign": (fgsm, dict(alpha=10 / 255, init="zero"), gradalign, dict(weight=2.5)),
+    "elle": (fgsm, dict(alpha=EPSILON, init="zero"), elle, dict(weight=1000)),
+    "elle-a": (fgsm, dict(alpha=EPSILON, init="zero"), elle, dict(weight=4000, adaptive=True)),
+    "free": (free, {}, ce, {}),
+    "ckpt": (ckpt, dict(alpha=10 / 255), ce, {}),
+    "pgi": (pgi, dict(alpha=EPSILON, reset=2, smoothing=4 / 9), logits, dict(weight=10, smoothing=4 / 9)),
+    "nuat": (nuclear, dict(alpha=EPSILON, weight=4.5), nuclear_norm, dict(weight=4.5)),
+    "trades": (kl, dict(alpha=2 / 255, steps=10), trades, dict(beta=6)),
+    "sora": (sora, {}, ce, {}),
+    "none": (none, {}, ce, {}),
+}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_is_the_update_written_out_by_hand(name, tmp_path, tiny):
+    """Three epochs of a run of four, with the published numbers: the weights, BatchNorm's statistics, what is kept."""
+    samples = 64 if name == "pgi" else 80
+    run = small_run(tmp_path, "--attack=none" if name == "none" else f"--method={name}", f"--train-samples={samples}",
+                    "--epochs=4", "--free-replays=2", "--pgi-reset=2")
+    net, steps = copy.deepcopy(run.state.model).train(), math.ceil(samples / 32)
+    attack, its, objective, more = TRAINED[name]
+    at, momentum = memory(samples), {}
+    for epoch in range(3):
+        run.state.begin_epoch(epoch)
+        train.train_epoch(run)
+        seed_everything(train.ORDER, 0, epoch)
+        order = torch.randperm(samples)
+        for number in range(steps):
+            at.epoch, at.batch, at.done = epoch, number // 2 if name == "free" else number, epoch / 4
+            at.index = order[at.batch * 32:(at.batch + 1) * 32]
+            x, y = run.train.batch(at.index)
+            seed_everything(train.STEP, 0, epoch, number, 0)
+            delta = attack(net, x, y, EPSILON, at, **its).requires_grad_()
+            *gradients, g = torch.autograd.grad(objective(net, x, y, delta, EPSILON, at, **more),
+                                                [*net.parameters(), delta])
+            if at.after:
+                at.after(g)
+            with torch.no_grad():
+                for i, (parameter, gradient) in enumerate(zip(net.parameters(), gradients)):
+                    momentum[i] = 0.9 * momentum.get(i, 0) + gradient + 5e-4 * parameter
+                    parameter -= 0.1 * momentum[i]
+    rtol = {"trades": 1e-4, "nuat": 1e-4, "gradalign": 1e-6, "elle": 1e-6}.get(name, 1e-8)  # of what is in float32
+    torch.testing.assert_close(run.state.model.state_dict(), net.state_dict(), rtol=rtol, atol=rtol)
+    assert_kept(run.state.kept, at.kept, 1e-4 if name == "elle-a" else 1e-6)  # small differences of large numbers
+
+
+@pytest.mark.parametrize("attack", options.ATTACKS)
+def test_every_attack_goes_with_every_objective_that_is_not_refused(attack, tmp_path, tiny, call):
+    """Two steps and a smaller one of each pair; those that are refused are refused in one line."""
+    for objective in options.OBJECTIVES:
+        flags = [f"--attack={attack}", f"--objective={objective}", "--pgd-iters=2", "--multi-samps=2"]
+        without_start = attack in ("none", "free", "kl", "nuclear") and objective in ("gradalign", "aaer", "logits")
+        if without_start or (attack == "sora" and objective != "ce"):
+            refused(call("train_svhn.py", *flags, "--fname", tmp_path / "never"), "--objective")
+            continue
+        run = small_run(tmp_path, *flags)
+        metrics = train.train_epoch(run)
+        assert metrics["train_images"] == (96 if attack == "free" else 80)
+        assert math.isfinite(metrics["train_robust_loss"])
+
+
+def refused(result, *named: str) -> None:
+    """A run that was refused with one line, which says why."""
+    status, output, error = result
+    assert status == 2 and error.count("\n") == 1 and output == "" and "Traceback" not in error, (status, error)
+    for part in named:
+        assert part in error, error
+
+
+@pytest.mark.parametrize("method", ["sora", "free", "pgi", "elle-a", "gradalign"])
+def test_a_step_that_overflows_in_float16_spoils_nothing_that_is_kept(method, tmp_path, small_dummy):
+    """The first steps in float16 are scaled too far and skipped; their gradients are infinite."""
+    run = small_run(tmp_path, f"--method={method}", "--amp", "--amp-dtype=float16", "--free-replays=2")
+    run.state.precision.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)
+    train.train_epoch(run)
+    assert run.state.precision.scaler.get_scale() == 2.0**37
+    assert all(values.isfinite().all() for values in (*run.state.kept.values(), *run.state.model.state_dict().values()))
+
+
+# Runs that go on
+
+
+THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-max=0.1", "--test-iters=1", "--final-iters=1",
+         "--final-restarts=1", "--final-samples=16", "--free-replays=2", "--pgi-reset=2", "--pgd-iters=2"]
+
+
+def interrupt(monkeypatch, at: int) -> None:
+    """Have SIGTERM arrive during the run's step `at`, counted over epochs."""
+    between_steps, count = train.between_steps, 0
+
+    def spy(run, bar):
+        after_step = between_steps(run, bar)
+
+        def counted():
+            nonlocal count
+            count += 1
+            if count == at:
+                run.signals.received = signal.SIGTERM
+            after_step()
+
+        return counted
+
+    monkeypatch.setattr(train, "between_steps", spy)
+
+
+@pytest.mark.parametrize("more", ["", "--ema=0.9 --eps-warmup=1.5 --lr-schedule=onecycle"])
+@pytest.mark.parametrize("method", options.METHODS)
+def test_a_run_that_goes_on_ends_with_the_bits_of_an_unbroken_one(method, more, tmp_path, call, tiny, monkeypatch):
+    """From the files of the first epoch and from the middle of the second: weights, averages, what is kept."""
+    flags, whole, part = [*THREE, "--method", method, *more.split()], tmp_path / "whole", tmp_path / "from_1"
+    assert call("train_cifar100.py", *flags, "--fname", whole)[0] == 0
+    part.mkdir()
+    for name in ("model_0.pth", "opt_0.pth", "model_best.pth"):
+        shutil.copy(whole / name, part)
+    assert call("train_cifar100.py", *flags, "--fname", part, "--resume=1")[0] == 0
+    assert_same_run(part, whole)
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=4)
+        status, _, error = call("train_cifar100.py", *flags, "--fname", tmp_path / "part")
+    assert status == 128 + signal.SIGTERM and error.count("\n") == 1
+    status, output, error = call("train_cifar100.py", *flags, "--fname", tmp_path / "part", "--resume=auto")
+    assert status == 0 and "# resumed at epoch 1, step 1 from" in output, error
+    assert_same_run(tmp_path / "part", whole)
+    kept = torch.load(whole / "state.pth", weights_only=True)["opt"]["run"]["kept"]
+    assert kept.keys() == {"sora": {"sora"}, "free": {"free"}, "pgi": {"pgi", "pgi momentum"}, "elle-a": {"elle"}}.get(
+        method, set())
+    assert all(values.any() for values in kept.values())
+
+
+def test_a_name_may_take_the_place_of_its_flags(tmp_path, call, tiny):
+    """A run goes on whichever way its flags are said, and with another method's not."""
+    flags = [*THREE, "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags, "--method=n-aaer", "--epochs=1")[0] == 0
+    refused(call("train_cifar.py", *flags, "--method=rs-aaer", "--resume=auto", "--epochs=1"), "--aaer-lambdas")
+    said = ["--attack=nfgsm", "--fgsm-alpha=1", "--objective=aaer", "--resume=auto", "--epochs=1"]
+    status, output, error = call("train_cifar.py", *flags, *said)
+    assert status == 0 and "complete" in output, error
+
+
+def test_a_run_takes_up_or_drops_an_average(tmp_path, call, tiny):
+    """With --allow-changes: the average begins with the next step; without it, its weights are what is trained on."""
+    flags = [*THREE, "--fname", tmp_path / "run", "--allow-changes"]
+    for n, ema in ((0, []), (1, ["--ema=0.5"]), (2, [])):
+        status, _, error = call("train_cifar.py", *flags, *ema, f"--epochs={n + 1}", f"--resume={n}")
+        assert status == 0, error
+    assert json.loads((tmp_path / "run" / "final.json").read_text())["epoch"] == 2
+
+
+def test_pgi_goes_on_with_more_images(tmp_path, call, tiny):
+    flags = [*THREE, "--method=pgi", "--fname", tmp_path / "run", "--pgi-reset=9"]
+    assert call("train_cifar.py", *flags, "--train-samples=64", "--epochs=1")[0] == 0
+    for samples in (80, 48):
+        status, _, error = call("train_cifar.py", *flags, f"--train-samples={samples}", "--resume=1", "--epochs=2",
+                                "--allow-changes")
+        assert status == 0, error
+        kept = torch.load(tmp_path / "run" / "state.pth", weights_only=True)["opt"]["run"]["kept"]
+        assert len(kept["pgi"]) == len(kept["pgi momentum"]) == samples
+
+
+# The command line
+
+
+def parsed(dataset, *flags: str) -> dict:
+    return vars(options.parse(dataset, argv=list(flags)))
+
+
+PUBLISHED = {
+    "fgsm": "--attack=fgsm --fgsm-init=zero --fgsm-alpha=1",
+    "fgsm-rs": "--attack=fgsm --fgsm-init=random --fgsm-alpha=1.25",
+    "zerograd": "--attack=zerograd --fgsm-init=random --fgsm-alpha=2 --zero-iters=1",
+    "multigrad": "--attack=multigrad --fgsm-alpha=2 --multi-samps=3 --multi-th=-1",
+    "pgd": "--attack=pgd --pgd-alpha=2 --pgd-iters=10",
+    "n-fgsm": "--attack=nfgsm --fgsm-alpha=1 --noise-k=2",
+    "n-aaer": "--attack=nfgsm --fgsm-alpha=1 --noise-k=2 --objective=aaer",
+    "rs-aaer": "--attack=fgsm --fgsm-init=random --fgsm-alpha=1.25 --objective=aaer",
+    "gradalign": "--attack=fgsm --fgsm-init=zero --fgsm-alpha=1.25 --objective=gradalign",
+    "elle": "--attack=fgsm --fgsm-init=zero --fgsm-alpha=1 --objective=elle",
+    "elle-a": "--attack=fgsm --fgsm-init=zero --fgsm-alpha=1 --objective=elle --elle-adaptive --elle-lambda=4000",
+    "free": "--attack=free --free-replays=8",
+    "ckpt": "--attack=ckpt --fgsm-alpha=1.25 --ckpt-count=3",
+    "pgi": f"--attack=pgi --fgsm-alpha=1 --pgi-reset=40 --objective=logits --logits-lambda=10 "
+           f"--label-smoothing={4 / 9}",
+    "nuat": "--attack=nuclear --fgsm-alpha=1 --objective=nuclear --nuclear-lambda=4.5",
+    "trades": "--attack=kl --pgd-alpha=2 --pgd-iters=10 --objective=trades --trades-beta=6",
+    "sora": "--attack=sora --objective=ce --label-smoothing=0",
+}
+
+
+def test_every_method_is_written_out():
+    assert PUBLISHED.keys() == options.METHODS.keys() == PASSES.keys()
+
+
+@pytest.mark.parametrize("script_name", DATASETS)
+@pytest.mark.parametrize("method", options.METHODS)
+def test_a_method_is_its_flags_and_gives_way_to_any_flag_beside_it(method, script_name):
+    dataset, flags = DATASETS[script_name], PUBLISHED[method].split()
+    if script_name == "train_cifar.py":  # the same numbers, written in other ways
+        found, expected = parsed(dataset, "--method", method), parsed(dataset, *flags)
+        assert {**found, "method": None} == {**expected, "method": None} and found["method"] == method
+    others = {"attack": "multigrad", "fgsm_init": "random", "fgsm_alpha": 3.5, "objective": "ce", "elle_adaptive": True,
+              "label_smoothing": 0.25}
+    for flag in options.METHODS[method].flags:
+        value = others[flag]
+        beside = [f"--{flag.replace('_', '-')}" + ("" if value is True else f"={value}")]
+        for order in (["--method", method, *beside], [*beside, "--method", method]):
+            named = parsed(dataset, *order)
+            assert named[flag] == value
+            kept = {name: value for name, value in options.METHODS[method].flags.items() if name != flag}
+            assert {name: named[name] for name in kept} == kept
+
+
+@pytest.mark.parametrize("script_name", DATASETS)
+def test_without_a_method_nothing_is_changed(script_name):
+    """The defaults are those that were published with ZeroGrad and MultiGrad."""
+    args = parsed(DATASETS[script_name])
+    for flag, value in dict(method=None, recipe=None, attack="multigrad", objective="ce", fgsm_alpha=2.0,
+                            fgsm_init="random", model="PreActResNet18", batch_size=128, epsilon=8.0, eps_warmup=0.0,
+                            pgd_alpha=2.0, pgd_iters=10, label_smoothing=0.0, ema=0.0, mean=None, std=None,
+                            elle_adaptive=False, multi_samps=3, zero_iters=1).items():
+        assert args[flag] == value, flag
+    for name in ("fgsm", "zerograd", "multigrad", "pgd", "sora", "free", "kl", "none"):
+        assert parsed(DATASETS[script_name], "--attack", name)["fgsm_alpha"] == 2.0
+    for name, alpha in (("nfgsm", 1.0), ("pgi", 1.0), ("nuclear", 1.0), ("ckpt", 1.25)):
+        assert parsed(DATASETS[script_name], "--attack", name)["fgsm_alpha"] == alpha
+        assert parsed(DATASETS[script_name], "--attack", name, "--fgsm-alpha=0.5")["fgsm_alpha"] == 0.5
+
+
+@pytest.mark.parametrize("script_name", DATASETS)
+def test_method_list_shows_every_method(script_name, call):
+    """One line each, with the passes, the source and the flags; nothing is run."""
+    status, output, error = call(script_name, "--method=list", "--device=nonsense")
+    lines = {line.split()[0]: line for line in output.splitlines()}
+    assert status == 0 and error == "" and list(lines) == ["--method", *options.METHODS]
+    for name, method in options.METHODS.items():
+        assert lines[name].split()[1] == method.passes and method.source in lines[name]
+        assert f"--attack={method.flags['attack']}" in lines[name]
+    status, output, _ = call(script_name, "--help")
+    assert status == 0 and "--method NAME" in output and "(default: None)" not in output
+
+
+def test_the_fastat_recipe_is_that_benchmarks():
+    """Flags beside it win, on either side; with a method, each sets what is its own, and both may be given."""
+    fastat = dict(model="ResNet18", epochs=100, lr_schedule="onecycle", lr_max=0.1, label_smoothing=0.4, ema=0.9995,
+                  val_size=1000, mean=(0, 0, 0), std=(1, 1, 1), final_model="best", batch_size=128)
+    for dataset in DATASETS.values():
+        args, plain = parsed(dataset, "--recipe=fastat"), parsed(dataset)
+        assert {name: args[name] for name in fastat} == fastat
+        assert {**args, **{name: plain[name] for name in [*fastat, "recipe"]}} == plain
+        for flags in (["--recipe=fastat", "--epochs=7", "--ema=0"], ["--epochs=7", "--ema=0", "--recipe=fastat"]):
+            args = parsed(dataset, *flags)
+            assert (args["epochs"], args["ema"], args["lr_max"]) == (7, 0, 0.1)
+        for method in options.METHODS.keys() - {"sora"}:
+            args = parsed(dataset, "--recipe=fastat", "--method", method)
+            assert (args["attack"], args["model"]) == (options.METHODS[method].flags["attack"], "ResNet18")
+            assert args["label_smoothing"] == 0.4  # the recipe's, also where the method has its own
+
+
+# GradAlign's weights at epsilon 1, 2, ... as published.
+GRADALIGN = {"CIFAR": (.027, .036, .047, .063, .084, .112, .150, .2, .267, .356, .474, .632, .843, 1.124, 1.5, 2),
+             "SVHN": (1.657, 1.757, 1.864, 1.976, 2.096, 2.223, 2.357, 2.5, 2.651, 2.812, 2.982, 3.162)}
+
+
+@pytest.mark.parametrize("dataset, key", [(train_cifar.DATASET, "CIFAR"), (train_cifar100.DATASET, "CIFAR"),
+                                          (train_svhn.DATASET, "SVHN")])
+def test_weights_by_epsilon_are_the_published_ones(dataset, key):
+    for epsilon, value in enumerate(GRADALIGN[key], 1):
+        found = parsed(dataset, "--method=gradalign", f"--epsilon={epsilon}")["gradalign_lambda"]
+        assert found == pytest.approx(value, abs=1e-3), epsilon
+    for epsilons, value in (((2, 4, 6, 8), 1000), ((10, 12, 14, 16, 18, 20), 5000), ((22, 24, 26), 10000)):
+        for epsilon in epsilons:
+            assert parsed(dataset, "--method=elle", f"--epsilon={epsilon}")["elle_lambda"] == value
+            assert parsed(dataset, "--method=elle-a", f"--epsilon={epsilon}")["elle_lambda"] == 4000
+    for flags, value in ((["--gradalign-lambda=0.7"], 0.7), (["--epsilon=16", "--gradalign-lambda=0"], 0)):
+        assert parsed(dataset, "--method=gradalign", *flags)["gradalign_lambda"] == value
+    assert parsed(dataset, "--method=elle", "--elle-lambda=3")["elle_lambda"] == 3
+
+
+@pytest.mark.parametrize("epsilon, rs_10, n_10, rs_100, n_100", [
+    (8, (2.5, 1.5), (1.5, 0.15), (3.5, 1.5), (1.5, 0.15)), (12, (5, 2.75), (5, 0.55), (3.5, 2.75), (3.5, 0.3)),
+    (16, (7, 3.25), (8.5, 1.5), (6, 2.25), (6, 0.5)), (32, (5.75, 1.5), (2.75, 0.75), (5, 0.75), (3.5, 0.5))])
+def test_aaers_weights_are_the_published_ones(epsilon, rs_10, n_10, rs_100, n_100):
+    cifar, cifar100 = train_cifar.DATASET, train_cifar100.DATASET
+    for dataset, method, pair in ((cifar, "rs-aaer", rs_10), (cifar, "n-aaer", n_10), (cifar100, "rs-aaer", rs_100),
+                                  (cifar100, "n-aaer", n_100)):
+        assert parsed(dataset, f"--method={method}", f"--epsilon={epsilon}")["aaer_lambdas"] == (1, *pair)
+        near = parsed(dataset, f"--method={method}", f"--epsilon={epsilon + 0.4}")
+        assert near["aaer_lambdas"] == (1, *pair)
+        given_ones = parsed(dataset, f"--method={method}", f"--epsilon={epsilon}", "--aaer-lambdas=1,2,3")
+        assert given_ones["aaer_lambdas"] == (1, 2, 3)
+
+
+@pytest.mark.parametrize("flags, named", [
+    *((f"--attack={attack} --objective={objective}", f"--objective {objective}")
+      for attack in ("none", "free", "kl", "nuclear") for objective in ("gradalign", "aaer", "logits")),
+    ("--attack=multigrad --multi-parallel --objective=aaer", "--multi-parallel"),
+    ("--method=sora --objective=elle", "--objective ce"),
+    ("--method=sora --label-smoothing=0.1", "--label-smoothing 0"),
+    ("--method=sora --recipe=fastat", "--label-smoothing 0"),
+    ("--method=sora --amp --amp-impl=apex", "--amp-impl native"),
+    ("--method=nonsense", "--method"), ("--recipe=nonsense", "--recipe"), ("--attack=nonsense", "--attack"),
+    ("--objective=nonsense", "--objective"), ("--aaer-lambdas=1,2", "--aaer-lambdas"), ("--ema=1.5", "--ema"),
+    ("--ckpt-count=1", "--ckpt-count"), ("--free-replays=0", "--free-replays"), ("--pgi-reset=0", "--pgi-reset"),
+    ("--label-smoothing=2", "--label-smoothing"), ("--eps-warmup=-1", "--eps-warmup"), ("--noise-k=nan", "--noise-k"),
+    ("--elle-lambda=inf", "--elle-lambda"), ("--mean=1,2", "--mean"), ("--method", "--method")])
+def test_what_does_not_go_together_is_refused_in_one_line(flags, named, tmp_path, call):
+    refused(call("train_cifar.py", *SMALL, "--fname", tmp_path / "run", *flags.split()), named)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flag_of_another_attack_is_no_reason_to_refuse():
+    assert parsed(train_cifar.DATASET, "--method=n-aaer", "--multi-parallel")["objective"] == "aaer"
+
+
+# Schedules, averages, and epsilon's growth
+
+
+@settings(max_examples=50, deadline=None)
+@given(steps=st.integers(4, 300), epochs=st.integers(1, 200), lr_max=st.floats(1e-3, 1))
+def test_onecycle_is_pytorchs(steps, epochs, lr_max):
+    """Step s (from 0) of a run of S is at the time (s + 1) / S of its epochs. From where the rate is highest on, this
+    is OneCycleLR to rounding. Before, PyTorch stretches its part, to begin at the lowest rate itself: what its step s
+    has, ours has at the time 0.3 s / (0.3 S - 1), and so up to one step earlier."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=lr_max, momentum=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr_max, total_steps=steps)
+    peak = 0.3 * steps - 1
+    for s in range(steps):
+        group = optimizer.param_groups[0]
+        share = 0.3 * s / peak if s <= peak else (s + 1) / steps
+        assert abs(share - (s + 1) / steps) <= 1 / steps + 1e-12
+        lr = schedules.onecycle(share * epochs, lr_max, epochs)
+        assert lr == pytest.approx(group["lr"], rel=1e-6, abs=1e-9 * lr_max)
+        assert schedules.onecycle_momentum(share * epochs, epochs) == pytest.approx(group["momentum"], rel=1e-9)
+        optimizer.step()
+        if s + 1 < steps:
+            schedule.step()
+    assert schedules.onecycle(0, lr_max, epochs) == pytest.approx(lr_max / 25)
+    assert schedules.onecycle(0.3 * epochs, lr_max, epochs) == pytest.approx(lr_max)
+    assert schedules.onecycle(epochs, lr_max, epochs) == pytest.approx(lr_max / 25 / 1e4)
+
+
+@pytest.mark.parametrize("flags, moves", [(["--lr-schedule=onecycle"], True), (["--lr-schedule=cyclic"], False),
+                                          (["--lr-schedule=onedrop"], False)])
+def test_a_run_has_the_schedules_learning_rate_and_momentum_in_every_step(flags, moves, tmp_path, tiny):
+    run = small_run(tmp_path, "--epochs=5", *flags)
+    seen, schedule = [], run.schedule
+    for epoch in range(5):
+        run.state.begin_epoch(epoch)
+        metrics = train.train_epoch(run, lambda: seen.append(dict(run.state.optimizer.param_groups[0])))
+        assert metrics["lr"] == schedule(epoch + 1)
+    momentum = [schedules.onecycle_momentum((s + 1) / 3, 5) if moves else 0.9 for s in range(15)]
+    assert [group["momentum"] for group in seen] == pytest.approx(momentum)
+    assert [group["lr"] for group in seen] == pytest.approx([schedule((s + 1) / 3) for s in range(15)])
+    if moves:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.1, momentum=0.9)
+        torchs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=15)
+        for s in range(15):  # from the step after 0.3 * 15 - 1 on, the very same
+            if s > 3.5:
+                assert seen[s]["lr"] == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-9, abs=1e-12)
+                assert seen[s]["momentum"] == pytest.approx(optimizer.param_groups[0]["momentum"], rel=1e-9)
+            optimizer.step()
+            torchs.step() if s < 14 else None
+
+
+def test_the_average_is_of_weights_and_buffers_and_is_what_is_judged_and_saved(tmp_path, call, tiny, monkeypatch):
+    """From the weights after the first step: nine tenths of itself and a tenth of the network after each step."""
+    averages, runs, train_epoch = [], [], train.train_epoch
+
+    def spy(run, after_step):
+        def observed():
+            now = {name: value.double().clone() for name, value in run.state.model.state_dict().items()}
+            averages.append({name: 0.9 * averages[-1][name] + 0.1 * value for name, value in now.items()}
+                            if averages else now)
+            after_step()
+        runs.append(run)
+        return train_epoch(run, observed)
+
+    judged = []
+    evaluate_ = train.evaluate.evaluate
+    monkeypatch.setattr(train, "train_epoch", spy)
+    monkeypatch.setattr(train.evaluate, "evaluate",
+                        lambda model, *rest: judged.append(model.state_dict()) or evaluate_(model, *rest))
+    flags = [*THREE, "--attack=fgsm", "--ema=0.9", "--lr-schedule=onedrop", "--epochs=2", "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags)[0] == 0
+    state, moved = runs[-1].state, 0
+    saved = torch.load(tmp_path / "run" / "model_1.pth", weights_only=True)
+    whole = torch.load(tmp_path / "run" / "state.pth", weights_only=True)
+    for name, value in averages[-1].items():
+        if name.endswith("num_batches_tracked"):
+            continue
+        for found in (state.ema.module.state_dict(), state.judged.state_dict(), judged[-1], saved, whole["model"]):
+            torch.testing.assert_close(found[name].double(), value, rtol=1e-6, atol=1e-9)
+        assert torch.equal(whole["opt"]["run"]["raw"][name], state.model.state_dict()[name])
+        moved += not torch.allclose(value, state.model.state_dict()[name].double(), rtol=1e-3)
+    assert moved >= 4 and len(averages) == 6
+
+
+def test_an_evaluation_is_of_the_average_whether_or_not_it_is_told_so(tmp_path, call, tiny):
+    """model_N.pth holds the average alone."""
+    flags = [*THREE, "--attack=fgsm", "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags, "--ema=0.9")[0] == 0
+    for ema in (["--ema=0.9"], []):
+        assert call("train_cifar.py", *flags, *ema, "--eval", "--resume=3")[0] == 0
+    final = json.loads((tmp_path / "run" / "final.json").read_text())
+    for record in json.loads((tmp_path / "run" / "evaluation.json").read_text()):
+        assert record["final"]["robust_loss"] == final["robust_loss"]
+
+
+@pytest.mark.parametrize("warmup", [0.0, 1.0, 1.5, 4.0])
+def test_epsilon_and_the_attacks_step_grow_from_zero_step_by_step(warmup, tmp_path, tiny):
+    """Linearly over so many epochs, in the attack and in the objective; an attack without a step is given none."""
+    flags = ["--epsilon=10", "--fgsm-alpha=1.25", f"--eps-warmup={warmup}", "--epochs=2"]
+    run = small_run(tmp_path, "--attack=fgsm", *flags)
+    attack, objective, seen = run.attack, run.objective, []
+
+    def spied_attack(model, x, y, epsilon, alpha, step):
+        seen.append([epsilon, alpha])
+        return attack(model, x, y, epsilon, alpha, step=step)
+
+    def spied_objective(model, x, y, delta, epsilon, step):
+        seen[-1].append(epsilon)
+        assert delta.abs().max() <= epsilon * (1 + 1e-6)
+        return objective(model, x, y, delta, epsilon, step)
+
+    run = dataclasses.replace(run, attack=spied_attack, objective=spied_objective)
+    for epoch in range(2):
+        run.state.begin_epoch(epoch)
+        train.train_epoch(run)
+    for s, found in enumerate(seen):
+        grown = min(1, (s + 1) / 3 / warmup) if warmup else 1
+        assert found == pytest.approx([grown * 10 / 255, grown * 12.5 / 255, grown * 10 / 255]), s
+    assert len(seen) == 6
+    seen.clear()
+    run = dataclasses.replace(small_run(tmp_path, "--attack=none", f"--eps-warmup={warmup}"),
+                              attack=lambda model, x, y, epsilon, step: seen.append(epsilon) or torch.zeros_like(x))
+    train.train_epoch(run)
+    assert seen[0] == pytest.approx((min(1, 1 / 3 / warmup) if warmup else 1) * 8 / 255)
+
+
+# The network
+
+
+def test_resnet18_is_the_one_whose_checkpoints_are_exchanged():
+    """Its names, in their order, and its size; and that a state dict of these names loads."""
+    net = resnet.ResNet18()
+    assert sum(p.numel() for p in net.parameters()) == 11_173_962
+    norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+    names = ["conv1.weight", *(f"bn1.{name}" for name in norm)]
+    for layer in range(1, 5):
+        for block in range(2):
+            for part in (1, 2):
+                names += [f"layer{layer}.{block}.conv{part}.weight",
+                          *(f"layer{layer}.{block}.bn{part}.{name}" for name in norm)]
+            if layer > 1 and block == 0:
+                names += [f"layer{layer}.0.shortcut.0.weight", *(f"layer{layer}.0.shortcut.1.{name}" for name in norm)]
+    assert list(net.state_dict()) == [*names, "linear.weight", "linear.bias"]
+    foreign = {f"module.{name}": torch.rand_like(value, dtype=torch.float32).to(value.dtype)
+               for name, value in net.state_dict().items()}
+    checkpoint.load_network(net, {"net": foreign, "acc": 90.0}, "a file")
+    assert torch.equal(net.state_dict()["layer3.0.shortcut.1.running_mean"],
+                       foreign["module.layer3.0.shortcut.1.running_mean"])
+
+
+def test_resnet18_halves_the_image_three_times_and_normalizes_it():
+    net, sizes = resnet.ResNet18(num_classes=7, base_width=4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)).eval(), []
+    for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
+        layer.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape)))
+    x = torch.rand(2, 3, 32, 32)
+    answer = net(x)
+    assert sizes == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8), (2, 32, 4, 4)] and answer.shape == (2, 7)
+    plain = resnet.ResNet18(num_classes=7, base_width=4).eval()
+    plain.load_state_dict(net.state_dict())
+    normalized = (x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
+    torch.testing.assert_close(answer, plain(normalized))
+    with torch.no_grad():  # a block: relu(convolved + shortcut), BatchNorm before the first relu and before the sum
+        block, inside = net.layer2[0], torch.rand(2, 4, 8, 8)
+        convolved = block.bn2(block.conv2(torch.relu(block.bn1(block.conv1(inside)))))
+        expected = torch.relu(convolved + block.shortcut[1](block.shortcut[0](inside)))
+        torch.testing.assert_close(block(inside), expected)
+
+
+def test_a_run_of_resnet18_in_the_recipe(tmp_path, call, small_dummy):
+    """All of the recipe's modifiers at once, on the network that it names."""
+    flags = [*THREE, "--recipe=fastat", "--method=n-fgsm", "--epochs=1", "--val-size=16", "--fname", tmp_path / "run"]
+    status, _, error = call("train_cifar.py", *flags)
+    assert status == 0, error
+    assert "layer2.0.shortcut.1.weight" in torch.load(tmp_path / "run" / "model_best.pth", weights_only=True)
+
+
+# Two processes
+
+
+PROGRAM = """
+import sys
+import torch
+from torch import nn
+from conftest import SMALL, SmallNet
+import data, options, train, train_svhn
+from checkpoint import Folder
+from machine import CPU, World
+from utils import StopSignals
+
+folder, world = sys.argv[1], World.join(CPU)
+data.DUMMY_SIZES = {True: 32, False: 16}
+dataset, draws = train_svhn.DATASET, 0
+methods = [name for name in options.METHODS]
+
+class Steady(nn.Module):
+    # In float64, so that rounding turns no sign over, and with BatchNorm in eval mode.
+    def __init__(self):
+        super().__init__()
+        self.network = SmallNet(3, 10).double()
+        with torch.no_grad():
+            for parameter in self.network.parameters():
+                parameter.mul_(5)
+    def forward(self, x):
+        return self.network(x.double())
+    def train(self, mode=True):
+        return super().train(False)
+
+def pattern(values, low=0.0, high=1.0):
+    # Numbers that depend on how often some were drawn, and not on which image they are for.
+    global draws
+    draws += 1
+    row = torch.arange(values[0].numel()) + 1
+    row = ((row * 12.9898 + draws * 78.233).sin() * 43758.5453).frac().abs().view(values.shape[1:])
+    return values.copy_(low + (high - low) * row.to(values.dtype))
+
+drawn = {"rand_like": lambda x: pattern(torch.empty_like(x)),
+         "randn_like": lambda x: pattern(torch.empty_like(x), -1, 1),
+         "rand": lambda *size, **kind: pattern(torch.empty(*size, **kind))}
+real = {name: getattr(torch, name) for name in drawn}
+uniform = torch.Tensor.uniform_
+
+for mode in ("eval", "train"):
+    train.new_network = lambda dataset, args: Steady() if mode == "eval" else SmallNet(3, 10)
+    for method in methods:
+        args = options.parse(dataset, argv=[*SMALL, *"--train-samples=27 --batch-size=12 --epochs=3 --free-replays=2 "
+                             "--pgi-reset=3 --pgd-iters=3 --lr-schedule=onedrop --lr-max=0.05 --epsilon=24".split(),
+                             "--method", method, "--fname", folder])
+        state, layout = train.build(dataset, args, CPU, world)
+        images = train.load_images(dataset, args, world, state, CPU, layout)
+        run = train.assemble(dataset, args, state, Folder(folder), world, StopSignals(), images)
+        if mode == "eval":
+            vars(torch).update(drawn)
+            torch.Tensor.uniform_ = pattern
+            draws = 0
+        losses = []
+        try:
+            for epoch in range(3 if mode == "eval" else 1):
+                state.begin_epoch(epoch)
+                losses.append(train.train_epoch(run)["train_robust_loss"])
+        finally:
+            vars(torch).update(real)
+            torch.Tensor.uniform_ = uniform
+        torch.save({"model": state.model.state_dict(), "kept": state.kept, "losses": losses},
+                   f"{folder}/{mode} {method} {world.rank} of {world.size}.pt")
+world.leave()
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_keep_the_same_and_take_the_steps_of_one(tmp_path):
+    """Three epochs of batches of 12, 12 and 3 images, BatchNorm in eval mode, in float64 and with the same noise for
+    every image: what is kept is the same in both processes and, as the weights, what one process comes to. Then an
+    epoch with BatchNorm in train mode: weights and what is kept are the same in both."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
+        done = subprocess.run([sys.executable, *launcher, tmp_path / "program.py", tmp_path], capture_output=True,
+                              text=True, env=env, cwd=tmp_path, timeout=280)
+        assert done.returncode == 0, done.stderr
+
+    def result(mode, method, process):
+        return torch.load(tmp_path / f"{mode} {method} {process}.pt", weights_only=True)
+
+    for method in options.METHODS:
+        for mode in ("eval", "train"):
+            first, second = (result(mode, method, f"{rank} of 2") for rank in range(2))
+            assert first["kept"].keys() == second["kept"].keys() and first["losses"] == second["losses"]
+            for name, value in first["kept"].items():
+                assert torch.equal(value, second["kept"][name]) and value.any(), (method, mode, name)
+            for name, value in first["model"].items():
+                if "running" not in name:
+                    assert torch.equal(value, second["model"][name]), (method, mode, name)
+        if method in ("n-aaer", "rs-aaer", "nuat"):  # of each process's own images
+            continue
+        first, alone = result("eval", method, "0 of 2"), result("eval", method, "0 of 1")
+        tolerance = {"trades": 1e-3, "gradalign": 1e-5, "elle": 1e-5, "elle-a": 1e-5}.get(method, 1e-7)  # of float32
+        torch.testing.assert_close(first["model"], alone["model"], rtol=tolerance, atol=tolerance)
+        for name, value in alone["kept"].items():
+            limit = 2e-3 if name == "pgi momentum" else tolerance  # where float16 rounds the other way
+            torch.testing.assert_close(first["kept"][name], value, rtol=limit, atol=limit)
+        assert first["losses"] == pytest.approx(alone["losses"], rel=tolerance)
