@@ -1,0 +1,80 @@
+"""How long a training step of every method takes, over one of FGSM-RS.
+
+    python benchmarks/methods.py --base-width=16 --json=benchmarks/results/methods.json
+
+In every round each method takes its turn, so that a machine whose speed drifts slows all; a ratio is the median over
+the rounds. Flags of train_cifar.py that say what network, batch, precision and machine are ours hold for all of them.
+"""
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from speed import seconds
+
+import options
+import train
+from checkpoint import Folder
+from data import Images
+from machine import World, describe
+from train_cifar import DATASET
+from utils import StopSignals, one_line_errors, whole_file
+
+BASE = "fgsm-rs"
+
+
+def steps_of(method: str, argv: list[str], device: torch.device, images: Images) -> train.Run:
+    """A run of the method on random images, an epoch of which is the steps to be timed."""
+    args = options.parse(DATASET, argv=[*argv, f"--method={method}"])
+    state, layout = train.build(DATASET, args, device, World(device=device))
+    images = images.to(device, layout)
+    # An epoch ends with a look at what the network makes of test images: here one.
+    return train.assemble(DATASET, args, state, Folder(args.fname), World(device=device), StopSignals(),
+                          [images, images[:0], images[:1]])
+
+
+def measure(args, argv: list[str]) -> None:
+    device = train.choose_device(args)
+    n = args.batch_size * args.steps
+    images = Images(torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (n,)))
+    runs = {method: steps_of(method, argv, device, images) for method in dict.fromkeys([BASE, *args.methods])}
+    taken: dict[str, list[float]] = {method: [] for method in runs}
+    for counted in range(args.rounds + 1):
+        for method, run in runs.items():
+            run.state.begin_epoch(0)
+            took = seconds(lambda run=run: train.train_epoch(run), device)
+            if counted:  # the first round warms up
+                taken[method].append(took)
+    print(f"{describe(device)['device']}, {torch.get_num_threads()} threads, width {args.base_width}, "
+          f"batch {args.batch_size}; medians of {args.rounds} rounds of {args.steps} steps\n")
+    print(f"{'method':12s} {'s a step':>9s} {'over ' + BASE:>14s} {'lowest':>7s} {'highest':>7s}")
+    result = {**describe(device), "base_width": args.base_width, "batch_size": args.batch_size, "methods": {}}
+    for method, times in taken.items():
+        ratios = [mine / base for mine, base in zip(times, taken[BASE])]
+        result["methods"][method] = {"ratio": statistics.median(ratios), "seconds": times}
+        print(f"{method:12s} {statistics.median(times) / args.steps:9.3f} {statistics.median(ratios):14.2f} "
+              f"{min(ratios):7.2f} {max(ratios):7.2f}")
+    if args.json:
+        with whole_file(args.json) as file:
+            file.write((json.dumps(result, indent=1) + "\n").encode())
+
+
+def main() -> None:
+    p = options.Parser(__doc__)
+    p.add_argument("--methods", nargs="*", default=list(options.METHODS), choices=list(options.METHODS),
+                   help="whose steps are measured")
+    p.add_argument("--rounds", type=options.number(int, 1), default=5, help="turns of each")
+    p.add_argument("--steps", type=options.number(int, 1), default=1, help="steps a turn")
+    p.add_argument("--json", help="also write the figures here")
+    own, argv = p.parse_known_args()
+    args = options.parse(DATASET, argv=argv)
+    vars(args).update(vars(own))
+    with one_line_errors():
+        measure(args, argv)
+
+
+if __name__ == "__main__":
+    main()
