@@ -34,7 +34,7 @@ NOTES = """
 * Accuracies are in % on test images; after ±, the sample's standard deviation over the seeds, where there are several.
   The choice of images alone makes a standard error of up to 0.5 with 10,000 of them, and 1.6 with 1,000.
 * The second number of PGD-10-1 and the like counts restarts. An image is robust if it is right at every step; in runs
-  from before the watch (those without FGSM's accuracy in their files), PGD-10 after an epoch is judged at its end alone.
+  from before the watch (without FGSM's accuracy in their files), PGD-10 after an epoch is judged at its end alone.
 * In the curves, the last epoch is on all test images, the others (but for SVHN) are on a part; the best of these, in a
   column of its own, is chosen on the test images that it is reported on.
 * Collapsed: the first epoch in which catastrophic overfitting was found (`watch.py`), over several seeds how many
@@ -142,7 +142,8 @@ def table_text(table: Table, results: Results) -> str:
     lines = [heads, ["---"] * len(heads)]
     for row, by_seed in zip(rows, found):
         cells = [mean_and_deviation([value(record) for record in by_seed.values()]) for value in columns.values()]
-        lines.append([*row.cells, *cells, collapse(list(by_seed.values())), ", ".join(map(str, by_seed))] + ([row.published] if published else []))
+        lines.append([*row.cells, *cells, collapse(list(by_seed.values())), ", ".join(map(str, by_seed))])
+        lines[-1] += [row.published] if published else []
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
