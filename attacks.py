@@ -295,18 +295,22 @@ def gradient(model: nn.Module, x: Tensor, delta: Tensor, mean_loss: Callable[[Te
     return grad / scale, logits if keep else logits.detach()
 
 
-def confident_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+def confident_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor,
+                       loss: str = "ce") -> tuple[Tensor, Tensor]:
     """As `input_gradient`, but each image's gradient is scaled so that it does not vanish however sure the model is.
 
     With m = logsumexp of the other classes' logits - the label's logit, the cross-entropy is log(1 + exp(m)): m has the
     same gradient but for a positive factor, which rounds to 0 where the label's probability rounds to 1. For attacks
-    that take the gradient's sign or direction alone.
+    that take the gradient's sign or direction alone. With the loss "cw", the highest of the other logits stands for
+    their logsumexp (Carlini and Wagner, arXiv 1608.04644).
     """
     label = y.unsqueeze(1)
 
     def margin(logits: Tensor) -> Tensor:
         wide = logits.float()
-        return (wide.scatter(1, label, -math.inf).logsumexp(dim=1) - wide.gather(1, label).squeeze(1)).mean()
+        others = wide.scatter(1, label, -math.inf)
+        highest = others.amax(dim=1) if loss == "cw" else others.logsumexp(dim=1)
+        return (highest - wide.gather(1, label).squeeze(1)).mean()
 
     return gradient(model, x, delta, margin)
 
@@ -314,6 +318,8 @@ def confident_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) ->
 @torch.no_grad()
 def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") -> Tensor:
     """Where an attack begins: "zero", or "random" in the ball of `norm`, clipped to the box."""
+    if norm == "l_inf" and epsilon > 1:
+        raise ValueError(f"epsilon is in pixel units, 8/255 and not 8: {epsilon} is more than all that pixels can be")
     if init == "zero":
         return torch.zeros_like(x)
     if init != "random" or norm not in ("l_inf", "l_2"):

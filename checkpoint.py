@@ -8,6 +8,7 @@
 Checkpoints hold tensors and plain values alone and are read with weights_only=True. Every file is written whole or not
 at all, and what an earlier run left is set aside, never overwritten.
 """
+import argparse
 import io
 import json
 import math
@@ -28,9 +29,11 @@ from filelock import BaseFileLock
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
+import options
 import watch
 from machine import Precision
-from utils import UsageError, lock, whole_file
+from networks import load_network, new_network
+from utils import UsageError, lock, say, whole_file
 
 # Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
 FREE = {"data_dir", "fname", "resume", "eval", "allow_changes", "device", "tf32", "compile", "compile_mode",
@@ -275,9 +278,10 @@ def _with_past(training: dict, folder: Folder, epoch: int | None) -> dict:
     return {**training, "run": run if best.exists() else {**run, "best": -1.0}}
 
 
-def resume(state: State, found: Found, args) -> None:
-    """Bring `state` to where the checkpoint is. Raises UsageError where it does not fit this run."""
-    load_network(state.judged, found.model, found.source)
+def resume(state: State, found: Found, args) -> list[str]:
+    """Bring `state` to where the checkpoint is; returns what there is to say of the file. Raises UsageError where it
+    does not fit this run."""
+    notes = load_network(state.judged, found.model, found.source)
     if state.ema:
         state.model.load_state_dict(state.judged.state_dict())
     before = state.load_training(found.training, found.source) if found.training is not None else {}
@@ -287,7 +291,7 @@ def resume(state: State, found: Found, args) -> None:
         state.begin_epoch(found.epoch)
         state.final = None
     if args.eval:
-        return
+        return notes
     if state.epoch > args.epochs:
         raise UsageError(f"--resume: {found.source} has {state.epoch} epochs behind it, more than --epochs "
                          f"{args.epochs}")
@@ -297,6 +301,7 @@ def resume(state: State, found: Found, args) -> None:
     if any(before.get(name, vars(args)[name]) != vars(args)[name]
            for name in ("batch_size", "seed", "train_samples", "val_size", "dummy")):
         state.begin_epoch(state.epoch)
+    return notes
 
 
 def require_same_run(before: dict, args) -> None:
@@ -317,13 +322,13 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
         (folder.path / unfinished).unlink(missing_ok=True)
     if found is None:
         return folder.set_aside(folder.names(r"(output|eval)\.log|metrics\.jsonl|(args|final|eval|evaluation)\.json|"
-                                             r"(state|healthy)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
+                                             r"(state|healthy|final)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
     if found.epoch is None:  # the run goes on from its newest state
         other_final = state.final is None and (folder.path / "final.json").exists()
         return folder.set_aside(["final.json", "output.log"] if other_final else []), False
     later = [f"{name}_{epoch}.pth" for name in ("model", "opt") for epoch in folder.epochs(name)
              if epoch >= state.epoch]
-    later += ["state.pth", "final.json", "healthy.pth", "model_healthy.pth"]
+    later += ["state.pth", "final.json", "final.pth", "healthy.pth", "model_healthy.pth"]
     try:
         made = [record["epoch"] for record in read_records(folder)]
         best = max((record["epoch"] for record in read_records(folder) if record.get("best")), default=-1)
@@ -371,23 +376,25 @@ def render(folder: Folder, state: State, args) -> None:
 
 
 def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
-    """Add what --eval found to evaluation.json, and write eval.log from it; evaluations beside one another wait."""
+    """Add an evaluation to evaluation.json, and write eval.log from those of --eval; evaluations beside one another
+    wait."""
     held = lock(folder.path / ".evaluation.lock")
     try:
         path = folder.path / "evaluation.json"
         records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        if not records:  # what another version left
+        if not records and "epoch" in record:  # what another version left
             folder.set_aside(["eval.log", "eval.json"])
         records.append(record)
         lines: list[str] = []
         above = ""
-        for each in records:
+        for each in (each for each in records if "epoch" in each):
             if header("val_robust_acc" in each) != above:
                 above = header("val_robust_acc" in each)
                 lines.append(above)
-            lines += [log_line(each), final_line(each["final"])]
+            lines += [log_line(each), *([final_line(each["final"])] if "final" in each else [])]
         folder.write("evaluation.json", json.dumps(records, indent=1) + "\n")
-        folder.write("eval.log", "".join(f"{line}\n" for line in lines))
+        if lines:
+            folder.write("eval.log", "".join(f"{line}\n" for line in lines))
     finally:
         if held:
             held.release()
@@ -456,31 +463,62 @@ NUMPY_SCALARS: list = [np.dtype, type(np.dtype("float64")), *(
     (np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
 
 
-def load_network(model: nn.Module, content: dict, source: str) -> None:
-    """Load a state dict, bare or as others wrap it: under a key of its own, every name behind `module.` or the like.
+# A network from any file
 
-    What is known to be unused (WideResNet's `sub_block1`, normalization constants, which are this network's own) is
-    left out. Raises UsageError where the rest does not fit.
+
+class Opened(NamedTuple):
+    """A network in eval mode, the arguments and the data set of its run, what it was read from, the folder of that, the
+    run's own flags, and what there is to say of all this."""
+
+    model: nn.Module
+    args: argparse.Namespace
+    dataset: options.DataSet
+    source: str
+    folder: Folder
+    run: dict[str, Any]
+    notes: list[str]
+
+
+def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
+    """The network in a run's folder, or in a model's file, ours or published, with the arguments of its run.
+
+    A run's args.json, in the folder or beside the file, tells of model and data set, and `flags` (data_set, model,
+    base_width, mean, ...) do where there is none; a flag that is not None wins. `which` is last, best or healthy.
     """
-    state = next((content[key] for key in ("state_dict", "net", "model", "model_state_dict")
-                  if isinstance(content.get(key), dict)), content)
-    wanted = model.state_dict()
-    first = next(iter(wanted))
-    prefixes = [key.removesuffix(first) for key in map(str, state) if key.endswith(first)]
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + key in state for key in wanted), default="")
-    state = {str(key).removeprefix(prefix): value for key, value in state.items() if not UNUSED.search(str(key))}
-    for key in sorted(wanted.keys() | state.keys()):
-        shape = tuple(wanted[key].shape) if key in wanted else "nothing"
-        found = tuple(getattr(state[key], "shape", ())) if key in state else "nothing"
-        if shape != found and not (found == "nothing" and key.endswith("num_batches_tracked")):
-            raise UsageError(f"--resume: {source} is of another architecture: at {key} it has {found}, where --model, "
-                             f"--base-width and --width-factor ask for {shape}")
+    path = Path(path)
+    folder = Folder(path if path.is_dir() else path.parent)
+    run, given = options.run_flags(folder.path), {name: value for name, value in flags.items() if value is not None}
+    named = given.pop("data_set", None) or run.get("data_set")
+    if named is None:
+        raise UsageError(f"{path}: no args.json tells which data set it is of: add --data-set")
+    dataset = named if isinstance(named, options.DataSet) else options.data_set(named)
+    args = options.parse(dataset, argv=[])
+    given["data_set"] = dataset.name
+    for told in (run, given):
+        vars(args).update({name: value for name, value in told.items() if name in vars(args)})
     try:
-        model.load_state_dict({**wanted, **state})
-    except (RuntimeError, TypeError, AttributeError):
-        raise UsageError(f"--resume: {source} holds values that are no real tensors") from None
-    if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise UsageError(f"--resume: {source} holds weights that are not finite")
+        if path.is_dir() and which == "last":
+            found = find(folder, "auto", evaluation=True)
+            if found is None:
+                raise UsageError(f"{path} holds no model: it has neither state.pth nor a model_E.pth")
+            content, source = found.model, found.source
+        else:
+            file = folder.file("model", which) if path.is_dir() else path
+            content, source = read_checkpoint(file), str(file)
+        model = new_network(dataset, args)
+        notes = load_network(model, content.get(which, content), source, "mean" not in given and "std" not in given)
+    except UsageError as error:
+        raise UsageError(str(error).removeprefix("--resume: ")) from None
+    return Opened(model.eval(), args, dataset, source, folder, run, options.differing(given, run) + notes)
 
 
-UNUSED = re.compile(r"(^|\.)(sub_block1\..*|mu|sigma|mean|std)$")
+def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Module, argparse.Namespace]:
+    """A network in eval mode, images in [0, 1] to logits, and the arguments of its run; see `open_run`.
+
+        model, args = load_run("runs/x")
+        model, args = load_run("published.pt", data_set="cifar10", model="WideResNet")
+    """
+    opened = open_run(path, which, **flags)
+    for note in opened.notes:
+        say(f"# {opened.source}: {note}")
+    return opened.model, opened.args

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_integrity
 
+import options
 from options import DataSet
 from utils import UsageError, lock
 
@@ -133,6 +134,18 @@ def load(dataset: DataSet, args) -> tuple[Images, Images, Images]:
     if dataset.validate and not args.val_size:
         held_out = train[:math.ceil(len(train) / 50)]
     return train, held_out, test
+
+
+def load_test(data_set: str | DataSet, data_dir: str | None = None, n: int | None = None,
+              synthetic: bool = False) -> tuple[Tensor, Tensor]:
+    """The first n test images of a data set, all if None: x in [0, 1], float32 (N, 3, H, W), and labels y (N,)."""
+    dataset = data_set if isinstance(data_set, DataSet) else options.data_set(data_set)
+    return testing(dataset, data_dir or dataset.defaults["data_dir"], synthetic)[:n].batch(slice(None))
+
+
+def testing(dataset: DataSet, data_dir: str, synthetic: bool = False) -> Images:
+    """The test images of a data set."""
+    return (dummy(dataset.classes) if synthetic else _read(dataset, data_dir))[1]
 
 
 def dummy(classes: int) -> tuple[Images, Images]:

@@ -1,6 +1,25 @@
-"""How accuracy is measured: clean, and under PGD with restarts, by one loop with one meaning of robust."""
+"""Evaluate networks: clean, under PGD in its forms, and under AutoAttack.
+
+    python evaluate.py runs/zerograd --attacks=clean,pgd-50-10,autoattack --samples=1000
+    python evaluate.py published.pt --data-set=cifar10 --model=WideResNet --epsilons=2,4,8
+
+A run's folder tells of its network, data set and epsilon; for a published file, flags do. What is found is printed as
+a table and kept in evaluation.json, in the run's folder or beside the file.
+"""
+if __name__ == "__main__":  # before what is below: the command line answers without PyTorch
+    from options import parse_evaluation
+
+    arguments = parse_evaluation(__doc__)
+    from judge import main
+
+    main(arguments)
+    raise SystemExit
+
+# How accuracy is measured, clean and under PGD with restarts, by one loop with one meaning of robust.
+
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +31,14 @@ from machine import Precision, World
 from utils import seed_everything
 
 ALONE = World()
+BOOLEAN = ("robust", "vanished")
 STARTS = 3  # what random numbers are drawn for: the first part of the key that they are seeded with
 
 
 @dataclass(frozen=True)
 class PGD:
-    """An l_inf attack: radius and step in pixel units, steps, random restarts; its starts depend on the seed."""
+    """An l_inf attack: radius and step in pixel units, steps, random restarts; its starts depend on the seed. The loss
+    is "ce", or "cw", the margin between the logits."""
 
     epsilon: float
     alpha: float
@@ -25,6 +46,7 @@ class PGD:
     restarts: int
     seed: int = 0
     init: str = "random"
+    loss: str = "ce"
 
 
 @dataclass
@@ -46,6 +68,14 @@ class Verdict:
         """The processes' findings put together; each has zeros for the images of the others."""
         return Verdict(*(world.sum(getattr(self, part.name).double()) for part in fields(self)))
 
+    def part(self, index: Tensor) -> "Verdict":
+        """What was found of the images at `index`, and nothing of the others; on the index's device, in its types."""
+        parts = {}
+        for part in fields(self):
+            whole = getattr(self, part.name).to(index.device, torch.bool if part.name in BOOLEAN else torch.float32)
+            parts[part.name] = torch.zeros_like(whole).index_copy(0, index, whole[index])
+        return Verdict(**parts)
+
     def metrics(self, first: int | None = None) -> dict[str, float]:
         """Means over the (first) images."""
         mean = {part.name: getattr(self, part.name)[:first].double().mean().item() for part in fields(self)}
@@ -57,20 +87,37 @@ class Verdict:
 
 def evaluate(model: nn.Module, images: Images, attack: PGD, batch_size: int, precision: Precision,
              world: World = ALONE, progress: Callable[[int], None] = lambda images_done: None,
-             between: Callable[[], None] = lambda: None) -> Verdict:
+             between: Callable[[int, Verdict], None] = lambda restart, found: None,
+             before: tuple[int, Verdict] | None = None) -> Verdict:
     """Loss and accuracy of `model`, clean and under `attack`, image by image.
 
     An image is robust only if it is right without a perturbation and at every point of every restart: once wrong, it
     leaves, and the next one takes its place in the batch, so that batches stay full while the work shrinks. Random
     starts depend on the seed, the restart and the image alone, so the batch size and the number of processes change no
     count. Attacks run in the run's precision; an image is broken or robust by a float32 forward pass only. `progress`
-    is told of images that are done with, after every step; all processes call `between` equally often.
+    is told of images that are done with, after every step; all processes call `between`, equally often, before a
+    restart, with its number and what this process has found. An evaluation that was broken off goes on from `before`,
+    what `between` had then, put together.
     """
     model.eval()
     world.broadcast_buffers(model)
     device, n = images.labels.device, len(images)
     mine = torch.arange(n, device=device)[world.rank::world.size]
-    found = Verdict(*torch.zeros(6, n, device=device))
+    first, found = (before[0], before[1].part(mine)) if before else \
+        (0, _clean(model, images, mine, batch_size, precision))
+    progress(int((~found.robust[mine]).sum()) if attack.restarts else len(mine))
+    for restart in range(first, attack.restarts):
+        between(restart, found)
+        queue = mine[found.robust[mine].nonzero().squeeze(1)]
+        last = restart + 1 == attack.restarts
+        for broken, survived in _restart(model, images, queue, attack, restart, batch_size, precision, found):
+            progress(broken + (survived if last else 0))
+    return found.sums(world)
+
+
+def _clean(model, images: Images, mine: Tensor, batch_size: int, precision: Precision) -> Verdict:
+    """What there is to say of the images at `mine` without a perturbation."""
+    found = Verdict(*torch.zeros(6, len(images), device=mine.device))
     found.robust, found.vanished = found.robust.bool(), found.vanished.bool()
     for index in mine.split(batch_size):
         x, y = images.batch(index)
@@ -79,14 +126,7 @@ def evaluate(model: nn.Module, images: Images, attack: PGD, batch_size: int, pre
         found.right[index] = (logits.argmax(dim=1) == y).float()
     found.robust |= found.right.bool()
     found.robust_loss += torch.where(found.robust, 0, found.clean_loss)
-    progress(int((~found.robust[mine]).sum()))
-    for restart in range(attack.restarts):
-        between()
-        queue = mine[found.robust[mine].nonzero().squeeze(1)]
-        last = restart + 1 == attack.restarts
-        for broken, survived in _restart(model, images, queue, attack, restart, batch_size, precision, found):
-            progress(broken + (survived if last else 0))
-    return found.sums(world)
+    return found
 
 
 def _restart(model, images: Images, queue: Tensor, attack: PGD, restart: int, batch_size: int, precision: Precision,
@@ -111,7 +151,7 @@ def _restart(model, images: Images, queue: Tensor, attack: PGD, restart: int, ba
             grad, judged = torch.zeros_like(delta), precision.float32_logits(model, (x + delta).clamp(0, 1))
         else:
             with precision.autocast():
-                grad, logits = confident_gradient(model, x, y, delta)
+                grad, logits = confident_gradient(model, x, y, delta, attack.loss)
             judged = _judged(model, x, y, delta, logits, finished, precision)
             found.vanished[index] |= ~(finished | grad.flatten(1).any(dim=1))
         wrong, loss = judged.argmax(dim=1) != y, F.cross_entropy(judged, y, reduction="none")
@@ -144,3 +184,13 @@ def _starts(images: Images, attack: PGD, restart: int) -> Tensor:
     seed_everything(STARTS, attack.seed, restart)
     starts = torch.empty(n, height, width, channels).uniform_(-attack.epsilon, attack.epsilon)
     return starts.permute(0, 3, 1, 2)
+
+
+def row(attack: str, epsilon: float, robust: int, n: int, seconds: float | None = None) -> dict[str, Any]:
+    """A line of the table: of n images, those still right; with Wilson's 95% interval. Epsilon is in
+    1/255."""
+    from scipy.stats import binomtest  # takes long to import
+
+    interval = binomtest(robust, n).proportion_ci(0.95, method="wilson")
+    return {"attack": attack, "epsilon": epsilon, "n": n, "robust": robust, "accuracy": robust / n,
+            "low": float(interval.low), "high": float(interval.high), "seconds": seconds}

@@ -3,16 +3,21 @@
 Nothing here needs PyTorch, so that --help and a refused flag answer at once.
 """
 import argparse
+import difflib
+import importlib
+import json
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 import schedules
-from utils import UsageError
+from utils import UsageError, say
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,18 @@ class DataSet:
     augmentation: dict[str, Any] = field(default_factory=dict)
     peak: Callable[[int], int] = lambda epochs: epochs // 2
     validate: bool = False
+
+
+DATA_SETS = {"cifar10": "train_cifar", "cifar100": "train_cifar100", "svhn": "train_svhn"}  # name -> script
+
+
+def data_set(name: str) -> DataSet:
+    """The data set of that name, as the command line or as runs have it."""
+    for short, script in DATA_SETS.items():
+        dataset = importlib.import_module(script).DATASET
+        if name in (short, dataset.name):
+            return dataset
+    raise UsageError(f"--data-set must be {', '.join(DATA_SETS)}, not {name}")
 
 
 # Each name is that of a function: of attacks.py, objectives.py, or a network's module. What it is called with, beside
@@ -73,7 +90,7 @@ SCHEDULES: dict[str, Callable[[Any, DataSet], Callable[[float], float]]] = {
 }
 
 MODELS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
-    **{f"PreActResNet{depth}": ("preactresnet", lambda a: dict(base_width=a.base_width))
+    **{f"PreActResNet{depth}": ("preactresnet", lambda a: dict(base_width=a.base_width, shortcut=a.shortcut))
        for depth in (18, 34, 50, 101, 152)},
     "ResNet18": ("resnet", lambda a: dict(base_width=a.base_width)),
     "WideResNet": ("wideresnet", lambda a: dict(depth=34, width_factor=a.width_factor)),
@@ -185,6 +202,11 @@ def number(kind: type, low: float, high: float = float("inf"), also: tuple = ())
     return parse_number
 
 
+def in_255ths(text: str) -> float:
+    """An argparse type: a number of 255ths, from 0 to 255, which may be written as 8 or as 8/255."""
+    return number(float, 0, 255)(text.removesuffix("/255"))
+
+
 def triple(text: str) -> tuple[float, ...]:
     """An argparse type: three numbers, with commas between them."""
     try:
@@ -219,6 +241,10 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message: str) -> NoReturn:
+        unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
@@ -229,6 +255,8 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
     if named.method == "list":
         print(methods_table())
         p.exit()
+    if named.eval:
+        _take_from_run(p, dataset, named.fname, argv)
     # They set defaults and nothing else: what is given beside them wins, and a recipe's default over a method's.
     p.set_defaults(**{**(METHODS[named.method].flags if named.method else {}), **RECIPES.get(named.recipe, {})})
     args = p.parse_args(argv)
@@ -240,6 +268,112 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
     except UsageError as error:
         p.error(str(error))
     return args
+
+
+# What an evaluation by --eval does not take from the run: it depends on the machine, or is of no matter to it.
+NOT_TAKEN = {"fname", "resume", "eval", "allow_changes", "method", "recipe", "device", "amp", "amp_dtype", "amp_impl",
+             "tf32", "compile", "compile_mode", "deterministic", "sync_bn"}
+
+
+def _take_from_run(p: Parser, dataset: DataSet, folder: str, argv: list[str] | None) -> None:
+    """Make the flags of the run in `folder` the defaults, and say which of them the command line overrides."""
+    try:
+        run = run_flags(folder)
+    except UsageError as error:
+        p.error(str(error))
+    if run.get("data_set") != dataset.name:
+        return
+    names, unset = vars(p.parse_known_args([])[0]).keys() - NOT_TAKEN, object()
+    taken = {name: value for name, value in run.items() if name in names}
+    p.set_defaults(**taken)
+    given = vars(p.parse_known_args(argv, argparse.Namespace(**dict.fromkeys(taken, unset)))[0])
+    for line in differing({name: given[name] for name in taken if given[name] is not unset}, taken):
+        say(f"# {line}", error=True)
+
+
+def run_flags(folder: str | Path) -> dict[str, Any]:
+    """The flags of the run in `folder`, as its args.json has them; none where there is no such file."""
+    try:
+        saved = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
+        flags = {**saved["args"], "data_set": saved["data_set"]}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UsageError(f"{Path(folder) / 'args.json'} is damaged: mend it, or move it away and give the run's "
+                         f"flags") from None
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+
+
+def differing(given: dict[str, Any], run: dict[str, Any]) -> list[str]:
+    """What there is to say of flags that win over those of a run."""
+    return [f"--{name.replace('_', '-')} {value}, where the run has {run[name]}" for name, value in given.items()
+            if name in run and run[name] != value]
+
+
+def parse_evaluation(description: str | None = None, argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of evaluate.py; what is not given and a run may tell is None."""
+    p = Parser(description)
+    p.add_argument("runs", nargs="+", type=path, metavar="RUN_OR_FILE", help="a run's folder, or a model's file")
+    add = p.add_argument_group("what is measured").add_argument
+    add("--attacks", type=attack_names, default="clean,fgsm,pgd-50-10", metavar="NAME,...",
+        help="clean, fgsm (from zero, a step of epsilon), pgd-STEPS-RESTARTS (steps of epsilon/4), cw (PGD-50-10 on "
+        "the margin), autoattack, or a part of it: apgd-ce, apgd-t, fab-t, square")
+    add("--epsilons", type=radii, metavar="E,...", help="radii of the l_inf ball in 1/255 (default: the run's, or 8)")
+    add("--samples", type=number(int, 1), metavar="N", help="the first N test images (default: all)")
+    add("--seed", type=number(int, 0, 2**32 - 1), help="of random starts (default: the run's, or 0)")
+    add("--which", choices=("last", "best", "healthy"), default="last", help="which network of a run")
+    add = p.add_argument_group("data (default: the run's)").add_argument
+    add("--data-set", choices=DATA_SETS, help="on which the network was trained")
+    add("--data-dir", type=path, help="torchvision's root; what is missing is downloaded")
+    add("--dummy", action="store_true", default=None, help="learnable synthetic images instead")
+    _model(p)
+    p.set_defaults(**dict.fromkeys(("model", "base_width", "width_factor", "shortcut")))  # a run's, or the scripts'
+    add = p.add_argument_group("machine").add_argument
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--batch-size", type=number(int, 1, 10**6), default=128, help="images at once")
+    return p.parse_args(argv)
+
+
+PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of AutoAttack's standard version, in its order
+
+
+def attack_names(text: str) -> tuple[str, ...]:
+    """An argparse type: evaluation attacks by name, with commas between them."""
+    names = tuple(dict.fromkeys(text.split(",")))
+    for name in names:
+        known = name in ("clean", "fgsm", "cw", "autoattack", *PARTS)
+        if not known and not re.fullmatch(r"pgd-[1-9]\d*-[1-9]\d*", name):
+            raise argparse.ArgumentTypeError(f"must be of clean, fgsm, pgd-STEPS-RESTARTS, cw, autoattack, "
+                                             f"{', '.join(PARTS)}, not {name!r}")
+    return names
+
+
+def radii(text: str) -> tuple[float, ...]:
+    """An argparse type: numbers from 0 to 255, with commas between them."""
+    return tuple(dict.fromkeys(number(float, 0, 255)(value) for value in text.split(",")))
+
+
+def without_effect(dataset: DataSet, args) -> list[str]:
+    """The flags that were set, though neither the attack nor the objective nor the network of this run reads them."""
+    class Reader:
+        def __init__(self):
+            self.read: set[str] = set()
+
+        def __getattr__(self, name: str):
+            self.read.add(name)
+            return getattr(args, name)
+
+    used, every = Reader(), Reader()
+    for table, chosen in ((ATTACKS, args.attack), (OBJECTIVES, args.objective),
+                          ({name: keywords for name, (_, keywords) in MODELS.items()}, args.model)):
+        table[chosen](used)
+        for line in table.values():
+            line(every)
+    defaults = vars(parser(dataset, None).parse_args([]))
+    defaults |= {name: default(args) for name, default in DEPENDENT.items()}
+    evaluation = {"epsilon", "pgd_alpha"}
+    return [f"--{name.replace('_', '-')}" for name in sorted(every.read - used.read - evaluation)
+            if getattr(args, name) != defaults[name]]
 
 
 def methods_table() -> str:
@@ -272,9 +406,11 @@ def _data(p: Parser) -> None:
 
 def _model(p: Parser) -> None:
     add = p.add_argument_group("model").add_argument
-    add("--model", choices=MODELS, default="PreActResNet18", help="PreActResNet by depth, or WideResNet-34")
+    add("--model", choices=MODELS, default="PreActResNet18", help="PreActResNet by depth, ResNet18, or WideResNet-34")
     add("--base-width", type=number(int, 1, 1024), default=64, help="width of the stem of PreActResNet and ResNet")
     add("--width-factor", type=number(int, 1, 64), default=10, help="width of WideResNet")
+    add("--shortcut", choices=("activated", "raw"), default="activated", help="what the convolutions in PreActResNet's "
+        "shortcuts read: the input after BatchNorm and ReLU, or, as in fast_adversarial, before")
     add("--mean", type=triple, metavar="R,G,B", help="what is subtracted from the pixels (default: the data set's)")
     add("--std", type=triple, metavar="R,G,B", help="what they are divided by (default: the data set's)")
 
@@ -309,7 +445,7 @@ def _attack(p: Parser) -> None:
     add("--method", choices=(*METHODS, "list"), metavar="NAME",
         help="a published method: sets the defaults of other flags; list: show them all")
     add("--attack", choices=ATTACKS, default="multigrad", help="how training images are perturbed")
-    add("--epsilon", type=number(float, 0, 255), default=8.0,
+    add("--epsilon", type=in_255ths, default=8.0,
         help="radius of the l_inf ball in 1/255, in training and in evaluation")
     add("--eps-warmup", type=number(float, 0), default=0.0, metavar="EPOCHS",
         help="epochs over which --epsilon and the attack's step grow from 0")
@@ -332,10 +468,11 @@ def _attack(p: Parser) -> None:
 
 def _evaluation(p: Parser) -> None:
     add = p.add_argument_group("evaluation").add_argument
-    add("--full-test", action="store_true", help="every epoch on the whole test set, not on 1,000 images of it")
+    add("--test-samples", type=number(int, 1), default=1000, metavar="N", help="test images that an epoch is judged on")
+    add("--full-test", action="store_true", help="every epoch on the whole test set")
     add("--test-iters", type=number(int, 1), default=10, help="PGD's steps in an epoch's evaluation")
     add("--test-restarts", type=number(int, 1), default=1, help="its restarts")
-    add("--final-iters", type=number(int, 1), default=50, help="PGD's steps in the final evaluation")
+    add("--final-iters", type=number(int, 0), default=50, help="PGD's steps in the final evaluation; 0: there is none")
     add("--final-restarts", type=number(int, 1), default=10, help="its restarts")
     add("--final-samples", type=number(int, 1), metavar="N", help="only the first N test images in it")
     add("--on-collapse", choices=("warn", "stop", "rollback"), default="warn", help="what to do on catastrophic "
@@ -376,6 +513,8 @@ def check(args: argparse.Namespace) -> None:
         tempfile.gettempdir()
     except OSError:
         raise UsageError("no folder for temporary files can be written: set TMPDIR to one") from None
+    if args.shortcut == "raw" and args.model not in ("PreActResNet18", "PreActResNet34"):
+        raise UsageError(f"--shortcut raw is for PreActResNet18 and 34, not {args.model}")
     if args.multi_th > args.multi_samps:
         raise UsageError(f"--multi-th must be from 1 to --multi-samps ({args.multi_samps}), or -1, not {args.multi_th}")
     parallel = args.attack == "multigrad" and args.multi_parallel

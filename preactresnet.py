@@ -29,6 +29,7 @@ class PreActBlock(nn.Module):
     """Two 3x3 convolutions, each behind BatchNorm and ReLU; (B, in_planes, H, W) -> (B, planes, H/stride, W/stride)."""
 
     expansion = 1
+    raw = False  # whether the shortcut's convolution reads the raw input
 
     def __init__(self, in_planes: int, planes: int, stride: int):
         super().__init__()
@@ -47,7 +48,7 @@ class PreActBlock(nn.Module):
 
     def skip(self, x: Tensor, activated: Tensor) -> Tensor:
         """What is added to the convolutions' output: the raw input, or a convolution of the activated one."""
-        return x if self.shortcut is None else self.shortcut(activated)
+        return x if self.shortcut is None else self.shortcut(x if self.raw else activated)
 
 
 class PreActBottleneck(nn.Module):
@@ -84,10 +85,14 @@ class PreActResNet(nn.Module):
     """Images in [0, 1], (B, 3, H, W), to logits, (B, num_classes).
 
     `blocks` counts the blocks of the four stages, whose widths are 1, 2, 4 and 8 times `base_width`. The images are
-    normalized by `mean` and `std` (one value a channel) first, which adds no key to the state dict.
+    normalized by `mean` and `std` (one value a channel) first, which adds no key to the state dict. Published networks
+    of the same names differ: with `shortcut` "raw", the convolutions of a PreActBlock's shortcut read its input before
+    BatchNorm and ReLU (github.com/locuslab/fast_adversarial); without `final_norm`, neither BatchNorm nor ReLU follows
+    the last stage (github.com/kuangliu/pytorch-cifar).
     """
 
-    def __init__(self, block, blocks, num_classes=10, base_width=64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
+    def __init__(self, block, blocks, num_classes=10, base_width=64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+                 shortcut="activated", final_norm=True):
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.conv1 = nn.Conv2d(3, base_width, 3, padding=1, bias=False)
@@ -97,16 +102,18 @@ class PreActResNet(nn.Module):
             planes, layer = base_width * 2**stage, nn.Sequential()
             for i in range(count):
                 layer.append(block(in_planes, planes, stride=2 if stage > 0 and i == 0 else 1))
+                layer[-1].raw = shortcut == "raw"
                 in_planes = planes * block.expansion
             stages.append(layer)
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.bn = nn.BatchNorm2d(in_planes)
+        self.bn = nn.BatchNorm2d(in_planes) if final_norm else None
         self.linear = nn.Linear(in_planes, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.conv1(self.normalize(x))
         out = self.layer4(self.layer3(self.layer2(self.layer1(out))))
-        out = F.relu(self.bn(out))
+        if self.bn is not None:
+            out = F.relu(self.bn(out))
         return self.linear(out.mean(dim=(2, 3)))
 
 

@@ -4,13 +4,13 @@
 """
 import contextlib
 import copy
-import importlib
 import math
 import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,13 +28,13 @@ import watch
 from checkpoint import Folder, Found, State
 from data import Augmentation, Images, load
 from machine import Compiled, Precision, World, choose_device, describe, memory_format, slowdown
+from networks import fingerprint, new_network
 from step import Step
 from utils import Failure, Stopped, StopSignals, UsageError, one_line_errors, say, seed_everything
 
 # What random numbers are drawn for: the first part of every key that they are seeded with here. (evaluate.py has 3.)
 ORDER, STEP, WATCH, WEIGHTS = 0, 1, 2, 4
 
-EPOCH_IMAGES = 1000  # test images that an epoch is judged on, unless --full-test
 EVALUATION_BATCH = 128  # the most images that a process evaluates at once; --batch-size is that of all processes
 
 # In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
@@ -93,19 +93,20 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
     state, layout = build(dataset, args, device, world)
     found = world.decide(lambda: look_for_checkpoint(folder, args))
     if found:
-        checkpoint.resume(state, found, args)
+        notes = checkpoint.resume(state, found, args)
+        for note in notes if world.is_main else ():
+            say(f"# {found.source}: {note}")
     images = load_images(dataset, args, world, state, device, layout)
     run = assemble(dataset, args, state, folder, world, signals, images)
     if args.eval and found:
         evaluate_only(run, found)
-    elif found and state.epoch == args.epochs and state.final and \
-            world.decide(lambda: asked(run)).items() <= state.final.items():
+    elif found and state.epoch == args.epochs and world.decide(lambda: is_complete(run)):
         if world.is_main:
-            if not (folder.path / "final.json").exists():  # a kill came between the state and its logs
+            if state.final and not (folder.path / "final.json").exists():  # a kill came between the state and its logs
                 checkpoint.render(folder, state, args)
             say(f"{args.fname} is complete: nothing to do")
     else:
-        start(run, found)
+        start(run, found, dataset)
         with tqdm(total=args.epochs * run.steps, initial=state.epoch * run.steps + state.step, unit="step",
                   disable=None if world.is_main else True, dynamic_ncols=True) as bar:
             while state.epoch < args.epochs:
@@ -142,14 +143,6 @@ def build(dataset: options.DataSet, args, device: torch.device, world: World) ->
     ema = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(args.ema), use_buffers=True) \
         if args.ema else None
     return State(model, optimizer, precision, ema), layout
-
-
-def new_network(dataset: options.DataSet, args) -> nn.Module:
-    """The network that the arguments name, for images of the data set."""
-    module, keywords = options.MODELS[args.model]
-    network = getattr(importlib.import_module(module), "WideResNet" if module == "wideresnet" else args.model)
-    return network(num_classes=dataset.classes, mean=args.mean or dataset.mean, std=args.std or dataset.std,
-                   **keywords(args))
 
 
 def look_for_checkpoint(folder: Folder, args) -> Found | None:
@@ -194,7 +187,7 @@ def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world
                *images)
 
 
-def start(run: Run, found: Found | None) -> None:
+def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
     """Make the folder ready for the epochs to come, and write down what is about to run."""
     args, state, folder, world = run.args, run.state, run.folder, run.world
     state.final = None
@@ -216,6 +209,11 @@ def start(run: Run, found: Found | None) -> None:
             say(f"# files of an earlier run are now in {aside}")
         if args.amp and world.device.type == "cpu" and (slower := slowdown(state.precision.dtype)) > 1.2:
             say(f"# {args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: leave --amp out")
+        for flag in options.without_effect(dataset, args):
+            say(f"# {flag} has no effect with --attack={args.attack}, --objective={args.objective}, "
+                f"--model={args.model}")
+        if 0 < args.epsilon < 1:
+            say(f"# --epsilon={args.epsilon:g} means {args.epsilon:g}/255: did you mean {255 * args.epsilon:.3g}?")
         if args.compile and args.objective in options.EAGER:
             say(f"# --compile is off: --objective {args.objective} needs what torch.compile cannot give")
         say(checkpoint.header(len(run.held_out) > 0))
@@ -321,7 +319,7 @@ def measure(run: Run) -> dict[str, Any]:
     """The evaluation of the present network that every epoch ends with, its score, and what it took."""
     args, began = run.args, time.perf_counter()
     last = args.eval or run.state.epoch + 1 == args.epochs
-    fixed = len(run.test) if args.full_test else EPOCH_IMAGES  # the same images in every epoch, to choose the best on
+    fixed = len(run.test) if args.full_test else args.test_samples  # the same in every epoch, to choose the best on
     test = run.test if last else run.test[:fixed]
     verdict = judged(run, run.state.judged, test, args.test_iters, args.test_restarts)
     score, found = verdict.metrics(fixed)["robust_acc"], verdict.metrics()
@@ -345,14 +343,15 @@ def measure(run: Run) -> dict[str, Any]:
 
 def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int,
            progress: Callable[[int], None] = lambda images_done: None, alpha: float | None = None,
-           init: str = "random") -> evaluate.Verdict:
+           init: str = "random", between: Callable[[int, evaluate.Verdict], None] | None = None,
+           before: tuple[int, evaluate.Verdict] | None = None) -> evaluate.Verdict:
     """What PGD leaves of `model` on `images`, with the run's epsilon and, unless told otherwise, its step."""
     alpha = run.args.pgd_alpha / 255 if alpha is None else alpha
     attack = evaluate.PGD(run.args.epsilon / 255, alpha, steps, restarts, run.args.seed, init)
     batch_size = min(run.args.batch_size, EVALUATION_BATCH)
     with advised(run, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
         return evaluate.evaluate(model, images, attack, batch_size, run.state.precision, run.world, progress,
-                                 partial(stop_if_asked, run))
+                                 between or (lambda restart, found: stop_if_asked(run)), before)
 
 
 @contextlib.contextmanager
@@ -465,12 +464,20 @@ def asked(run: Run) -> dict[str, Any]:
             "images": min(args.final_samples or len(run.test), len(run.test))}
 
 
+def is_complete(run: Run) -> bool:
+    """Whether a run that has no epoch before it has nothing else to do, either."""
+    return not run.args.final_iters or bool(run.state.final and asked(run).items() <= run.state.final.items())
+
+
 def finish(run: Run) -> None:
     """Attack the last or the best network with restarts (PGD-50-10), and record what is left of its accuracy."""
+    if not run.args.final_iters:
+        return
     found = final_evaluation(run, run.world.decide(lambda: asked(run)))
     run.state.final = {**found, **watch.summary(run.state.history)}
     save(run)
     if run.world.is_main:
+        (run.folder.path / "final.pth").unlink(missing_ok=True)
         say(checkpoint.final_line(run.state.final))
         if found["no_gradient"] > 0.01:
             say(f"# warning: for {100 * found['no_gradient']:.0f}% of the images the attack had no gradient to go by: "
@@ -485,31 +492,72 @@ def final_evaluation(run: Run, wanted: dict[str, Any]) -> dict[str, Any]:
         best = run.folder.file("model", "best")
         model = copy.deepcopy(model)
         checkpoint.load_network(model, run.world.decide(lambda: checkpoint.read_checkpoint(best)), best.name)
-    with tqdm(total=math.ceil(wanted["images"] / run.world.size), desc=f"PGD-{wanted['iters']}-{wanted['restarts']}",
-              unit="image", disable=None if run.world.is_main else True, dynamic_ncols=True) as bar:
+    key = {**wanted, "seed": run.args.seed, "network": fingerprint(model)}
+    part = run.folder.path / "final.pth"
+    before = None if run.args.eval else run.world.decide(lambda: broken_off(part, key))
+    with tqdm(total=wanted["images"], desc=f"PGD-{wanted['iters']}-{wanted['restarts']}", unit="image",
+              disable=None if run.world.is_main else True, dynamic_ncols=True) as bar:
         def progress(images_done: int) -> None:
-            bar.update(images_done)
+            bar.update(min(images_done * run.world.size, bar.total - bar.n))
             if run.world.size == 1:  # many are not at the same step
                 stop_if_asked(run)
 
-        verdict = judged(run, model, run.test[:wanted["images"]], wanted["iters"], wanted["restarts"], progress)
+        def between(restart: int, found: evaluate.Verdict) -> None:
+            whole = found.sums(run.world)
+            if run.world.is_main and restart and not run.args.eval:
+                checkpoint.save(part, {"key": key, "restart": restart, "seconds": time.perf_counter() - began,
+                                       "found": vars(whole)})
+            bar.set_description(f"PGD-{wanted['iters']}, restart {restart + 1}/{wanted['restarts']}, "
+                                f"{100 * whole.robust.mean().item():.1f}% still robust")
+            stop_if_asked(run)
+
+        began -= before[2] if before else 0
+        verdict = judged(run, model, run.test[:wanted["images"]], wanted["iters"], wanted["restarts"], progress,
+                         between=between, before=before and before[:2])
+        bar.update(bar.total - bar.n)
     return {**wanted, "seconds": time.perf_counter() - began, **verdict.metrics()}
+
+
+def broken_off(part: Path, key: dict[str, Any]) -> tuple[int, evaluate.Verdict, float] | None:
+    """The restart that a final evaluation of this key was broken off in, what it had found, and in how many seconds."""
+    try:
+        saved = checkpoint.read_checkpoint(part)
+        return (saved["restart"], evaluate.Verdict(**saved["found"]), saved["seconds"]) if saved["key"] == key else None
+    except (UsageError, KeyError, TypeError):
+        return None
 
 
 def evaluate_only(run: Run, found: Found) -> None:
     """What --eval does: the evaluation of an epoch on the whole test set, then the final one; all of them are kept."""
-    state = run.state
+    state, args = run.state, run.args
     epoch = max(state.epoch - 1, 0) if state.step == 0 else state.epoch  # the one under way, or the last
     untrained = dict.fromkeys(("train_time", "lr", "train_robust_loss", "train_robust_acc", "defence_mean"))
     measured = measure(run)
     del measured["score"]
     if not math.isfinite(measured["test_loss"]):
         raise UsageError(f"--eval: what the network in {found.source} answers is no finite number")
-    final = final_evaluation(run, run.world.decide(lambda: asked(run)))
-    record = {"epoch": epoch, **untrained, **measured, "final": {**final, "epoch": epoch}, "resumed": found.source,
+    record = {"epoch": epoch, **untrained, **measured, "resumed": found.source,
               **describe(run.world.device, run.world.size)}
+    if args.final_iters:
+        record["final"] = {**final_evaluation(run, run.world.decide(lambda: asked(run))), "epoch": epoch}
+    record["attacks"] = rows(args, record)
     if run.world.is_main:
         checkpoint.add_evaluation(run.folder, record)
-        for line in (checkpoint.header("val_robust_acc" in record), checkpoint.log_line(record),
-                     checkpoint.final_line(record["final"])):
-            say(line)
+        say(checkpoint.header("val_robust_acc" in record))
+        say(checkpoint.log_line(record))
+        if args.final_iters:
+            say(checkpoint.final_line(record["final"]))
+
+
+def rows(args, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What --eval found in the form that evaluate.py records."""
+    final = record.get("final", {})
+    found = [("clean", 0.0, record["test_acc"], record["test_images"], None),
+             ("fgsm", args.epsilon, record["fgsm_acc"], record["test_images"], None),
+             (f"pgd-{args.test_iters}-{args.test_restarts}", args.epsilon, record["test_robust_acc"],
+              record["test_images"], None)]
+    if final:
+        found.append((f"pgd-{final['iters']}-{final['restarts']}", args.epsilon, final["robust_acc"], final["images"],
+                      final["seconds"]))
+    return [{**evaluate.row(name, epsilon, round(accuracy * n), n, seconds), "alpha": args.pgd_alpha}
+            for name, epsilon, accuracy, n, seconds in found]

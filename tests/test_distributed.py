@@ -99,10 +99,12 @@ model = Steady().eval()
 pixels, labels = torch.randint(256, (27, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (27,))
 images = Images(pixels, labels, torch.contiguous_format)
 forward = nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
-args = argparse.Namespace(batch_size=12, seed=0, epsilon=8, amp=False, amp_dtype="bfloat16", tf32=True)
+args = argparse.Namespace(batch_size=12, seed=0, epsilon=8, amp=False, amp_dtype="bfloat16", tf32=True, epochs=1,
+                          attack="fgsm", objective="ce", eps_warmup=0)
 state = State(model, torch.optim.SGD(model.parameters(), lr=0.1), Precision(args, device))
 run = Run(args, state, Folder(sys.argv[1]), world, StopSignals(), model, forward,
-          partial(fgsm, alpha=8 / 255, init="zero"), ce, lambda t: 0.01, Augmentation(), images, images[:0], images)
+          partial(fgsm, init="zero"), ce, 8 / 255, lambda t: 0.01, lambda t: 0.0, Augmentation(), images, images[:0],
+          images)
 metrics = train_epoch(run)
 del metrics["train_time"]
 weak, strong = (evaluate(model, images, PGD(epsilon / 255, 0.5 / 255, 3, restarts), 5, state.precision, world)

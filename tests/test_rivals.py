@@ -1171,6 +1171,7 @@ def test_a_run_of_resnet18_in_the_recipe(tmp_path, call, small_dummy):
 
 
 PROGRAM = """
+import os
 import sys
 import torch
 from torch import nn
@@ -1236,6 +1237,7 @@ for mode in ("eval", "train"):
         torch.save({"model": state.model.state_dict(), "kept": state.kept, "losses": losses},
                    f"{folder}/{mode} {method} {world.rank} of {world.size}.pt")
 world.leave()
+os._exit(0)  # threads of PyTorch's that are still there can abort the interpreter's own way out
 """
 
 

@@ -14,6 +14,7 @@ import torch
 from conftest import DATASETS, ROOT, SMALL, SmallNet, assert_same_run, epochs_of, script
 from test_data import write_cifar10, write_svhn
 
+import attacks
 import checkpoint
 import data
 import evaluate
@@ -126,10 +127,10 @@ def test_an_epoch_is_judged_on_the_first_images_and_the_last_one_or_every_one_on
     judged, evaluated = [], evaluate.evaluate
     monkeypatch.setattr(evaluate, "evaluate", lambda model, images, *rest: (
         judged.append(images), evaluated(model, images, *rest))[1])
-    monkeypatch.setattr(train, "EPOCH_IMAGES", 40)
     for flags, sizes in ([], [40, 40, 64]), (["--full-test"], [64, 64, 64]):
         judged.clear()
-        assert call("train_cifar.py", *SMALL, *flags, "--epochs=3", "--fname", tmp_path / str(flags))[0] == 0
+        assert call("train_cifar.py", *SMALL, *flags, "--epochs=3", "--test-samples=40", "--fname",
+                    tmp_path / str(flags))[0] == 0
         assert [record["test_images"] for record in epochs_of(tmp_path / str(flags))] == sizes
         _, test = data.dummy(10)
         for images, size in zip(judged, [*(size for size in sizes for _ in ("PGD", "FGSM")), 48], strict=True):
@@ -397,3 +398,25 @@ def test_without_a_compiler_compile_ends_in_one_line(tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("train_cifar.py: error: --compile: ") and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.endswith("; use --no-compile\n")
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--zero-qval=0.9", "--zero-qval has no effect with --attack=multigrad"),
+    ("--attack=zerograd --zero-qval=0.9", None), ("--attack=fgsm --multi-samps=5", "--multi-samps has no effect"),
+    ("--width-factor=4", "--width-factor has no effect"), ("--method=pgi", None),
+    ("--attack=fgsm --pgd-alpha=1", None), ("--attack=pgd --fgsm-alpha=1", "--fgsm-alpha has no effect"),
+    ("--method=gradalign --gradalign-lambda=0.3", None), ("--gradalign-lambda=0.3", "--gradalign-lambda has no effect"),
+    ("--epsilon=0.031", "--epsilon=0.031 means 0.031/255: did you mean 7.9"), ("--epsilon=8/255", None)])
+def test_what_has_no_effect_or_another_meaning_is_told(flags, told, tmp_path, call, small_dummy):
+    status, output, _ = call("train_cifar.py", *SMALL, "--epochs=1", *flags.split(), "--fname", tmp_path / "run")
+    assert status == 0 and (told in output if told else "has no effect" not in output and "mean" not in output)
+
+
+def test_a_misspelt_flag_is_told_which_one_may_have_been_meant(tmp_path, call):
+    one_line(call("train_cifar.py", "--epoch=3"), "did you mean --epochs?")
+    one_line(call("train_cifar.py", "--xyzzy"), "unrecognized arguments: --xyzzy")
+
+
+def test_an_attack_in_the_wrong_unit_raises():
+    with pytest.raises(ValueError, match="8/255 and not 8"):
+        attacks.fgsm(SmallNet(), torch.rand(2, 3, 5, 5), torch.zeros(2, dtype=torch.long), 8, 8)

@@ -253,11 +253,10 @@ def test_tf32_is_off_where_it_is_refused_and_never_on_where_accuracy_is_judged(m
     ({}, 0, False, 10, 10), ({}, 0, True, 12, 10), ({"full_test": True}, 0, False, 12, 12), ({}, 3, False, 10, 3),
     ({"eval": True}, 0, False, 12, 10)])
 def test_an_epoch_is_judged_on_the_first_images_and_scored_on_the_same_in_each(flags, held_out, last, judged_on,
-                                                                               scored_on, monkeypatch):
-    monkeypatch.setattr(train, "EPOCH_IMAGES", 10)
+                                                                               scored_on):
     values = torch.tensor([140] * 4 + [130] * 8)  # the first four withstand it
     test = Images(values.byte().view(-1, 1, 1, 1).expand(-1, 32, 32, 3).contiguous(), torch.ones_like(values))
-    run = small_run(Brightness(), test, held_out=slice(3, 3 + held_out), **flags)
+    run = small_run(Brightness(), test, held_out=slice(3, 3 + held_out), test_samples=10, **flags)
     run.state.begin_epoch(8 if last else 7)  # of 9
     found = train.measure(run)
     assert (found["test_images"], found["test_robust_acc"], found["test_acc"]) == (judged_on, 4 / judged_on, 1)

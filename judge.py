@@ -1,0 +1,305 @@
+"""What evaluate.py does once its command line is read: networks under attacks by name, a table, and a record."""
+import copy
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import checkpoint
+import options
+from attacks import frozen
+from checkpoint import Opened
+from data import Images, testing
+from evaluate import PGD, evaluate, row
+from machine import Precision, World, choose_device, describe, memory_format
+from networks import STRANGE, fingerprint, strangeness
+from utils import Stopped, StopSignals, UsageError, one_line_errors, say, whole_file
+
+MASKED = 0.08  # AutoAttack is two to five points under PGD-50-10 where gradients are sound
+SURPRISE = 0.002  # of images that Square breaks and APGD does not: the threshold of AutoAttack's authors
+EDGE = 1e-6  # by which rounding may lead out of the ball
+
+# Forward passes for an image that stays robust, a backward pass as two: 100 steps for each target class, 5,000 queries.
+COST = {"apgd-ce": 300, "apgd-t": 2800, "fab-t": 3600, "square": 5000}
+
+
+@dataclass
+class Job:
+    """One network to judge on images, how, and what was found: rows of the table, and which images each attack left
+    (a tensor (N,) of bool, by attack and epsilon). `check` raises Stopped if a signal came."""
+
+    opened: Opened
+    images: Images
+    batch_size: int
+    precision: Precision
+    world: World
+    check: Callable[[], None]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    left: dict[tuple[str, float], Tensor] = field(default_factory=dict)
+
+    def bar(self, title: str, total: int) -> tqdm:
+        return tqdm(total=total, desc=title, unit="image", dynamic_ncols=True, leave=False,
+                    disable=None if self.world.is_main else True)
+
+
+def main(args) -> None:
+    """Judge what the arguments name; an error ends the process."""
+    with one_line_errors(), StopSignals() as signals:
+        args.deterministic = False
+        device = choose_device(args)
+        world = World.join(device)
+        if any(name in (*options.PARTS, "autoattack") for name in args.attacks):
+            library()
+            if world.size > 1:
+                raise UsageError("--attacks: AutoAttack and its parts are for one process, without torchrun")
+
+        def check() -> None:
+            if signals.received:
+                raise Stopped(signals.received)
+
+        for path in args.runs:
+            judge(path, args, device, world, check)
+        world.leave()
+
+
+def judge(path: str, args, device: torch.device, world: World, check: Callable[[], None]) -> None:
+    """Measure the network at `path`, print the table and keep it."""
+    names = ("data_set", "model", "base_width", "width_factor", "shortcut", "mean", "std", "data_dir", "dummy", "seed")
+    epsilon = args.epsilons[0] if args.epsilons and len(args.epsilons) == 1 else None
+    opened = checkpoint.open_run(path, args.which, epsilon=epsilon, **{name: getattr(args, name) for name in names})
+    opened.folder.require_writable("RUN_OR_FILE")
+    run, epsilons = opened.args, args.epsilons or (opened.args.epsilon,)
+    for note in opened.notes if world.is_main else ():
+        say(f"# {opened.source}: {note}")
+    images = world.decide(lambda: testing(opened.dataset, run.data_dir, run.dummy))[:args.samples]
+    layout = memory_format(opened.model, device)
+    precision = Precision(SimpleNamespace(amp=False, tf32=False), device)
+    opened.model.to(device).to(memory_format=layout)
+    job = Job(opened, images.to(device, layout), args.batch_size, precision, world, check)
+    warnings = strange(job)
+    for attack in args.attacks:
+        for epsilon in (0.0,) if attack == "clean" else epsilons:
+            measure(job, attack, epsilon)
+    rows = job.rows + worst(job, epsilons)
+    warnings += suspicions(job, epsilons)
+    if world.is_main:
+        record = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "file": opened.source,
+                  "network": fingerprint(opened.model), **parameters(opened), "seed": run.seed,
+                  "samples": len(images), "batch_size": args.batch_size, "attacks": rows, "notes": opened.notes,
+                  "warnings": warnings, **describe(device, world.size)}
+        checkpoint.add_evaluation(opened.folder, record)
+        say(table(opened.source, rows))
+        for warning in warnings:
+            say(f"\nwarning: {warning}")
+
+
+def parameters(opened: Opened) -> dict[str, Any]:
+    """What a record has to tell of the network and its images."""
+    normalize = getattr(opened.model, "normalize", None)
+    constants = {} if normalize is None else {name: getattr(normalize, name).flatten().tolist()
+                                              for name in ("mean", "std")}
+    names = ("data_set", "dummy", "model", "base_width", "width_factor", "shortcut")
+    return {**{name: getattr(opened.args, name) for name in names}, **constants}
+
+
+# Measuring
+
+
+def measure(job: Job, attack: str, epsilon: float) -> None:
+    """Attack the images, epsilon in 1/255, and add a row."""
+    began, more = time.perf_counter(), dict[str, Any]()
+    if attack in (*options.PARTS, "autoattack"):
+        left, seconds, more = auto_attack(job, attack, epsilon)
+    else:
+        left, share = attacked(job, attack, epsilon)
+        seconds = time.perf_counter() - began
+        if attack != "clean":
+            more["no_gradient"] = share
+    job.left[attack, epsilon] = left
+    job.rows.append({**row(attack, epsilon, int(left.sum()), len(left), seconds), **more})
+
+
+def attacked(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float]:
+    """Which images a form of PGD leaves, and the share of those attacked that it ever had no gradient for."""
+    size = epsilon / 255
+    pgd = PGD(size, size / 4, 50, 10, job.opened.args.seed, loss="cw")
+    if attack == "clean":
+        pgd = PGD(0.0, 0.0, 0, 0)
+    elif attack == "fgsm":
+        pgd = PGD(size, size, 1, 1, init="zero")
+    elif attack != "cw":
+        steps, restarts = map(int, attack.split("-")[1:])
+        pgd = PGD(size, size / 4, steps, restarts, job.opened.args.seed)
+    with job.bar(f"{attack}, epsilon {epsilon:g}", len(job.images)) as bar:
+        def progress(images_done: int) -> None:
+            bar.update(images_done * job.world.size)
+            if job.world.size == 1:
+                job.check()
+
+        def between(restart: int, found) -> None:
+            bar.set_description(f"{attack}, epsilon {epsilon:g}, restart {restart + 1}/{pgd.restarts}")
+
+        found = evaluate(job.opened.model, job.images, pgd, job.batch_size, job.precision, job.world, progress, between)
+    return found.robust.bool(), found.metrics()["no_gradient"]
+
+
+def library():
+    """AutoAttack's authors' code."""
+    try:
+        import pyautoattack
+    except ImportError:
+        raise UsageError("--attacks: AutoAttack and its parts need a package more: pip install pyautoattack") from None
+    logging.getLogger("auto-attack").setLevel(logging.ERROR)
+    return pyautoattack
+
+
+def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, dict[str, Any]]:
+    """Which images AutoAttack's standard version (arXiv 2003.01690), or a part of it, leaves; seconds; more to record.
+
+    As there, each part attacks in batches what the parts before it left, and every batch starts from the same seed. So
+    it can go on after any batch: how far it is, is kept in a file beside the record until it is done.
+    """
+    parts = options.PARTS if attack == "autoattack" else (attack,)
+    images = Images(job.images.pixels, job.images.labels, torch.contiguous_format)
+    model = copy.deepcopy(job.opened.model).to(memory_format=torch.contiguous_format)  # it views tensors as such
+    file = job.opened.folder.path / f".{attack}-{epsilon:g}.json"
+    key = {"network": fingerprint(model), "data_set": job.opened.args.data_set, "dummy": job.opened.args.dummy,
+           "attack": attack, "epsilon": epsilon, "images": len(images), "seed": job.opened.args.seed,
+           "batch_size": job.batch_size}
+    state = begun(file, key)
+    if not state:
+        everything = torch.arange(len(images), device=images.labels.device)
+        right = [index for part in everything.split(job.batch_size)
+                 for index in part[_right(job, model, *images.batch(part))].tolist()]
+        state = {"key": key, "part": 0, "done": 0, "seconds": 0.0, "queue": right, "left": right, "broken": {}}
+    with job.bar(attack, 1) as bar, frozen(model):
+        perturb = perturbations(model, epsilon / 255, key["seed"], images.labels.device)
+        while state["part"] < len(parts):
+            part = parts[state["part"]]
+            queue = torch.tensor(state["queue"], dtype=torch.long, device=images.labels.device)
+            for index in queue.split(job.batch_size)[state["done"]:] if len(queue) else ():
+                show(bar, state, parts, job.batch_size)
+                job.check()
+                began = time.perf_counter()
+                x, y = images.batch(index)
+                broken = set(index[_broken(job, model, x, y, perturb[part], epsilon / 255)].tolist())
+                bar.update(COST[part] * len(index))
+                state["left"] = [image for image in state["left"] if image not in broken]
+                state["broken"][part] = state["broken"].get(part, 0) + len(broken)
+                state["done"] += 1
+                state["seconds"] += time.perf_counter() - began
+                with whole_file(file) as out:
+                    out.write(json.dumps(state).encode())
+            state |= {"part": state["part"] + 1, "done": 0, "queue": state["left"]}
+    file.unlink(missing_ok=True)
+    left = torch.zeros(len(images), dtype=torch.bool)
+    left[state["left"]] = True
+    return left, state["seconds"], {"parts": state["broken"]}
+
+
+def begun(file: Path, key: dict[str, Any]) -> dict[str, Any]:
+    """How far an AutoAttack of this key is; empty where none was broken off."""
+    try:
+        state = json.loads(file.read_text(encoding="utf-8"))
+        return state if state["key"] == key else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def perturbations(model: nn.Module, epsilon: float, seed: int, device: torch.device) -> dict[str, Callable]:
+    """The parts of AutoAttack: functions (x, y) -> perturbed images."""
+    whole = library().AutoAttack(lambda x: model(x).float(), eps=epsilon, seed=seed, device=device, version="standard")
+    whole.apgd.loss, whole.fab.targeted = "ce", True
+    return {"apgd-ce": whole.apgd.perturb, "apgd-t": whole.apgd_targeted.perturb, "fab-t": whole.fab.perturb,
+            "square": whole.square.perturb}
+
+
+def _right(job: Job, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return job.precision.float32_logits(model, x).argmax(dim=1) == y
+
+
+def _broken(job: Job, model: nn.Module, x: Tensor, y: Tensor, perturb: Callable, epsilon: float) -> Tensor:
+    """Which images a part of AutoAttack changes within the ball so that they are no longer right."""
+    changed = perturb(x.clone(), y.clone()).detach()
+    inside = ((changed - x).abs() <= epsilon + EDGE) & (changed >= 0) & (changed <= 1)
+    return inside.flatten(1).all(dim=1) & ~_right(job, model, changed, y)
+
+
+def show(bar: tqdm, state: dict[str, Any], parts: tuple[str, ...], batch_size: int) -> None:
+    """Have the bar tell which part is under way, what is left, and how much there is to do, in forward passes."""
+    now, left, attack = state["part"], len(state["left"]), state["key"]["attack"]
+    bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    bar.total = bar.n + COST[parts[now]] * (len(state["queue"]) - state["done"] * batch_size) + \
+        left * sum(COST[part] for part in parts[now + 1:])
+    which = f"{parts[now]} ({now + 1}/{len(parts)})" if len(parts) > 1 else ""
+    bar.set_description(f"{attack} {which}, epsilon {state['key']['epsilon']:g}, "
+                        f"{100 * left / state['key']['images']:.1f}% still robust")
+
+
+# What it comes to
+
+
+def worst(job: Job, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:
+    """For each epsilon, the images that all attacks left, where there were several."""
+    rows = []
+    for epsilon in epsilons:
+        left = [flags.cpu() for (_, size), flags in job.left.items() if size == epsilon]
+        if len(left) > 1:
+            rows.append(row("worst case", epsilon, int(torch.stack(left).all(dim=0).sum()), len(left[0])))
+    return rows
+
+
+def suspicions(job: Job, epsilons: tuple[float, ...]) -> list[str]:
+    """What in the results says that gradients mislead the attacks that follow them."""
+    found = []
+    for epsilon in epsilons:
+        rows = {row["attack"]: row for row in job.rows if row["epsilon"] == epsilon}
+        n = len(job.images)
+        pgd = min((row for name, row in rows.items() if name.startswith("pgd-")), default=None,
+                  key=lambda row: (row["attack"] != "pgd-50-10", row["robust"]))
+        if pgd and "autoattack" in rows and (gap := pgd["accuracy"] - rows["autoattack"]["accuracy"]) > MASKED:
+            found.append(f"at epsilon {epsilon:g}, AutoAttack is {100 * gap:.1f} points under "
+                         f"{pgd['attack'].upper()}: gradients may be masked")
+        square = rows.get("autoattack", {}).get("parts", {}).get("square", 0)
+        apgd = [job.left[name, epsilon].cpu() for name in ("apgd-ce", "apgd-t") if name in rows]
+        if "square" in rows and apgd:
+            square = max(square, int((torch.stack(apgd).all(dim=0) & ~job.left["square", epsilon].cpu()).sum()))
+        if square > SURPRISE * n:
+            found.append(f"at epsilon {epsilon:g}, Square, which needs no gradient, breaks {square} of {n} images that "
+                         f"APGD leaves: gradients may be masked")
+        found += [f"at epsilon {epsilon:g}, {name} had no gradient to go by for {100 * row['no_gradient']:.0f}% of the "
+                  f"images: try autoattack" for name, row in rows.items() if row.get("no_gradient", 0) > 0.01]
+    return found
+
+
+def strange(job: Job) -> list[str]:
+    """A warning where BatchNorm's statistics are not of such inputs as the layers get. What a run says of its own
+    network is right."""
+    if job.opened.run and not job.opened.notes:
+        return []
+    x, _ = job.images.batch(slice(512))
+    distance = strangeness(job.opened.model, x)
+    return [] if distance < STRANGE else [
+        f"the inputs of a BatchNorm layer are {distance:.1f} off its running statistics (up to {STRANGE:g} is usual): "
+        f"the normalization (--mean, --std), the block (--shortcut) or the data set may be another one's"]
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [f"\n{title}\n", "| attack | epsilon | images | accuracy | 95% interval | seconds |",
+             "|:--|--:|--:|--:|:-:|--:|"]
+    for each in rows:
+        epsilon = "" if each["attack"] == "clean" else f"{each['epsilon']:g}"
+        seconds = "" if each["seconds"] is None else f"{each['seconds']:.1f}"
+        lines.append(f"| {each['attack']} | {epsilon} | {each['n']} | {100 * each['accuracy']:.2f}% | "
+                     f"{100 * each['low']:.2f}-{100 * each['high']:.2f}% | {seconds} |")
+    return "\n".join(lines)

@@ -1,0 +1,126 @@
+"""The networks by name, and published state dicts: under other names, wrapped, with constants and leftovers."""
+import hashlib
+import importlib
+import re
+
+import torch
+from torch import Tensor, nn
+
+import options
+from preactresnet import PreActResNet
+from utils import UsageError
+
+WRAPPERS = ("state_dict", "net", "model", "model_state_dict", "last", "best")
+CONSTANT = re.compile(r"(^|\.)(?:(mu|mean|new_mean)|(sigma|std|new_std))$")
+
+
+def new_network(dataset: options.DataSet, args) -> nn.Module:
+    """The network that the arguments name, for images of the data set."""
+    module, keywords = options.MODELS[args.model]
+    network = getattr(importlib.import_module(module), "WideResNet" if module == "wideresnet" else args.model)
+    return network(num_classes=dataset.classes, mean=args.mean or dataset.mean, std=args.std or dataset.std,
+                   **keywords(args))
+
+
+def load_network(model: nn.Module, content: dict, source: str, normalize: bool = True) -> list[str]:
+    """Load a state dict, bare or as others wrap it: under a key of its own, every name behind `module.` or the like.
+
+    Normalization constants in the file become the network's, unless `normalize` is False. A PreActResNet loses the
+    final BatchNorm and ReLU where the file has none. Entries that belong to no layer of the network are left out.
+    Returns what there is to say of all this. Raises UsageError where the rest does not fit.
+    """
+    notes, state = [], _unwrapped(content)
+    if isinstance(model, PreActResNet) and not any(re.search(r"(^|\.)bn\.weight$", key) for key in state):
+        model.bn = None
+    wanted = model.state_dict()
+    first = next(iter(wanted))
+    prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
+    prefix = max(prefixes, key=lambda prefix: sum(prefix + key in state for key in wanted), default="")
+    constants = {key: value for key, value in state.items() if CONSTANT.search(key)}
+    state = {key.removeprefix(prefix): value for key, value in state.items() if key not in constants}
+    layers = {key.partition(".")[0] for key in wanted}
+    unused = {key for key in state if key.partition(".")[0] not in layers}
+    state = {key: value for key, value in state.items() if key not in unused}
+    for key in sorted(wanted.keys() | state.keys()):
+        shape = tuple(wanted[key].shape) if key in wanted else "nothing"
+        found = tuple(getattr(state[key], "shape", ())) if key in state else "nothing"
+        if shape != found and not (found == "nothing" and key.endswith("num_batches_tracked")):
+            raise UsageError(f"--resume: {source} is of another architecture: at {key} it has {found}, where --model, "
+                             f"--base-width and --width-factor ask for {shape}")
+    try:
+        model.load_state_dict({**wanted, **state})
+    except (RuntimeError, TypeError, AttributeError):
+        raise UsageError(f"--resume: {source} holds values that are no real tensors") from None
+    if not all(value.isfinite().all() for value in model.state_dict().values()):
+        raise UsageError(f"--resume: {source} holds weights that are not finite")
+    if isinstance(model, PreActResNet) and model.bn is None:
+        notes.append("without BatchNorm and ReLU before the last layer, as in the file")
+    if any(value.dtype is torch.float16 for value in state.values()):
+        notes.append("weights in float16, computed with in float32")
+    if unused:
+        notes.append(f"unused in the file: {', '.join(sorted({key.partition('.')[0] for key in unused}))} "
+                     f"({len(unused)} entries)")
+    return notes + _normalized(model, constants, source, normalize)
+
+
+def _unwrapped(content: dict) -> dict[str, Tensor]:
+    while key := next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None):
+        content = content[key]
+    return {str(key): value for key, value in content.items()}
+
+
+def _normalized(model: nn.Module, constants: dict[str, Tensor], source: str, wanted: bool) -> list[str]:
+    """Have the network subtract and divide by the file's constants, where it has three of each."""
+    found: dict[str, Tensor] = {}
+    for key, value in constants.items():
+        kind = CONSTANT.search(key)
+        if kind and isinstance(value, Tensor) and value.numel() == 3:
+            found.setdefault("mean" if kind[2] else "std", value.float().view(1, 3, 1, 1))
+    if not found:
+        return []
+    said = ", ".join(f"{name} {','.join(f'{number:.4g}' for number in value.flatten().tolist())}"
+                     for name, value in found.items())
+    if not wanted:
+        return [f"the file's normalization ({said}) gives way to the flags'"]
+    if not all(value.isfinite().all() for value in found.values()) or not (found.get("std", torch.ones(1)) > 0).all():
+        raise UsageError(f"--resume: {source} has normalization constants that make no sense: {said}")
+    for name, value in found.items():
+        model.get_buffer(f"normalize.{name}").copy_(value)
+    return [f"normalized as in the file: {said}"]
+
+
+def fingerprint(model: nn.Module) -> str:
+    """16 hexadecimal digits that tell networks of different weights or normalization apart."""
+    digest = hashlib.sha256()
+    for name, value in (*model.state_dict().items(), *model.named_buffers()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+STRANGE = 0.8  # see `strangeness`; right networks reach 0.2, one in collapse 0.7, wrong ones 1.0 and more
+
+
+@torch.no_grad()
+def strangeness(model: nn.Module, x: Tensor) -> float:
+    """How far the inputs of BatchNorm layers are, on images x (B, 3, H, W), from what their running statistics say.
+
+    Of each layer, the median over its channels of abs(mean - running mean) / running deviation and of
+    abs(log(deviation / running deviation)); the largest over the layers. Wrong normalization, or a block that computes
+    something else under the same names, moves it far above the difference between training and test images.
+    """
+    found: list[Tensor] = []
+
+    def compare(layer: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
+        deviation, mean = torch.std_mean(inputs[0].float(), dim=(0, 2, 3))
+        running_mean, running_var = (layer.get_buffer(f"running_{part}") for part in ("mean", "var"))
+        running = (running_var + layer.eps).sqrt()
+        found.append(torch.stack([((mean - running_mean) / running).abs().median(),
+                                  ((deviation.square() + layer.eps).sqrt() / running).log().abs().median()]))
+
+    hooks = [layer.register_forward_pre_hook(compare) for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    try:
+        model(x)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found).max().item() if found else 0.0

@@ -1,0 +1,480 @@
+"""evaluate.py: published files give the logits of their own code, AutoAttack is its authors', doubt is told of."""
+import json
+import signal
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DATASETS, SMALL, epochs_of
+from test_evaluate import FLOAT32
+from torch import nn
+
+import checkpoint
+import data
+import evaluate
+import judge
+import networks
+import options
+from checkpoint import Folder, Opened, load_run
+from data import Images
+from machine import World
+from networks import load_network
+from preactresnet import PreActResNet18
+from resnet import ResNet18
+from utils import Stopped, UsageError
+from wideresnet import WideResNet
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """Random weights, and statistics as if it had been trained on noise, so that no layer is trivial."""
+    torch.manual_seed(0)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5), nn.init.normal_(module.bias, 0, 0.3)
+            nn.init.normal_(module.running_mean, 0, 0.3), nn.init.uniform_(module.running_var, 0.5, 1.5)
+    return network.eval()
+
+
+# The published networks, written out from their state dicts.
+
+
+def norm(state, name, x):
+    weights = (state[f"{name}.{part}"] for part in ("running_mean", "running_var", "weight", "bias"))
+    return F.batch_norm(x, *weights)
+
+
+def preact(state, x, raw=False, short="shortcut.0", stages=("layer1.", "layer2.", "layer3.", "layer4."), final="bn",
+           last="linear"):
+    """kuangliu's, fast_adversarial's, RobustBench's and TRADES' pre-activation networks."""
+    out = F.conv2d(x, state["conv1.weight"], padding=1)
+    for number, stage in enumerate(stages):
+        blocks = sorted({int(key[len(stage):].split(".")[0]) for key in state if key.startswith(stage)})
+        for block in blocks:
+            name, stride = f"{stage}{block}", 2 if number and not block else 1
+            active = F.relu(norm(state, f"{name}.bn1", out))
+            kept = out
+            if f"{name}.{short}.weight" in state:
+                kept = F.conv2d(out if raw else active, state[f"{name}.{short}.weight"], stride=stride)
+            inner = F.conv2d(active, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+            inner = F.relu(norm(state, f"{name}.bn2", inner))
+            out = F.conv2d(inner, state[f"{name}.conv2.weight"], padding=1) + kept
+    if f"{final}.weight" in state:
+        out = F.relu(norm(state, final, out))
+    return F.linear(out.mean(dim=(2, 3)), state[f"{last}.weight"], state[f"{last}.bias"])
+
+
+def wide(state, x):
+    return preact(state, x, short="convShortcut", stages=tuple(f"block{i}.layer." for i in (1, 2, 3)), final="bn1",
+                  last="fc")
+
+
+def postact(state, x):
+    """kuangliu's ResNet18."""
+    out = F.relu(norm(state, "bn1", F.conv2d(x, state["conv1.weight"], padding=1)))
+    for stage in range(4):
+        for block in range(2):
+            name, stride = f"layer{stage + 1}.{block}", 2 if stage and not block else 1
+            inner = F.conv2d(out, state[f"{name}.conv1.weight"], stride=stride, padding=1)
+            inner = F.conv2d(F.relu(norm(state, f"{name}.bn1", inner)), state[f"{name}.conv2.weight"], padding=1)
+            if f"{name}.shortcut.0.weight" in state:
+                out = F.conv2d(out, state[f"{name}.shortcut.0.weight"], stride=stride)
+                out = norm(state, f"{name}.shortcut.1", out)
+            out = F.relu(norm(state, f"{name}.bn2", inner) + out)
+    return F.linear(out.mean(dim=(2, 3)), state["linear.weight"], state["linear.bias"])
+
+
+def scaled(x, mean=MEAN, std=STD):
+    return (x - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def narrow(**keywords):
+    return trained(PreActResNet18(base_width=4, **keywords)).state_dict()
+
+
+def wrong_block(state):
+    return {**state, "model_preact_hl1.1.weight": state["conv1.weight"]}
+
+
+WONG = {"mu": torch.tensor((0.5, 0.4, 0.3)).view(1, 3, 1, 1), "sigma": torch.tensor((0.3, 0.2, 0.1)).view(1, 3, 1, 1)}
+RN, WRN = dict(model="ResNet18"), dict(model="WideResNet", width_factor=1)
+
+# The file's content, flags, its logits on x, what is said of it.
+FORMS = {
+    "bare": (lambda s: s, {}, lambda s, x: preact(s, scaled(x)), None),
+    "module., under state_dict": (lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "test_acc": 0.8},
+                                  {}, lambda s, x: preact(s, scaled(x)), None),
+    "_orig_mod.module., under net": (lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "epoch": 3},
+                                     {}, lambda s, x: preact(s, scaled(x)), None),
+    "raw shortcut": (lambda s: s, dict(shortcut="raw"), lambda s, x: preact(s, scaled(x), raw=True), None),
+    "kuangliu without bn": (lambda s: {k: v for k, v in s.items() if k.split(".")[0] != "bn"}, {},
+                            lambda s, x: preact({k: v for k, v in s.items() if k.split(".")[0] != "bn"}, scaled(x)),
+                            "without BatchNorm and ReLU before the last layer"),
+    "mu and sigma": (lambda s: {**s, **WONG}, dict(shortcut="raw"),
+                     lambda s, x: preact(s, scaled(x, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)), raw=True),
+                     "normalized as in the file: mean 0.5,0.4,0.3, std 0.3,0.2,0.1"),
+    "Sequential(normalize, model)": (
+        lambda s: {"normalize.mean": WONG["mu"], "normalize.std": WONG["sigma"],
+                   **{f"model.{k}": v for k, v in s.items()}}, {},
+        lambda s, x: preact(s, scaled(x, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1))), "normalized as in the file"),
+    "a flag over mu and sigma": (lambda s: {**s, **WONG}, dict(mean=(0.0,) * 3, std=(1.0,) * 3),
+                                 lambda s, x: preact(s, x), "gives way to the flags'"),
+    "last and best": (lambda s: {"last": wrong_block(s), "best": {k: 0 * v for k, v in s.items()}}, {},
+                      lambda s, x: preact(s, scaled(x)), "unused in the file: model_preact_hl1"),
+    "half": (lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()}, {},
+             lambda s, x: preact({k: v.half().float() for k, v in s.items()}, scaled(x)), "weights in float16"),
+    "kuangliu's ResNet18": (lambda s: {"net": {f"module.{k}": v for k, v in s.items()}}, RN,
+                            lambda s, x: postact(s, scaled(x)), None),
+    "TRADES' WideResNet": (lambda s: {**s, **{k.replace("block1", "sub_block1"): v for k, v in s.items()
+                                              if k.startswith("block1")}}, WRN | dict(mean=(0.0,) * 3, std=(1.0,) * 3),
+                           lambda s, x: wide(s, x), "unused in the file: sub_block1"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_published_file_gives_the_logits_of_its_own_network(form, tmp_path, capsys):
+    content, flags, logits, said = FORMS[form]
+    state = {"ResNet18": lambda: trained(ResNet18(base_width=4)), "WideResNet": lambda: trained(WideResNet(34, 1))}.get(
+        flags.get("model"), lambda: trained(PreActResNet18(base_width=4)))().state_dict()
+    torch.save(content(state), tmp_path / "model.pt")
+    model, args = load_run(tmp_path / "model.pt", data_set="cifar10", base_width=4, **flags)
+    x = torch.rand(5, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), logits(state, x), rtol=1e-4, atol=1e-4)
+    output = capsys.readouterr().out
+    assert said in output if said else not output
+    assert not model.training and args.data_set == "CIFAR-10"
+
+
+def test_a_deeper_network_and_foreign_constants_are_refused():
+    from preactresnet import PreActResNet34
+    with pytest.raises(UsageError, match=r"another architecture: at layer1\.2"):
+        load_network(PreActResNet18(base_width=4), PreActResNet34(base_width=4).state_dict(), "a file")
+    with pytest.raises(UsageError, match="make no sense"):
+        load_network(PreActResNet18(base_width=4), {**narrow(), "sigma": torch.zeros(3)}, "a file")
+
+
+# A run
+
+
+@pytest.fixture
+def run(tmp_path, call, small_dummy):
+    assert call("train_cifar.py", *SMALL, "--attack=fgsm", "--epsilon=4", "--fname", tmp_path / "run")[0] == 0
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def judged(capsys):
+    """evaluate.py in this process: judged(*flags) -> (status, output, error output)."""
+    def run_main(*flags):
+        status = 0
+        try:
+            judge.main(options.parse_evaluation(argv=[str(flag) for flag in flags]))
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+    return run_main
+
+
+def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
+    model, args = load_run(run)
+    assert (args.epsilon, args.base_width, args.attack) == (4, 4, "fgsm")
+    x, y = data.load_test("CIFAR-10", n=48, synthetic=True)
+    assert x.shape == (48, 3, 32, 32) and x.dtype == torch.float32
+    final = json.loads((run / "final.json").read_text())
+    with torch.no_grad():
+        assert (model(x).argmax(dim=1) == y).float().mean().item() == pytest.approx(final["clean_acc"])
+    for source in (run / "model_1.pth", run / "state.pth"):
+        assert networks.fingerprint(load_run(source)[0]) == networks.fingerprint(model)
+    load_run(run, which="best"), load_run(run, which="healthy")
+    status, output, error = judged(run, "--device=cpu", "--samples=48", "--attacks=clean,fgsm,pgd-2-2",
+                                   "--epsilons=4,8")
+    assert (status, error) == (0, "") and "| worst case | 8 | 48 |" in output and "where the run has" not in output
+    record, = json.loads((run / "evaluation.json").read_text())
+    rows = {(row["attack"], row["epsilon"]): row for row in record["attacks"]}
+    assert rows["clean", 0]["accuracy"] == pytest.approx(final["clean_acc"])
+    worst = rows["worst case", 8]["robust"]
+    assert worst <= min(rows["fgsm", 8]["robust"], rows["pgd-2-2", 8]["robust"]) and len(rows) == 7
+    assert record["base_width"] == 4 and record["mean"] == pytest.approx(MEAN) and record["seed"] == 0
+
+
+def test_flags_win_over_the_runs_and_are_said(run, judged):
+    flags = ["--device=cpu", "--samples=8", "--attacks=fgsm"]
+    status, output, _ = judged(run, *flags, "--epsilons=2", "--seed=3", "--mean=0.5,0.5,0.5")
+    assert status == 0 and "--epsilon 2.0, where the run has 4.0" in output
+    assert "--seed 3, where the run has 0" in output
+    assert "--mean (0.5, 0.5, 0.5), where the run has None" in output and "| fgsm | 2 | 8 |" in output
+    status, output, _ = judged(run, *flags)
+    assert "| fgsm | 4 | 8 |" in output and "where the run has" not in output
+    assert len(json.loads((run / "evaluation.json").read_text())) == 2 and not (run / "eval.log").exists()
+
+
+def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
+    torch.save(narrow(), tmp_path / "alone.pt")
+    (tmp_path / "empty").mkdir()
+    for flags, told in (([tmp_path / "alone.pt"], "add --data-set"), ([tmp_path / "none.pt"], "add --data-set"),
+                        ([tmp_path / "none.pt", "--data-set=svhn"], "none.pt is missing"),
+                        ([tmp_path / "empty", "--data-set=svhn"], "holds no model"),
+                        ([tmp_path / "alone.pt", "--data-set=cifar10"], "another architecture: at bn.bias"),
+                        ([run, "--attacks=pgd-0-3"], "must be of clean"), ([run, "--epsilons=8,x"], "must be a number"),
+                        ([run, "--model=WideResNet", "--shortcut=raw"], "another architecture")):
+        status, _, error = judged(*flags)
+        assert status == 2 and told in error and error.count("\n") == 1 and "--resume" not in error, error
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    status, _, error = judged(run, "--attacks=square")
+    assert status == 2 and error.endswith("pip install pyautoattack\n")
+
+
+def test_eval_takes_its_flags_from_the_run_and_says_which_ones_win(run, call):
+    small = ["--device=cpu", "--eval", "--resume=auto", "--fname", run]
+    final = json.loads((run / "final.json").read_text())
+    status, _, error = call("train_cifar.py", *small)
+    assert (status, error) == (0, "")
+    first, = json.loads((run / "evaluation.json").read_text())
+    for key in ("iters", "restarts", "epsilon", "images", "robust_acc", "clean_acc"):
+        assert first["final"][key] == final[key]
+    status, _, error = call("train_cifar.py", *small, "--epsilon=2", "--final-iters=1", "--seed=0")
+    assert status == 0 and sorted(error.splitlines()) == ["# --epsilon 2.0, where the run has 4.0",
+                                                          "# --final-iters 1, where the run has 2"]
+    second = json.loads((run / "evaluation.json").read_text())[1]
+    assert second["final"]["epsilon"] == 2 and [row["attack"] for row in second["attacks"]] == [
+        "clean", "fgsm", "pgd-2-1", "pgd-1-2"]
+
+
+# AutoAttack
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """AutoAttack of few steps."""
+    import pyautoattack
+
+    class Short(pyautoattack.AutoAttack):
+        def __init__(self, *args, **keywords):
+            super().__init__(*args, **keywords)
+            self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 5
+            self.square.n_queries = 100
+
+    monkeypatch.setattr(judge, "library", lambda: SimpleNamespace(AutoAttack=Short))
+    return Short
+
+
+def mixed(seed=0):
+    """A small convolutional network of ten classes in float32, without BatchNorm."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, 2), nn.Tanh(), nn.Conv2d(8, 8, 3, 2), nn.Tanh(), nn.Flatten(),
+                         nn.Linear(392, 10)).eval()
+
+
+def job_of(model, folder, n=60, batch_size=16, pixels=None) -> judge.Job:
+    """A job on images that the network is mostly right on."""
+    torch.manual_seed(1)
+    pixels = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8) if pixels is None else pixels
+    images = Images(pixels, torch.zeros(len(pixels), dtype=torch.long), torch.contiguous_format)
+    with torch.no_grad():
+        labels = model(images.batch(slice(None))[0]).float().argmax(dim=1)
+    labels[::15] = (labels[::15] + 1) % 10
+    args = SimpleNamespace(seed=7, data_set="own", dummy=False)
+    opened = Opened(model, args, DATASETS["train_cifar.py"], "own", Folder(folder), {}, [])
+    images = Images(pixels, labels, torch.contiguous_format)
+    return judge.Job(opened, images, batch_size, FLOAT32, World(), lambda: None)
+
+
+EPSILON = 0.7  # in 1/255: of which about half of the images are broken
+
+
+@pytest.mark.parametrize("batch_size", [16, 60])
+def test_autoattack_finds_what_its_authors_evaluation_finds(batch_size, tmp_path, short):
+    model = mixed()
+    job = job_of(model, tmp_path, batch_size=batch_size)
+    left, _, more = judge.auto_attack(job, "autoattack", EPSILON)
+    x, y = job.images.batch(slice(None))
+    whole = short(model, eps=EPSILON / 255, seed=7, device="cpu", version="standard")
+    _, predicted = whole.run_standard_evaluation(x, y, batch_size=batch_size)
+    assert torch.equal(left, predicted == y) and 5 < left.sum() < 51
+    assert sum(more["parts"].values()) == 56 - left.sum() and list(tmp_path.iterdir()) == []
+    alone, _, _ = judge.auto_attack(job, "apgd-ce", EPSILON)
+    assert alone.sum() == 56 - more["parts"]["apgd-ce"]
+
+
+def test_a_broken_off_autoattack_goes_on_and_finds_the_same(tmp_path, short):
+    job = job_of(mixed(), tmp_path)
+    unbroken, _, more = judge.auto_attack(job, "autoattack", EPSILON)
+    for after in (0, 2, 3):
+        checks = []
+
+        def check(checks=checks, after=after):
+            checks.append(1)
+            if len(checks) > after:
+                raise Stopped(signal.SIGTERM)
+
+        job.check = check
+        with pytest.raises(Stopped):
+            judge.auto_attack(job, "autoattack", EPSILON)
+    rest: list[int] = []
+    job.check = lambda: rest.append(1)
+    found, _, again = judge.auto_attack(job, "autoattack", EPSILON)
+    assert torch.equal(found, unbroken) and again == more and list(tmp_path.iterdir()) == []
+    job.check = lambda: rest.append(-1)  # from the start again: five batches more
+    judge.auto_attack(job, "autoattack", EPSILON)
+    assert sum(rest) == -5
+
+
+def test_what_leaves_the_ball_breaks_nothing(tmp_path):
+    job = job_of(mixed(), tmp_path)
+    x, y = job.images.batch(slice(1, 15))
+    size = EPSILON / 255
+    for far, counted in ((1.0, True), (1.01, False)):
+        def perturb(x, y, far=far):
+            delta = x.detach().requires_grad_()
+            grad, = torch.autograd.grad(F.cross_entropy(job.opened.model(delta), y), delta)
+            return (x + far * size * grad.sign()).clamp(0, 1)
+
+        assert judge._broken(job, job.opened.model, x, y, perturb, size).any() == counted
+
+
+# Doubt
+
+
+class Masked(nn.Module):
+    """A network behind what hides its gradient: a quantized input, or logits of float16 a thousand times as large."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.net, self.how = mixed(), how
+
+    def forward(self, x):
+        return self.net((x * 255).round() / 255) if self.how == "quantized" else (1000 * self.net(x)).half()
+
+
+def test_a_quantized_input_is_told_of_and_square_sees_through_it(tmp_path):
+    pytest.importorskip("pyautoattack")
+    job = job_of(Masked("quantized"), tmp_path, 40, 40)
+    for attack in ("pgd-5-1", "square", "apgd-ce"):
+        if attack == "square":
+            judge.library()
+        judge.measure(job, attack, 4.0)
+    rows = {row["attack"]: row for row in job.rows}
+    assert rows["pgd-5-1"]["no_gradient"] == 1 and rows["square"]["robust"] < rows["apgd-ce"]["robust"]
+    told = " ".join(judge.suspicions(job, (4.0,)))
+    assert "Square, which needs no gradient" in told and "pgd-5-1 had no gradient to go by for 100%" in told
+
+
+def test_surer_logits_hide_nothing_from_pgd_and_autoattack(tmp_path, short):
+    plain, sure = (job_of(model, tmp_path) for model in (mixed(), Masked("sure")))
+    for job in (plain, sure):
+        for attack in ("pgd-10-1", "autoattack"):
+            judge.measure(job, attack, EPSILON)
+    for left, right in zip(plain.rows, sure.rows):
+        assert abs(left["accuracy"] - right["accuracy"]) < 0.1
+    assert judge.suspicions(plain, (EPSILON,)) == []
+
+
+def test_a_gap_under_pgd_is_told_of(tmp_path):
+    job = job_of(mixed(), tmp_path)
+    job.rows = [evaluate.row("pgd-50-10", 8.0, 30, 60), evaluate.row("pgd-2-1", 8.0, 20, 60),
+                {**evaluate.row("autoattack", 8.0, 25, 60), "parts": {"square": 0}}]
+    told, = judge.suspicions(job, (8.0,))
+    assert told == "at epsilon 8, AutoAttack is 8.3 points under PGD-50-10: gradients may be masked"
+    job.rows[2]["robust"], job.rows[2]["accuracy"] = 26, 26 / 60
+    assert judge.suspicions(job, (8.0,)) == []
+    job.rows[2]["parts"]["square"] = 1
+    assert "breaks 1 of 60" in judge.suspicions(job, (8.0,))[0]
+
+
+@pytest.mark.parametrize("shortcut, other", [("activated", "raw"), ("raw", "activated")])
+def test_statistics_that_do_not_fit_are_told_of(shortcut, other, tmp_path):
+    """A little trained, a network finds its own inputs usual; those of another block or normalization are far off."""
+    def network(shortcut, **constants):
+        return PreActResNet18(base_width=8, shortcut=shortcut, **constants)
+
+    train, test = data.dummy(10)
+    torch.manual_seed(0)
+    model = network(shortcut, mean=MEAN, std=STD).train()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    for step in range(40):
+        x, y = train.batch(slice(64 * (step % 32), 64 * (step % 32) + 64))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 40)
+    for wrong, candidate in ((False, model), (True, network(other, mean=MEAN, std=STD)), (True, network(shortcut))):
+        candidate.load_state_dict(model.state_dict())
+        told = judge.strange(job_of(candidate.eval(), tmp_path, pixels=test.pixels[:256]))
+        assert len(told) == wrong, told
+        assert not wrong or "--mean, --std" in told[0]
+
+
+def test_the_interval_is_wilsons():
+    for robust, n, low, high in ((4432, 10000, 0.433487, 0.452956), (0, 1000, 0, 0.003827),
+                                 (50, 100, 0.403832, 0.596168), (1000, 1000, 0.996173, 1)):
+        row = evaluate.row("clean", 0, robust, n)
+        assert (row["low"], row["high"]) == pytest.approx((low, high), abs=1e-6) and row["accuracy"] == robust / n
+
+
+@pytest.mark.parametrize("attack", ["fgsm", "pgd-4-2", "cw"])
+def test_the_batch_size_changes_no_count(attack, tmp_path):
+    found = []
+    for batch_size in (1, 37, 512):
+        job = job_of(mixed(), tmp_path, 40, batch_size)
+        judge.measure(job, attack, EPSILON)
+        found.append(job.left[attack, EPSILON])
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and 0 < found[0].sum() < 38
+
+
+def test_the_margin_of_carlini_and_wagner_is_followed():
+    """Where two other classes pull in different directions, the step is away from the label and to the higher one."""
+    class Linear(nn.Module):
+        def forward(self, x):
+            a, b = x[:, 0].mean(dim=(1, 2)), x[:, 1].mean(dim=(1, 2))
+            return torch.stack([0 * a + 2, a, b - 0.1], dim=1)
+
+    from attacks import confident_gradient
+    x, y = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
+    for loss, moved in (("ce", 2), ("cw", 1)):
+        grad, _ = confident_gradient(Linear(), x, y, torch.zeros_like(x), loss)
+        assert int(grad.flatten(2).any(dim=2).sum()) == moved
+
+
+# The final evaluation
+
+
+def test_a_final_evaluation_goes_on_at_its_restart_and_finds_the_same(tmp_path, call, small_dummy, monkeypatch):
+    flags = [*SMALL, "--final-restarts=4", "--epsilon=2"]
+    call("train_cifar.py", *flags, "--fname", tmp_path / "whole")
+    saved, save = [], checkpoint.save
+
+    def stopping(path, content):
+        save(path, content)
+        if path.name == "final.pth":
+            saved.append(content["restart"])
+            if saved == [1, 2]:
+                raise Stopped(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", stopping)
+        assert call("train_cifar.py", *flags, "--fname", tmp_path / "run")[0] == 143
+    assert not (tmp_path / "run" / "final.json").exists()
+    restarts, restart = [], evaluate._restart
+    monkeypatch.setattr(evaluate, "_restart", lambda *args: (restarts.append(args[4]), restart(*args))[1])
+    assert call("train_cifar.py", *flags, "--fname", tmp_path / "run", "--resume=auto")[0] == 0
+    assert restarts == [2, 3] and not (tmp_path / "run" / "final.pth").exists()
+    whole, broken = (json.loads((tmp_path / name / "final.json").read_text()) for name in ("whole", "run"))
+    whole.pop("seconds"), broken.pop("seconds")
+    assert whole == broken
+
+
+def test_without_a_final_evaluation_a_run_is_complete(tmp_path, call, small_dummy):
+    flags = [*SMALL, "--final-iters=0", "--test-samples=24", "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags)[0] == 0
+    assert [record["test_images"] for record in epochs_of(tmp_path / "run")] == [24, 64]
+    assert not (tmp_path / "run" / "final.json").exists()
+    status, output, _ = call("train_cifar.py", *flags, "--resume=auto")
+    assert status == 0 and "nothing to do" in output
+    assert call("train_cifar.py", *flags, "--resume=auto", "--eval")[0] == 0
+    assert len((tmp_path / "run" / "eval.log").read_text().splitlines()) == 2
+    assert call("train_cifar.py", *flags, "--resume=auto", "--final-iters=1")[0] == 0
+    assert json.loads((tmp_path / "run" / "final.json").read_text())["iters"] == 1
