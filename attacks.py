@@ -23,7 +23,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, i
          step: Step | None = None) -> Tensor:
     """One step of alpha along the gradient's sign, from zero (Goodfellow et al., arXiv 1412.6572) or from a uniform
     start (FGSM-RS, Wong et al., arXiv 2001.03994). Passes: 2."""
-    delta = start(x, epsilon, init)
+    delta = start(x, in_pixels(epsilon), init)
     grad, _ = input_gradient(model, x, y, delta, step)
     return box(delta + alpha * grad.sign(), x, epsilon)
 
@@ -35,7 +35,7 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: floa
     In each step at most a fraction `q` of an image's entries are made to stay where they are; see `quantile_mask`.
     Passes: 2, and one more for each further step.
     """
-    delta = start(x, epsilon, init)
+    delta = start(x, in_pixels(epsilon), init)
     for _ in range(steps):
         grad, _ = input_gradient(model, x, y, delta, step)
         delta = box(delta + alpha * quantile_mask(grad, q).sign(), x, epsilon)
@@ -50,6 +50,7 @@ def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: flo
     as one batch of samples * B, over which BatchNorm then normalizes, instead of one after another.
     Passes: 1 + samples.
     """
+    epsilon = in_pixels(epsilon)
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, not {samples}")
     if parallel:
@@ -70,7 +71,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     """
     best_delta, best_loss = torch.zeros_like(x), x.new_full((len(x),), -math.inf)
     for _ in range(restarts):
-        delta = start(x, epsilon, norm=norm)
+        delta = start(x, epsilon if norm == "l_2" else in_pixels(epsilon), norm=norm)
         for _ in range(steps):
             grad, logits = input_gradient(model, x, y, delta, step)
             moved = pgd_step(delta, grad, x, epsilon, alpha, norm)
@@ -99,7 +100,7 @@ def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
           step: Step | None = None) -> Tensor:
     """N-FGSM (de Jorge et al., arXiv 2202.01181): a step from noise of k epsilon, and no clip to the ball, so that
     abs(delta) can be k epsilon + alpha. Passes: 2."""
-    eta = start(x, k * epsilon)
+    eta = start(x, k * in_pixels(epsilon))
     grad, _ = input_gradient(model, x, y, eta, step)
     return box(eta + alpha * grad.sign(), x, math.inf)
 
@@ -318,8 +319,6 @@ def confident_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor,
 @torch.no_grad()
 def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") -> Tensor:
     """Where an attack begins: "zero", or "random" in the ball of `norm`, clipped to the box."""
-    if norm == "l_inf" and epsilon > 1:
-        raise ValueError(f"epsilon is in pixel units, 8/255 and not 8: {epsilon} is more than all that pixels can be")
     if init == "zero":
         return torch.zeros_like(x)
     if init != "random" or norm not in ("l_inf", "l_2"):
@@ -331,6 +330,13 @@ def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") 
         radius = epsilon * torch.rand(len(x), dtype=x.dtype, device=x.device)
         delta *= _per_image(radius) / _norm(delta)
     return delta.clamp(-x, 1 - x)
+
+
+def in_pixels(epsilon: float) -> float:
+    """`epsilon`, unless it is more than all that a pixel can be: then it was most likely meant in 255ths."""
+    if epsilon > 1:
+        raise ValueError(f"epsilon is in pixel units: 8/255, not {epsilon}")
+    return epsilon
 
 
 @torch.no_grad()

@@ -237,7 +237,7 @@ def _broken(job: Job, model: nn.Module, x: Tensor, y: Tensor, perturb: Callable,
 def show(bar: tqdm, state: dict[str, Any], parts: tuple[str, ...], batch_size: int) -> None:
     """Have the bar tell which part is under way, what is left, and how much there is to do, in forward passes."""
     now, left, attack = state["part"], len(state["left"]), state["key"]["attack"]
-    bar.bar_format = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
+    bar.bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
     bar.total = bar.n + COST[parts[now]] * (len(state["queue"]) - state["done"] * batch_size) + \
         left * sum(COST[part] for part in parts[now + 1:])
     which = f"{parts[now]} ({now + 1}/{len(parts)})" if len(parts) > 1 else ""

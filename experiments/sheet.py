@@ -22,10 +22,9 @@ import train_cifar
 import train_cifar100
 import train_svhn
 from attacks import box, input_gradient, quantile_mask
-from checkpoint import Folder, load_network, read_checkpoint
+from checkpoint import Folder, open_run
 from data import load
 from options import Parser, number
-from train import new_network
 from utils import UsageError, whole_file
 
 DATASETS = {module.DATASET.name: module.DATASET for module in (train_cifar, train_cifar100, train_svhn)}
@@ -72,8 +71,7 @@ def main() -> None:
         except (ValueError, KeyError, TypeError):
             raise UsageError(f"{args.run / 'args.json'} is damaged") from None
         run.data_dir = args.data_dir or str(ROOT / os.path.expanduser(run.data_dir))  # reproduce.py starts runs in ROOT
-        model, path = new_network(dataset, run), Folder(args.run).file("model", run.epochs - 1)
-        load_network(model, read_checkpoint(path), str(path))
+        model = open_run(Folder(args.run).file("model", run.epochs - 1)).model
         x, y = load(dataset, run)[2].batch(slice(args.images))
     except UsageError as error:
         p.error(str(error))

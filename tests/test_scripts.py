@@ -418,5 +418,5 @@ def test_a_misspelt_flag_is_told_which_one_may_have_been_meant(tmp_path, call):
 
 
 def test_an_attack_in_the_wrong_unit_raises():
-    with pytest.raises(ValueError, match="8/255 and not 8"):
+    with pytest.raises(ValueError, match="8/255, not 8"):
         attacks.fgsm(SmallNet(), torch.rand(2, 3, 5, 5), torch.zeros(2, dtype=torch.long), 8, 8)
