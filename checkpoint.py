@@ -8,7 +8,6 @@
 Checkpoints hold tensors and plain values alone and are read with weights_only=True. Every file is written whole or not
 at all, and what an earlier run left is set aside, never overwritten.
 """
-import argparse
 import io
 import json
 import math
@@ -471,7 +470,7 @@ class Opened(NamedTuple):
     run's own flags, and what there is to say of all this."""
 
     model: nn.Module
-    args: argparse.Namespace
+    args: Any
     dataset: options.DataSet
     source: str
     folder: Folder
@@ -512,7 +511,7 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     return Opened(model.eval(), args, dataset, source, folder, run, options.differing(given, run) + notes)
 
 
-def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Module, argparse.Namespace]:
+def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Module, Any]:
     """A network in eval mode, images in [0, 1] to logits, and the arguments of its run; see `open_run`.
 
         model, args = load_run("runs/x")
