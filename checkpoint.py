@@ -449,7 +449,7 @@ def read_checkpoint(path: Path) -> dict:
     except Exception as error:  # torch.load raises errors of many kinds at a file that it cannot read
         foreign = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)|GLOBAL (\S+) was not an allowed", str(error))
         if foreign:
-            raise UsageError(f"--resume: {path} holds a {foreign[1] or foreign[2]}, which is no plain value and could "
+            raise UsageError(f"--resume: {path} holds {foreign[1] or foreign[2]}, which is no plain value and could "
                              f"run code of its own: save the state dict alone, and take that") from None
         raise UsageError(f"--resume: {path} is cut short, altered or no PyTorch checkpoint") from None
     if not isinstance(content, dict):

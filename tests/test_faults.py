@@ -269,6 +269,13 @@ def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, small_dumm
         assert status == 1 and line.endswith(f": error: out of memory: {advice}\n")
 
 
+def test_what_is_refused_for_safety_is_told_by_its_type(tmp_path, call, small_dummy):
+    assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path / "run")[0] == 0
+    path, args = tmp_path / "run" / "model_0.pth", options.parse(DATASETS["train_cifar.py"], argv=[])
+    torch.save({"state_dict": torch.load(path, weights_only=True), "args": args}, path)
+    one_line(call("train_cifar.py", *TINY, "--fname", tmp_path / "run", "--resume=1"), "holds argparse.Namespace")
+
+
 def test_without_a_folder_for_temporary_files_tmpdir_is_named(tmp_path, call, monkeypatch):
     def none():
         raise FileNotFoundError(2, "No usable temporary directory found")

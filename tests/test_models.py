@@ -92,3 +92,9 @@ def test_channels_last_is_left_where_onednn_fails_in_it():
     for network, layout in networks.items():
         assert memory_format(network, cpu) is layout
         assert memory_format(network, torch.device("cuda")) is last
+
+
+def test_the_number_of_classes_can_be_given_by_position():
+    """As with the published networks."""
+    with torch.device("meta"):
+        assert preactresnet.PreActResNet18(7).linear.out_features == 7
