@@ -264,6 +264,8 @@ class World:
         if self.size > 1 and dist.is_initialized():
             dist.barrier()  # one that leaves early would break the others' connections
             dist.destroy_process_group()
+            # DDP keeps gloo's threads alive; one that frees its last tensor while Python shuts down aborts the process.
+            time.sleep(0.2)
 
     @property
     def is_main(self) -> bool:
