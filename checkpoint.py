@@ -35,7 +35,7 @@ from networks import load_network, new_network
 from utils import UsageError, lock, say, whole_file
 
 # Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
-FREE = {"data_dir", "fname", "resume", "eval", "allow_changes", "device", "tf32", "compile", "compile_mode",
+FREE = {"data_dir", "fname", "resume", "eval", "quiet", "allow_changes", "device", "tf32", "compile", "compile_mode",
         "chkpt_iters", "chkpt_steps", "final_iters", "final_restarts", "final_samples", "final_model", "deterministic",
         "method", "recipe", "on_collapse"}
 

@@ -185,6 +185,9 @@ def have(data_dir: str, files: dict[str, str], download: Callable[[str], Any]) -
     root = Path(data_dir)
     try:
         if not any((root / name).exists() for name in files):
+            if any((root / Path(name).name).exists() for name in files):
+                raise UsageError(f"--data-dir {data_dir} is one level too deep: give the folder that holds it, "
+                                 f"{root.resolve().parent}")
             _download(root, files, download)
         for name, md5 in files.items():
             file = root / name

@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -270,6 +270,15 @@ class World:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @contextlib.contextmanager
+    def alike(self) -> Iterator[None]:
+        """A UsageError in here, which every process comes to by itself, is said by the first one alone."""
+        try:
+            yield
+        except UsageError as error:
+            error.told = not self.is_main
+            raise
 
     def decide(self, choose: Callable[[], T]) -> T:
         """What `choose()` returns in the first process, for all of them; a UsageError there is raised in all."""

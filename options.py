@@ -104,11 +104,13 @@ EAGER = ("gradalign", "logits")
 
 @dataclass(frozen=True)
 class Method:
-    """A published method: the flags that it stands for, its forward and backward passes a training step, its source."""
+    """A published method: the flags that it stands for, its forward and backward passes a training step, its source,
+    and the flags that are others on a data set."""
 
     flags: dict[str, Any]
     passes: str
     source: str
+    on: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 METHODS = {
@@ -128,7 +130,7 @@ METHODS = {
     "free": Method(dict(attack="free"), "1", "arXiv 1904.12843"),
     "ckpt": Method(dict(attack="ckpt", fgsm_alpha=1.25), "2.7", "arXiv 2010.01799"),
     "pgi": Method(dict(attack="pgi", fgsm_alpha=1.0, objective="logits", label_smoothing=4 / 9), "2.7",
-                  "arXiv 2207.08859"),
+                  "arXiv 2207.08859", {"CIFAR-100": dict(label_smoothing=40 / 99, pgi_reset=10)}),
     "nuat": Method(dict(attack="nuclear", fgsm_alpha=1.0, objective="nuclear"), "3.3", "NeurIPS 2021"),
     "trades": Method(dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573"),
     "sora": Method(dict(attack="sora"), "2", "arXiv 2606.00738"),
@@ -258,7 +260,9 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
     if named.eval:
         _take_from_run(p, dataset, named.fname, argv)
     # They set defaults and nothing else: what is given beside them wins, and a recipe's default over a method's.
-    p.set_defaults(**{**(METHODS[named.method].flags if named.method else {}), **RECIPES.get(named.recipe, {})})
+    if named.method:
+        p.set_defaults(**{**METHODS[named.method].flags, **METHODS[named.method].on.get(dataset.name, {})})
+    p.set_defaults(**RECIPES.get(named.recipe, {}))
     args = p.parse_args(argv)
     for name, default in DEPENDENT.items():
         if getattr(args, name) is None:
@@ -271,8 +275,8 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
 
 
 # What an evaluation by --eval does not take from the run: it depends on the machine, or is of no matter to it.
-NOT_TAKEN = {"fname", "resume", "eval", "allow_changes", "method", "recipe", "device", "amp", "amp_dtype", "amp_impl",
-             "tf32", "compile", "compile_mode", "deterministic", "sync_bn"}
+NOT_TAKEN = {"fname", "resume", "eval", "quiet", "allow_changes", "method", "recipe", "device", "amp", "amp_dtype",
+             "amp_impl", "tf32", "compile", "compile_mode", "deterministic", "sync_bn"}
 
 
 def _take_from_run(p: Parser, dataset: DataSet, folder: str, argv: list[str] | None) -> None:
@@ -353,17 +357,29 @@ def radii(text: str) -> tuple[float, ...]:
     return tuple(dict.fromkeys(number(float, 0, 255)(value) for value in text.split(",")))
 
 
+class Reader:
+    """Notes which arguments are read from it."""
+
+    def __init__(self, args):
+        self.args, self.read = args, {}
+
+    def __getattr__(self, name: str):
+        self.read[name] = getattr(self.args, name)
+        return self.read[name]
+
+
+def in_effect(args) -> dict[str, Any]:
+    """Attack and objective of a run, with the flags that each of them reads."""
+    attack, objective = Reader(args), Reader(args)
+    ATTACKS[args.attack](attack)
+    OBJECTIVES[args.objective](objective)
+    return {"attack": args.attack, **attack.read, "epsilon": args.epsilon, "objective": args.objective,
+            **objective.read}
+
+
 def without_effect(dataset: DataSet, args) -> list[str]:
     """The flags that were set, though neither the attack nor the objective nor the network of this run reads them."""
-    class Reader:
-        def __init__(self):
-            self.read: set[str] = set()
-
-        def __getattr__(self, name: str):
-            self.read.add(name)
-            return getattr(args, name)
-
-    used, every = Reader(), Reader()
+    used, every = Reader(args), Reader(args)
     for table, chosen in ((ATTACKS, args.attack), (OBJECTIVES, args.objective),
                           ({name: keywords for name, (_, keywords) in MODELS.items()}, args.model)):
         table[chosen](used)
@@ -372,7 +388,7 @@ def without_effect(dataset: DataSet, args) -> list[str]:
     defaults = vars(parser(dataset, None).parse_args([]))
     defaults |= {name: default(args) for name, default in DEPENDENT.items()}
     evaluation = {"epsilon", "pgd_alpha"}
-    return [f"--{name.replace('_', '-')}" for name in sorted(every.read - used.read - evaluation)
+    return [f"--{name.replace('_', '-')}" for name in sorted(every.read.keys() - used.read.keys() - evaluation)
             if getattr(args, name) != defaults[name]]
 
 
@@ -486,6 +502,7 @@ def _files(p: Parser) -> None:
     add("--fname", type=path, help="folder of the logs and checkpoints")
     add("--resume", type=number(int, 0, also=("auto",)), default=0, metavar="N|auto",
         help="N: go on from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest complete state, if there is one")
+    add("--quiet", action="store_true", help="show warnings and errors alone; the files say the rest")
     add("--allow-changes", action="store_true", help="go on although flags differ from the run's")
     add("--chkpt-iters", type=number(int, 1), default=10, help="epochs between model_E.pth files")
     add("--chkpt-steps", type=number(int, 1), metavar="N", help="also save the state every N steps")

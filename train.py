@@ -8,7 +8,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
-from tqdm import tqdm
 
 import attacks
 import checkpoint
@@ -29,8 +28,9 @@ from checkpoint import Folder, Found, State
 from data import Augmentation, Images, load
 from machine import Compiled, Precision, World, choose_device, describe, memory_format, slowdown
 from networks import fingerprint, new_network
+from screen import Progress, Screen, banner, epoch_line, final_estimate, final_line, where
 from step import Step
-from utils import Failure, Stopped, StopSignals, UsageError, one_line_errors, say, seed_everything
+from utils import Failure, Stopped, StopSignals, UsageError, one_line_errors, seed_everything
 
 # What random numbers are drawn for: the first part of every key that they are seeded with here. (evaluate.py has 3.)
 ORDER, STEP, WATCH, WEIGHTS = 0, 1, 2, 4
@@ -40,6 +40,8 @@ EVALUATION_BATCH = 128  # the most images that a process evaluates at once; --ba
 # In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
 # epoch's last step. (torchrun kills them 30 seconds after SIGTERM.)
 STOP_STEPS, STOP_SECONDS = 20, 5
+
+TIMED_STEPS = 20  # after so many, it is said how long the training will take
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Run:
     train: Images
     held_out: Images
     test: Images
+    screen: Screen = field(default_factory=Screen)
 
     @property
     def steps(self) -> int:
@@ -90,27 +93,26 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
     device = choose_device(args)
     world = World.join(device)
     folder.require_writable()
-    state, layout = build(dataset, args, device, world)
+    screen = Screen(world.is_main, args.quiet)
+    with world.alike():
+        state, layout = build(dataset, args, device, world)
     found = world.decide(lambda: look_for_checkpoint(folder, args))
     if found:
-        notes = checkpoint.resume(state, found, args)
-        for note in notes if world.is_main else ():
-            say(f"# {found.source}: {note}")
-    images = load_images(dataset, args, world, state, device, layout)
-    run = assemble(dataset, args, state, folder, world, signals, images)
+        for note in checkpoint.resume(state, found, args):
+            screen.say(f"# {found.source}: {note}")
+    with world.alike(), screen.progress(f"reading {dataset.name}"):
+        images = load_images(dataset, args, world, device, layout)
+    run = assemble(dataset, args, state, folder, world, signals, images, screen)
     if args.eval and found:
         evaluate_only(run, found)
     elif found and state.epoch == args.epochs and world.decide(lambda: is_complete(run)):
-        if world.is_main:
-            if state.final and not (folder.path / "final.json").exists():  # a kill came between the state and its logs
-                checkpoint.render(folder, state, args)
-            say(f"{args.fname} is complete: nothing to do")
+        if world.is_main and state.final and not (folder.path / "final.json").exists():
+            checkpoint.render(folder, state, args)  # a kill came between the state and its logs
+        screen.say(f"{args.fname} is complete: nothing to do")
     else:
         start(run, found, dataset)
-        with tqdm(total=args.epochs * run.steps, initial=state.epoch * run.steps + state.step, unit="step",
-                  disable=None if world.is_main else True, dynamic_ncols=True) as bar:
+        with screen.progress("training", args.epochs * run.steps, "step", state.epoch * run.steps + state.step) as bar:
             while state.epoch < args.epochs:
-                bar.set_description(f"epoch {state.epoch}")
                 with saved_if_stopped(run):
                     with advised(run, f"lower --batch-size (now {args.batch_size})"):
                         trained = train_epoch(run, between_steps(run, bar))
@@ -120,6 +122,7 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
                     if state.history[-1]["collapsed"]:
                         on_collapse(run)
         finish(run)
+        screen.say(where(args))
     world.leave()
 
 
@@ -155,7 +158,7 @@ def look_for_checkpoint(folder: Folder, args) -> Found | None:
     return found
 
 
-def load_images(dataset: options.DataSet, args, world: World, state: State, device: torch.device,
+def load_images(dataset: options.DataSet, args, world: World, device: torch.device,
                 layout: torch.memory_format) -> list[Images]:
     """The images to train, to choose the best model and to test on, on the device."""
     loaded = world.decide(lambda: load(dataset, args))  # one process reads, or downloads, for all
@@ -166,7 +169,7 @@ def load_images(dataset: options.DataSet, args, world: World, state: State, devi
 
 
 def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world: World, signals: StopSignals,
-             images: list[Images]) -> Run:
+             images: list[Images], screen: Screen | None = None) -> Run:
     """Compile the network, join it with those of the other processes, and turn names into functions."""
     model = state.model
     if not world.is_main:
@@ -184,7 +187,7 @@ def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world
                partial(getattr(attacks, args.attack), **keywords),
                partial(getattr(objectives, args.objective), **options.OBJECTIVES[args.objective](args)), alpha,
                options.SCHEDULES[args.lr_schedule](args, dataset), momentum, Augmentation(**dataset.augmentation),
-               *images)
+               images[0], images[1], images[2], screen or Screen(quiet=True))
 
 
 def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
@@ -203,20 +206,29 @@ def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
                          "source": found.source if found else None, "aside": aside})
     if world.is_main:
         checkpoint.render(folder, state, args)
-        if found:
-            say(checkpoint.resumed_line(state.starts[-1]))
-        if aside:
-            say(f"# files of an earlier run are now in {aside}")
-        if args.amp and world.device.type == "cpu" and (slower := slowdown(state.precision.dtype)) > 1.2:
-            say(f"# {args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: leave --amp out")
-        for flag in options.without_effect(dataset, args):
-            say(f"# {flag} has no effect with --attack={args.attack}, --objective={args.objective}, "
-                f"--model={args.model}")
-        if 0 < args.epsilon < 1:
-            say(f"# --epsilon={args.epsilon:g} means {args.epsilon:g}/255: did you mean {255 * args.epsilon:.3g}?")
-        if args.compile and args.objective in options.EAGER:
-            say(f"# --compile is off: --objective {args.objective} needs what torch.compile cannot give")
-        say(checkpoint.header(len(run.held_out) > 0))
+    run.screen.say(banner(args, state.model, state.starts[-1], (len(run.train), len(run.held_out), len(run.test)),
+                          run.steps))
+    for note in notes(run, dataset, bool(found), aside):
+        run.screen.say(f"# {note}")
+
+
+def notes(run: Run, dataset: options.DataSet, resumed: bool, aside: str | None) -> Iterator[str]:
+    """What is to be said under the banner."""
+    args, device = run.args, run.world.device
+    if resumed:
+        yield checkpoint.resumed_line(run.state.starts[-1]).removeprefix("# ")
+    if aside:
+        yield f"files of an earlier run are now in {aside}"
+    if device.type == "cpu" and args.base_width >= 64 and args.model != "WideResNet" and not args.dummy:
+        yield "on a CPU, this network takes hours; --base-width=16 is some ten times as fast"
+    if args.amp and device.type == "cpu" and (slower := slowdown(run.state.precision.dtype)) > 1.2:
+        yield f"{args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: leave --amp out"
+    for flag in options.without_effect(dataset, args):
+        yield f"{flag} has no effect with --attack={args.attack}, --objective={args.objective}, --model={args.model}"
+    if 0 < args.epsilon < 1:
+        yield f"--epsilon={args.epsilon:g} means {args.epsilon:g}/255: did you mean {255 * args.epsilon:.3g}?"
+    if args.compile and args.objective in options.EAGER:
+        yield f"--compile is off: --objective {args.objective} needs what torch.compile cannot give"
 
 
 def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict[str, float]:
@@ -279,19 +291,27 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
             "train_images": int(n), "train_rise": rise, "abnormal": easier / known if known else None}
 
 
-def between_steps(run: Run, bar: tqdm) -> Callable[[], None]:
+def between_steps(run: Run, bar: Progress) -> Callable[[], None]:
     """What is done after every step: show it, save the state if it is time to, stop if asked."""
     unchecked, checked_at, check_every = 0, time.perf_counter(), 1
+    told_at = 0.0  # when the bar last told of loss and accuracy
+    bar.tell(f"epoch {run.state.epoch}{', compiling' if run.network is not run.state.model and not bar.timed else ''}")
 
     def after_step() -> None:
-        nonlocal unchecked, checked_at, check_every
+        nonlocal unchecked, checked_at, check_every, told_at
+        now = time.perf_counter()
+        if run.screen.shown and now - told_at > 2:  # looking at the sums waits for the device
+            loss, correct, n = run.state.sums[:3].tolist()
+            bar.tell(f"epoch {run.state.epoch}", loss=f"{loss / n:.3f}", train=f"{100 * correct / n:.1f}")
+            told_at = now
         bar.update()
+        if bar.done - bar.first == TIMED_STEPS:
+            run.screen.say(f"# {bar.left()} at this pace, evaluations aside")
         if run.args.chkpt_steps and run.state.step % run.args.chkpt_steps == 0:
             save(run)
         unchecked += 1
         if unchecked >= check_every or run.state.step == run.steps or run.world.size == 1:
             stop_if_asked(run)
-            now = time.perf_counter()
             pace = run.world.max((now - checked_at) / unchecked)
             check_every = max(1, min(STOP_STEPS, int(STOP_SECONDS / max(pace, 1e-9))))
             unchecked, checked_at = 0, now
@@ -310,7 +330,7 @@ def stop_if_asked(run: Run) -> None:
 def saved_if_stopped(run: Run) -> Iterator[None]:
     try:
         yield
-    except Stopped:
+    except (Stopped, BrokenPipeError):
         save(run)
         raise
 
@@ -322,6 +342,10 @@ def measure(run: Run) -> dict[str, Any]:
     fixed = len(run.test) if args.full_test else args.test_samples  # the same in every epoch, to choose the best on
     test = run.test if last else run.test[:fixed]
     verdict = judged(run, run.state.judged, test, args.test_iters, args.test_restarts)
+    if not args.eval and not run.state.history and args.epochs > 1:
+        final_images = min(args.final_samples or len(run.test), len(run.test))
+        if estimate := final_estimate(args, time.perf_counter() - began, len(test), final_images):
+            run.screen.say(estimate)
     score, found = verdict.metrics(fixed)["robust_acc"], verdict.metrics()
     metrics = {title: found[name] for title, name in (
         ("test_loss", "clean_loss"), ("test_acc", "clean_acc"), ("test_robust_loss", "robust_loss"),
@@ -341,17 +365,38 @@ def measure(run: Run) -> dict[str, Any]:
     return {**metrics, "score": score, "test_time": time.perf_counter() - began}
 
 
-def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int,
-           progress: Callable[[int], None] = lambda images_done: None, alpha: float | None = None,
-           init: str = "random", between: Callable[[int, evaluate.Verdict], None] | None = None,
+def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int, alpha: float | None = None,
+           init: str = "random", keep: Callable[[int, evaluate.Verdict], None] = lambda restart, found: None,
            before: tuple[int, evaluate.Verdict] | None = None) -> evaluate.Verdict:
-    """What PGD leaves of `model` on `images`, with the run's epsilon and, unless told otherwise, its step."""
-    alpha = run.args.pgd_alpha / 255 if alpha is None else alpha
-    attack = evaluate.PGD(run.args.epsilon / 255, alpha, steps, restarts, run.args.seed, init)
-    batch_size = min(run.args.batch_size, EVALUATION_BATCH)
-    with advised(run, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
-        return evaluate.evaluate(model, images, attack, batch_size, run.state.precision, run.world, progress,
-                                 between or (lambda restart, found: stop_if_asked(run)), before)
+    """What PGD leaves of `model` on `images`, with the run's epsilon and, unless told otherwise, its step.
+
+    `keep` is given what all processes have found before each restart, and the evaluation can go on from it.
+    """
+    args, world = run.args, run.world
+    alpha = args.pgd_alpha / 255 if alpha is None else alpha
+    attack = evaluate.PGD(args.epsilon / 255, alpha, steps, restarts, args.seed, init)
+    batch_size = min(args.batch_size, EVALUATION_BATCH)
+    name = "FGSM" if steps == 1 and init == "zero" else f"PGD-{steps}"
+
+    def progress(images_done: int) -> None:
+        bar.update(images_done * world.size)
+        if world.size == 1:  # many are not at the same step
+            stop_if_asked(run)
+
+    def between(restart: int, found: evaluate.Verdict) -> None:
+        whole = found.sums(world)
+        if restart:
+            keep(restart, whole)
+        if restarts > 1:
+            bar.tell(f"{name}, restart {restart + 1}/{restarts}, {100 * whole.robust.mean().item():.1f}% still robust")
+        stop_if_asked(run)
+
+    with run.screen.progress(name, len(images), "image") as bar, \
+            advised(run, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
+        found = evaluate.evaluate(model, images, attack, batch_size, run.state.precision, world, progress, between,
+                                  before)
+        bar.update(len(images))
+        return found
 
 
 @contextlib.contextmanager
@@ -391,13 +436,12 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
             checkpoint.save(run.folder.file("model", state.epoch - 1), state.judged.state_dict())
             checkpoint.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
     save(run)
-    if run.world.is_main:
-        if args.on_collapse == "rollback" and not record["collapsed"]:
-            checkpoint.save(run.folder.path / "healthy.pth", {"model": state.judged.state_dict(),
-                                                              "opt": state.training(args, state.sums)})
-        say(checkpoint.log_line(record))  # last: standard output may be closed
-        if record["collapsed"]:
-            say("# " + watch.line(record))
+    if run.world.is_main and args.on_collapse == "rollback" and not record["collapsed"]:
+        checkpoint.save(run.folder.path / "healthy.pth", {"model": state.judged.state_dict(),
+                                                          "opt": state.training(args, state.sums)})
+    run.screen.say(epoch_line(record, state.history))  # last: standard output may be closed
+    if record["collapsed"]:
+        run.screen.warn(watch.line(record))
 
 
 def on_collapse(run: Run) -> None:
@@ -419,8 +463,7 @@ def on_collapse(run: Run) -> None:
                               "rollback": True, "source": f"{path.name}: collapsed in epoch {epoch}; the learning rate "
                                                           f"is now {rate:g} of the schedule's"}]
     save(run)
-    if run.world.is_main:
-        say(checkpoint.resumed_line(state.starts[-1]))
+    run.screen.say(checkpoint.resumed_line(state.starts[-1]))
 
 
 def save(run: Run) -> None:
@@ -478,10 +521,10 @@ def finish(run: Run) -> None:
     save(run)
     if run.world.is_main:
         (run.folder.path / "final.pth").unlink(missing_ok=True)
-        say(checkpoint.final_line(run.state.final))
-        if found["no_gradient"] > 0.01:
-            say(f"# warning: for {100 * found['no_gradient']:.0f}% of the images the attack had no gradient to go by: "
-                f"the network may only look robust; try an attack without gradients, such as Square")
+    run.screen.say(final_line(found))
+    if found["no_gradient"] > 0.01:
+        run.screen.warn(f"for {100 * found['no_gradient']:.0f}% of the images the attack had no gradient to go by: the "
+                        f"network may only look robust; try an attack without gradients, such as Square")
 
 
 def final_evaluation(run: Run, wanted: dict[str, Any]) -> dict[str, Any]:
@@ -495,26 +538,15 @@ def final_evaluation(run: Run, wanted: dict[str, Any]) -> dict[str, Any]:
     key = {**wanted, "seed": run.args.seed, "network": fingerprint(model)}
     part = run.folder.path / "final.pth"
     before = None if run.args.eval else run.world.decide(lambda: broken_off(part, key))
-    with tqdm(total=wanted["images"], desc=f"PGD-{wanted['iters']}-{wanted['restarts']}", unit="image",
-              disable=None if run.world.is_main else True, dynamic_ncols=True) as bar:
-        def progress(images_done: int) -> None:
-            bar.update(min(images_done * run.world.size, bar.total - bar.n))
-            if run.world.size == 1:  # many are not at the same step
-                stop_if_asked(run)
+    began -= before[2] if before else 0
 
-        def between(restart: int, found: evaluate.Verdict) -> None:
-            whole = found.sums(run.world)
-            if run.world.is_main and restart and not run.args.eval:
-                checkpoint.save(part, {"key": key, "restart": restart, "seconds": time.perf_counter() - began,
-                                       "found": vars(whole)})
-            bar.set_description(f"PGD-{wanted['iters']}, restart {restart + 1}/{wanted['restarts']}, "
-                                f"{100 * whole.robust.mean().item():.1f}% still robust")
-            stop_if_asked(run)
+    def keep(restart: int, found: evaluate.Verdict) -> None:
+        if run.world.is_main and not run.args.eval:
+            checkpoint.save(part, {"key": key, "restart": restart, "seconds": time.perf_counter() - began,
+                                   "found": vars(found)})
 
-        began -= before[2] if before else 0
-        verdict = judged(run, model, run.test[:wanted["images"]], wanted["iters"], wanted["restarts"], progress,
-                         between=between, before=before and before[:2])
-        bar.update(bar.total - bar.n)
+    verdict = judged(run, model, run.test[:wanted["images"]], wanted["iters"], wanted["restarts"], keep=keep,
+                     before=before and before[:2])
     return {**wanted, "seconds": time.perf_counter() - began, **verdict.metrics()}
 
 
@@ -543,10 +575,9 @@ def evaluate_only(run: Run, found: Found) -> None:
     record["attacks"] = rows(args, record)
     if run.world.is_main:
         checkpoint.add_evaluation(run.folder, record)
-        say(checkpoint.header("val_robust_acc" in record))
-        say(checkpoint.log_line(record))
-        if args.final_iters:
-            say(checkpoint.final_line(record["final"]))
+    run.screen.say(epoch_line(record, []))
+    if args.final_iters:
+        run.screen.say(final_line(record["final"]))
 
 
 def rows(args, record: dict[str, Any]) -> list[dict[str, Any]]:

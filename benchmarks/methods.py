@@ -68,11 +68,13 @@ def main() -> None:
                    help="whose steps are measured")
     p.add_argument("--rounds", type=options.number(int, 1), default=5, help="turns of each")
     p.add_argument("--steps", type=options.number(int, 1), default=1, help="steps a turn")
-    p.add_argument("--json", help="also write the figures here")
+    p.add_argument("--json", type=options.path, help="also write the figures here")
     own, argv = p.parse_known_args()
     args = options.parse(DATASET, argv=argv)
     vars(args).update(vars(own))
     with one_line_errors():
+        if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # or an hour's figures would be lost
         measure(args, argv)
 
 

@@ -110,8 +110,8 @@ def save(result: dict, path: str | None) -> None:
 
 
 def main() -> None:
-    p = options.parser(DATASET, __doc__)
-    add = p.add_argument_group("measurement").add_argument
+    p = options.Parser(__doc__)
+    add = p.add_argument
     add("--rounds", type=options.number(int, 1), default=5, help="turns of each side")
     add("--steps", type=options.number(int, 1), help="steps a round (default: 20 on CUDA, 1 on CPU)")
     add("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS), help="whose steps are measured")
@@ -119,10 +119,14 @@ def main() -> None:
     add("--eval-restarts", type=options.number(int, 1), default=10, help="its restarts")
     add("--eval-images", type=options.number(int, 0), default=1024, help="0: no evaluation")
     add("--eval-rounds", type=options.number(int, 1), default=1, help="turns of each evaluation")
-    add("--json", help="also write the figures here")
-    p.set_defaults(lr_max=0.01)
+    add("--json", type=options.path, help="also write the figures here")
+    own, argv = p.parse_known_args()
+    args = options.parse(DATASET, argv=["--lr-max=0.01", *argv])
+    vars(args).update(vars(own))
     with one_line_errors():
-        measure(p.parse_args())
+        if args.json:
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # or an hour's figures would be lost
+        measure(args)
 
 
 def measure(args) -> None:

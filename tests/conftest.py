@@ -1,6 +1,7 @@
 """What the tests share: a small network, small runs of the real scripts, and their files."""
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,9 @@ import train
 import train_cifar
 import train_cifar100
 import train_svhn
+
+# Where the suite runs in a shell's background, SIGINT is ignored, here and in what the tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"train_cifar.py": train_cifar.DATASET, "train_cifar100.py": train_cifar100.DATASET,

@@ -131,7 +131,7 @@ def test_a_run_stopped_in_an_evaluation_goes_on(tmp_path, call, small_dummy, mon
 
         def spy(run, stop_if_asked=stop_if_asked, at=at):
             nonlocal count
-            count += sys._getframe(1).f_code.co_name != "after_step"
+            count += sys._getframe(1).f_code.co_name == "between"
             if count == at:
                 run.signals.received = signal.SIGINT
             stop_if_asked(run)
@@ -157,7 +157,7 @@ def test_auto_starts_where_there_is_nothing_and_is_done_where_all_is_there(tmp_p
     assert call("train_cifar.py", *flags)[0] == 0
     assert files(tmp_path / "run") == before
     status, output, _ = call("train_cifar.py", *flags, "--final-iters=3")
-    assert status == 0 and "PGD3" in output and len(epochs_of(tmp_path / "run")) == 3
+    assert status == 0 and "PGD-3-2" in output and len(epochs_of(tmp_path / "run")) == 3
 
 
 def test_auto_falls_back_to_the_newest_complete_pair(tmp_path, call, small_dummy):
@@ -183,7 +183,7 @@ def test_a_final_evaluation_is_that_of_its_epoch(tmp_path, call, small_dummy):
     folder, flags = tmp_path / "run", [*THREE, "--fname", tmp_path / "run"]
     assert call("train_cifar.py", *flags)[0] == 0
     status, output, _ = call("train_cifar.py", *flags, "--resume=2", "--epochs=2", "--allow-changes")
-    assert status == 0 and "PGD2" in output and "complete" not in output
+    assert status == 0 and "PGD-2-2" in output and "complete" not in output
     assert json.loads((folder / "final.json").read_text())["epoch"] == 1
     assert json.loads((folder / "earlier_1" / "final.json").read_text())["epoch"] == 2
 
@@ -578,8 +578,7 @@ def test_a_real_signal_saves_the_state_first(number, tmp_path):
     flags = [*SMALL, "--attack=fgsm", "--epochs=300", "--fname", str(tmp_path / "run")]
     process = subprocess.Popen([sys.executable, str(ROOT / "train_cifar.py"), *flags], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.readline()
-    epoch = int(process.stdout.readline().split("\t")[0])
+    epoch = next(int(line.split()[1]) for line in process.stdout if line.startswith("epoch"))
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number

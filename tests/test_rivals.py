@@ -884,7 +884,8 @@ def test_a_method_is_its_flags_and_gives_way_to_any_flag_beside_it(method, scrip
         for order in (["--method", method, *beside], [*beside, "--method", method]):
             named = parsed(dataset, *order)
             assert named[flag] == value
-            kept = {name: value for name, value in options.METHODS[method].flags.items() if name != flag}
+            stands_for = {**options.METHODS[method].flags, **options.METHODS[method].on.get(dataset.name, {})}
+            kept = {name: value for name, value in stands_for.items() if name != flag}
             assert {name: named[name] for name in kept} == kept
 
 
@@ -932,6 +933,14 @@ def test_the_fastat_recipe_is_that_benchmarks():
             args = parsed(dataset, "--recipe=fastat", "--method", method)
             assert (args["attack"], args["model"]) == (options.METHODS[method].flags["attack"], "ResNet18")
             assert args["label_smoothing"] == 0.4  # the recipe's, also where the method has its own
+
+
+@pytest.mark.parametrize("dataset, classes, reset", [(train_cifar.DATASET, 10, 40), (train_cifar100.DATASET, 100, 10)])
+def test_pgi_keeps_three_fifths_of_a_label_and_resets_as_its_authors_do(dataset, classes, reset):
+    args = parsed(dataset, "--method=pgi")
+    assert 1 - args["label_smoothing"] * (1 - 1 / classes) == pytest.approx(0.6) and args["pgi_reset"] == reset
+    assert parsed(dataset, "--method=pgi", "--pgi-reset=7")["pgi_reset"] == 7
+    assert parsed(dataset, "--pgi-reset=7", "--label-smoothing=0", "--method=pgi")["label_smoothing"] == 0
 
 
 # GradAlign's weights at epsilon 1, 2, ... as published.

@@ -1,0 +1,123 @@
+"""What a person sees: the banner, a line an epoch, bars, and what --quiet leaves of them."""
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from conftest import ROOT, SMALL
+from hypothesis import given
+from hypothesis import strategies as st
+from test_distributed import TORCHRUN
+
+import screen
+from options import DATA_SETS, data_set, parse
+from screen import Screen, clock, duration, epoch_line
+
+FLAGS = [*SMALL, "--attack=zerograd", "--zero-qval=0.5"]
+
+accuracies = st.one_of(st.none(), st.floats(0, 1))
+records = st.fixed_dictionaries({
+    "epoch": st.integers(0, 999), "lr": st.floats(0, 0.9), "train_robust_acc": st.floats(0, 1), "test_acc": accuracies,
+    "fgsm_acc": accuracies, "test_robust_acc": st.floats(0, 1), "train_time": st.floats(0, 5000),
+    "test_time": st.floats(0, 5000)})
+
+
+@given(st.lists(records, min_size=2, max_size=5))
+def test_the_lines_of_a_run_are_aligned(history):
+    history[0]["best"] = True
+    lines = [epoch_line(record, history) for record in history]
+    assert len({len(line) for line in lines}) == 1
+    assert len({line.index("PGD") for line in lines}) == 1
+
+
+def test_a_line_says_what_happened():
+    healthy = {"epoch": 3, "lr": 0.16, "train_robust_acc": 0.431, "test_acc": 0.61, "fgsm_acc": 0.382, "best": True,
+               "test_robust_acc": 0.374, "train_time": 100.4, "test_time": 23.5}
+    later = {**healthy, "epoch": 11, "test_robust_acc": 0.021, "best": False, "collapsed": True}
+    assert epoch_line(later, [healthy, later]).split() == [
+        "epoch", "11", "lr", "0.1600", "train", "43.1", "clean", "61.0", "FGSM", "38.2", "PGD", "2.1", "best", "37.4",
+        "@3", "2:04", "COLLAPSED"]
+
+
+@given(st.floats(0, 10**6))
+def test_times_are_told_as_one_says_them(seconds):
+    *hours, minutes, rest = map(int, clock(seconds).split(":"))
+    assert 3600 * sum(hours) + 60 * minutes + rest == round(seconds)
+    value = re.fullmatch(r"(?:(\d+) h (\d\d) min|(\d+) min|(\d+) s)", duration(seconds))
+    hours, over, minutes, left = (int(part or 0) for part in value.groups())
+    assert abs(3600 * hours + 60 * (over + minutes) + left - seconds) <= 30.01
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_the_banner_names_the_numbers_in_effect(name, call, tmp_path):
+    flags = [*SMALL, "--epochs=1", "--method=zerograd", "--zero-qval=0.25", "--epsilon=6", "--fname", tmp_path / "run"]
+    status, output, _ = call(f"{DATA_SETS[name]}.py", *flags)
+    assert status == 0
+    method, data, network, folder = output.splitlines()[:4]
+    for flag in ("zerograd: --attack=zerograd", "--epsilon=6", "--zero-qval=0.25", "--zero-iters=1", "--objective=ce"):
+        assert flag in method, flag
+    assert "--multi-samps" not in method
+    args = parse(data_set(name), argv=list(map(str, flags)))
+    assert f"{data_set(name).name} (synthetic): " in data and f"{args.epochs} epochs of" in data
+    assert f"of base width {args.base_width}" in network and "float32" in network and folder.endswith("run")
+    assert "python evaluate.py" in output and "python plot.py" in output
+
+
+def test_quiet_leaves_nothing_but_errors(call, tmp_path):
+    status, output, error = call("train_cifar.py", *FLAGS, "--quiet", "--fname", tmp_path / "run")
+    assert (status, output, error) == (0, "", "")
+    assert (tmp_path / "run" / "final.json").exists()
+    assert call("train_cifar.py", *FLAGS, "--fname", tmp_path / "run", "--resume=1", "--epsilon=7")[2].count("\n") == 1
+
+
+def on_a_terminal(command: list[str], **options) -> str:
+    """What the command shows on a terminal of its own."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))  # a new one has no columns
+    with subprocess.Popen(command, stdout=follower, stderr=follower, cwd=ROOT, **options) as process:
+        os.close(follower)
+        shown = b""
+        while True:
+            try:
+                part = os.read(leader, 65536)
+            except OSError:  # the other end is closed
+                break
+            shown += part
+            if not part:
+                break
+    os.close(leader)
+    assert process.returncode == 0, shown.decode()
+    return shown.decode()
+
+
+def test_a_terminal_shows_a_bar_over_everything_that_takes_time(tmp_path):
+    shown = on_a_terminal([sys.executable, "train_cifar.py", *FLAGS, "--final-restarts=2", "--fname",
+                           str(tmp_path / "run")])
+    for bar in (r"reading CIFAR-10", r"epoch 1: .*loss=\d\.\d+, train=\d+\.\d", r"PGD-\d+: ", r"FGSM: ",
+                r"PGD-\d+, restart 2/2, \d+\.\d% still robust: .*48/48"):
+        assert re.search(bar, shown), bar
+
+
+def test_off_a_terminal_a_long_wait_says_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(screen, "MINUTES", 0)
+    with Screen().progress("epoch 0", 100, "step", 10) as bar:
+        bar.tell("epoch 0", loss="1.23")
+        for _ in range(3):
+            bar.update(40)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "# epoch 0: 50 of 100 steps, loss 1.23, some time left"
+    assert re.fullmatch(r"# epoch 0: 90 of 100 steps, loss 1\.23, about 0 s left", lines[1])
+    assert lines[2].startswith("# epoch 0: 100 of 100 steps")  # never more than there are
+
+
+@pytest.mark.slow
+def test_under_torchrun_one_bar_is_shown_and_ends_full(tmp_path):
+    shown = on_a_terminal([*TORCHRUN, "train_cifar.py", *FLAGS, "--epochs=1", "--final-restarts=2", "--fname",
+                           str(tmp_path / "run")])
+    assert re.search(r"PGD-\d+, restart 2/2, \d+\.\d% still robust: +100%.*48/48", shown)
+    assert shown.count("final evaluation of the last model") == 1 and shown.count("reading CIFAR-10") <= 5
