@@ -36,8 +36,8 @@ from utils import UsageError, lock, say, whole_file
 
 # Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
 FREE = {"data_dir", "fname", "resume", "eval", "quiet", "allow_changes", "device", "tf32", "compile", "compile_mode",
-        "chkpt_iters", "chkpt_steps", "final_iters", "final_restarts", "final_samples", "final_model", "deterministic",
-        "method", "recipe", "on_collapse"}
+        "chkpt_iters", "chkpt_steps", "last_samples", "final_iters", "final_restarts", "final_samples", "final_model",
+        "deterministic", "method", "recipe", "on_collapse"}
 
 TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
           "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")

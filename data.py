@@ -140,7 +140,9 @@ def load_test(data_set: str | DataSet, data_dir: str | None = None, n: int | Non
               synthetic: bool = False) -> tuple[Tensor, Tensor]:
     """The first n test images of a data set, all if None: x in [0, 1], float32 (N, 3, H, W), and labels y (N,)."""
     dataset = data_set if isinstance(data_set, DataSet) else options.data_set(data_set)
-    return testing(dataset, data_dir or dataset.defaults["data_dir"], synthetic)[:n].batch(slice(None))
+    images = testing(dataset, data_dir or dataset.defaults["data_dir"], synthetic)[:n]
+    images.memory_format = torch.contiguous_format  # other people's attacks reshape by view
+    return images.batch(slice(None))
 
 
 def testing(dataset: DataSet, data_dir: str, synthetic: bool = False) -> Images:

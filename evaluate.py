@@ -76,6 +76,11 @@ class Verdict:
             parts[part.name] = torch.zeros_like(whole).index_copy(0, index, whole[index])
         return Verdict(**parts)
 
+    def unperturbed(self) -> "Verdict":
+        """What was found without a perturbation: what any other attack begins with."""
+        none = torch.zeros_like(self.right)
+        return Verdict(self.clean_loss, self.right, (1 - self.right) * self.clean_loss, self.right, none, none)
+
     def metrics(self, first: int | None = None) -> dict[str, float]:
         """Means over the (first) images."""
         mean = {part.name: getattr(self, part.name)[:first].double().mean().item() for part in fields(self)}

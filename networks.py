@@ -95,33 +95,3 @@ def fingerprint(model: nn.Module) -> str:
     for name, value in (*model.state_dict().items(), *model.named_buffers()):
         digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-# Of nine right networks, seven had less than 0.6, one in collapse 0.7 and one hardly trained 1.4; wrong ones, over 1.
-STRANGE = 0.8
-
-
-@torch.no_grad()
-def strangeness(model: nn.Module, x: Tensor) -> float:
-    """How far the inputs of BatchNorm layers are, on images x (B, 3, H, W), from what their running statistics say.
-
-    Of each layer, the median over its channels of abs(mean - running mean) / running deviation and of
-    abs(log(deviation / running deviation)); the largest over the layers. Wrong normalization, or a block that computes
-    something else under the same names, moves it far above the difference between training and test images.
-    """
-    found: list[Tensor] = []
-
-    def compare(layer: nn.BatchNorm2d, inputs: tuple[Tensor]) -> None:
-        deviation, mean = torch.std_mean(inputs[0].float(), dim=(0, 2, 3))
-        running_mean, running_var = (layer.get_buffer(f"running_{part}") for part in ("mean", "var"))
-        running = (running_var + layer.eps).sqrt()
-        found.append(torch.stack([((mean - running_mean) / running).abs().median(),
-                                  ((deviation.square() + layer.eps).sqrt() / running).log().abs().median()]))
-
-    hooks = [layer.register_forward_pre_hook(compare) for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
-    try:
-        model(x)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(found).max().item() if found else 0.0

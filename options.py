@@ -485,6 +485,8 @@ def _attack(p: Parser) -> None:
 def _evaluation(p: Parser) -> None:
     add = p.add_argument_group("evaluation").add_argument
     add("--test-samples", type=number(int, 1), default=1000, metavar="N", help="test images that an epoch is judged on")
+    add("--last-samples", type=number(int, 1), metavar="N", help="likewise after the last epoch (default: all; never "
+        "fewer than --test-samples)")
     add("--full-test", action="store_true", help="every epoch on the whole test set")
     add("--test-iters", type=number(int, 1), default=10, help="PGD's steps in an epoch's evaluation")
     add("--test-restarts", type=number(int, 1), default=1, help="its restarts")

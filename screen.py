@@ -111,6 +111,7 @@ def banner(args, model: nn.Module, start: dict[str, Any], images: tuple[int, int
     """
     train, held_out, test = images
     first = test if args.full_test else min(args.test_samples, test)
+    last = min(max(first, args.last_samples or test), test)
     flags = " ".join(f"--{name.replace('_', '-')}={_plain(value)}" for name, value in options.in_effect(args).items())
     width = f" of base width {args.base_width}" if args.model != "WideResNet" else f"-34-{args.width_factor}"
     precision = args.amp_dtype if args.amp else "float32"
@@ -118,7 +119,7 @@ def banner(args, model: nn.Module, start: dict[str, Any], images: tuple[int, int
         f"method   {args.method + ': ' if args.method else ''}{flags}",
         f"data     {args.data_set}{' (synthetic)' if args.dummy else ''}: {train:,} training images, {args.epochs} "
         f"epochs of {steps:,} steps; judged on {f'{held_out:,} validation and ' if held_out else ''}{first:,} test "
-        f"images after an epoch, {test:,} after the last",
+        f"images after an epoch, {last:,} after the last",
         f"network  {args.model}{width}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
         f"{precision}{', compiled' if args.compile else ''}, on {start['device']}, threads: "
         f"{start['threads']}, processes: {start['processes']}",

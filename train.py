@@ -340,7 +340,7 @@ def measure(run: Run) -> dict[str, Any]:
     args, began = run.args, time.perf_counter()
     last = args.eval or run.state.epoch + 1 == args.epochs
     fixed = len(run.test) if args.full_test else args.test_samples  # the same in every epoch, to choose the best on
-    test = run.test if last else run.test[:fixed]
+    test = run.test[:max(fixed, args.last_samples or len(run.test)) if last else fixed]
     verdict = judged(run, run.state.judged, test, args.test_iters, args.test_restarts)
     if not args.eval and not run.state.history and args.epochs > 1:
         final_images = min(args.final_samples or len(run.test), len(run.test))
@@ -351,7 +351,8 @@ def measure(run: Run) -> dict[str, Any]:
         ("test_loss", "clean_loss"), ("test_acc", "clean_acc"), ("test_robust_loss", "robust_loss"),
         ("test_robust_acc", "robust_acc"), ("attack_mean", "attack_mean"), ("no_gradient", "no_gradient"),
         ("test_images", "images"))}
-    fgsm = judged(run, run.state.judged, test, 1, 1, alpha=args.epsilon / 255, init="zero")
+    fgsm = judged(run, run.state.judged, test, 1, 1, alpha=args.epsilon / 255, init="zero",
+                  before=(0, verdict.unperturbed()))
     metrics["fgsm_acc"] = fgsm.metrics()["robust_acc"]
     x, y = run.test.batch(slice(EVALUATION_BATCH))
     seed_everything(WATCH, args.seed, run.state.epoch)
@@ -514,6 +515,7 @@ def is_complete(run: Run) -> bool:
 
 def finish(run: Run) -> None:
     """Attack the last or the best network with restarts (PGD-50-10), and record what is left of its accuracy."""
+    run.screen.say("# " + watch.summary_line(run.state.history))
     if not run.args.final_iters:
         return
     found = final_evaluation(run, run.world.decide(lambda: asked(run)))

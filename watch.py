@@ -37,6 +37,17 @@ def line(record: dict[str, Any]) -> str:
             f"{100 * record['test_robust_acc']:.1f}% under PGD")
 
 
+def summary_line(history: list[dict[str, Any]]) -> str:
+    """What to say of a whole run."""
+    found = summary(history)
+    first, best, last = (found[name] for name in ("collapse_epoch", "best_robust_acc", "last_robust_acc"))
+    if not history:  # the run of published files has none
+        return "no epoch is on record"
+    said = "no catastrophic overfitting" if first is None else \
+        f"catastrophic overfitting in {found['collapsed_epochs']} of {len(history)} epochs, first in epoch {first}"
+    return f"{said}; under PGD {100 * best:.1f}% at best, {100 * last:.1f}% at last"
+
+
 def summary(history: list[dict[str, Any]]) -> dict[str, Any]:
     """Of a whole run: the first epoch in collapse, how many were, and PGD's accuracy in the best and the last epoch."""
     states, robust = collapsed(history), [record["test_robust_acc"] for record in history]

@@ -3,32 +3,25 @@
     python experiments/report.py --scale=cpu
 
 reads experiments/results/SCALE/*.json, as reproduce.py writes them, and writes experiments/report/SCALE.md with every
-table, and the figures SCALE_*.png. A row that was not measured is left out.
+table, and the figures SCALE_*.png and SCALE_*.pdf. A row that was not measured is left out.
 """
+import shlex
 import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 from definitions import ROOT, SCALES, TABLES, Experiment, Row, Table, experiments
 from results import Result, read_result
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import MaxNLocator
-
 sys.path.insert(0, str(ROOT))
-import watch
-from options import Parser
-from utils import whole_file
+import options
+import plot
+from plot import CLEAN, PGD
+from utils import UsageError, one_line_errors, say, whole_file
 
-COLOURS = {"FGSM from zero": "#d62728", "FGSM-RS": "#ff7f0e", "ZeroGrad, q = 0.35": "#9467bd",
-           "ZeroGrad, q = 0.45": "#9467bd", "ZeroGrad, q = 0.7": "#1f77b4", "MultiGrad": "#2ca02c",
-           "MultiGrad, parallel": "#17becf", "PGD-10": "#444444",
-           "0": "#8c564b", "0.2": "#e377c2", "0.35": "#9467bd", "0.5": "#bcbd22", "0.7": "#1f77b4", "0.9": "#17becf"}
-plt.rcParams.update({"figure.dpi": 110, "font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-                     "axes.spines.right": False, "legend.frameon": False})
+TRAINING = "train_robust_acc"
 
 NOTES = """
 * Accuracies are in % on test images; after ±, the sample's standard deviation over the seeds, where there are several.
@@ -37,8 +30,9 @@ NOTES = """
   from before the watch (without FGSM's accuracy in their files), PGD-10 after an epoch is judged at its end alone.
 * In the curves, the last epoch is on all test images, the others (but for SVHN) are on a part; the best of these, in a
   column of its own, is chosen on the test images that it is reported on.
-* Collapsed: the first epoch in which catastrophic overfitting was found (`watch.py`), over several seeds how many
-  of the runs collapsed at some time; "then sound" where the last epoch is sound again.
+* Epochs count from 1. Collapsed: the first epoch in which catastrophic overfitting was found (`watch.py`), over
+  several seeds how many of the runs collapsed at some time; "then sound" where the last epoch is sound again. In the
+  figures, a cross marks that epoch, and a band goes from the lowest to the highest of several seeds.
 * Seconds are the median over a run's epochs, beside whatever else the machine did (`--jobs` is of one command: there
   may have been others); they tell orders of magnitude, benchmarks/speed.py tells ratios. A table whose runs were made
   on several kinds of machine has none.
@@ -47,9 +41,6 @@ ELSEWHERE = """\
 * What was published elsewhere is from RobustBench's model cards, of other recipes: clean / robust as its authors report
   it / under AutoAttack.
 """
-
-PGD, CLEAN, TRAINING = "test_robust_acc", "test_acc", "train_robust_acc"
-
 
 class Results:
     """The results of a scale, by row; `refused` lists the files that are none of its runs' or are damaged."""
@@ -63,6 +54,11 @@ class Results:
             if experiment.name in files and (result := read_result(folder, experiment)):
                 self.by_name[experiment.name] = result
         self.seeds, self.refused = sorted(seeds), [path for name, path in files.items() if name not in self.by_name]
+
+    def flags(self, row: Row) -> dict[str, Any]:
+        """All flags of a row's runs, but for the seed."""
+        experiment = Experiment.of(row, self.scale, 0)
+        return vars(options.parse(options.data_set(experiment.dataset), argv=experiment.command[1:]))
 
     def of(self, row: Row) -> dict[int, Result]:
         """The results of a row by seed."""
@@ -83,27 +79,15 @@ def final(record: Result) -> float:
     return 100 * record["final"]["robust_acc"]
 
 
-def collapse(records: list[Result]) -> str:
-    """When a run collapsed, epochs counted from 1; of several runs, how many did."""
-    states = [watch.collapsed(record["epochs"]) for record in records]
-    fallen = [state for state in states if any(state)]
-    if len(records) > 1:
-        return f"{len(fallen)} of {len(records)}"
-    if not fallen:
-        return "no"
-    return f"epoch {fallen[0].index(True) + 1}" + ("" if fallen[0][-1] else ", then sound")
-
-
 def seconds(record: Result) -> float:
     return statistics.median(epoch["train_time"] for epoch in record["epochs"])
 
 
-def mean_and_deviation(values: list[float]) -> str:
-    """As a table shows them: the mean, and from two values on the sample's standard deviation."""
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{deviation}"
+def label(table: Table, row: Row) -> str:
+    """What a row is called in a figure: numbers by their columns, else its last cell."""
+    if all(cell.replace(".", "", 1).isdecimal() for cell in row.cells):
+        return ", ".join(f"{column} = {cell}" for column, cell in zip(table.columns, row.cells))
+    return row.cells[-1]
 
 
 def size(row: Row) -> float:
@@ -123,7 +107,7 @@ def table_text(table: Table, results: Results) -> str:
     flags = SCALES[results.scale].flags.split()
     steps = next((flag.split("=")[1] for flag in flags if flag.startswith("--test-iters=")), 10)
     images = f"{epoch['test_images']:,} images"
-    best_of = f"best earlier epoch, {records[0]['epochs'][0]['test_images']:,} images"
+    best_of = f"best @ earlier epoch, {records[0]['epochs'][0]['test_images']:,} images"
     columns: dict[str, Callable[[Result], float]] = {
         f"clean, {images}": last(CLEAN),
         f"PGD-{steps}, {images}": last(PGD),
@@ -141,128 +125,144 @@ def table_text(table: Table, results: Results) -> str:
     heads = [*table.columns, *columns, "collapsed", "seeds"] + (["published elsewhere"] if published else [])
     lines = [heads, ["---"] * len(heads)]
     for row, by_seed in zip(rows, found):
-        cells = [mean_and_deviation([value(record) for record in by_seed.values()]) for value in columns.values()]
-        lines.append([*row.cells, *cells, collapse(list(by_seed.values())), ", ".join(map(str, by_seed))])
+        found_in = [record["epochs"] for record in by_seed.values()]
+        cells = [plot.mean([value(record) for record in by_seed.values()], 1)
+                 + (f" @ {plot.span([plot.best(epochs[:-1]) for epochs in found_in])}" if value is best else "")
+                 for value in columns.values()]
+        lines.append([*row.cells, *cells, plot.collapse(found_in), ", ".join(map(str, by_seed))])
         lines[-1] += [row.published] if published else []
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    missing = len(table.at(results.scale)) - len(rows)
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + (
+        f"\n{missing} of the {len(rows) + missing} rows of this table are not measured yet.\n" if missing else "")
+
+
+def common(results: Results) -> list[str]:
+    """The flags that all runs have."""
+    commands = [shlex.split(result["command"]) for result in results.by_name.values()]
+    return [flag for flag in commands[0][2:] if all(flag in command for command in commands)]
 
 
 def run_list(results: Results) -> str:
     """Every run that the numbers come from: its command, and the commits and machines it was made with."""
-    lines = ["| command | commit | machine | `--jobs` | PyTorch |\n| --- | --- | --- | --- | --- |\n"]
+    told = common(results)
+    lines = ["| run | commit | machine | `--jobs` | PyTorch |\n| --- | --- | --- | --- | --- |\n"]
     for result in results.by_name.values():
         starts = [{**start, "machine": f"{start['device']}, threads: {start['threads']}"} for start in result["starts"]]
-        commit, machine, version = ("; ".join(dict.fromkeys(str(start[key]) for start in starts))
-                                    for key in ("commit", "machine", "torch"))
-        lines.append(f"| `{result['command']}` | {commit} | {machine} | {result['jobs']} | {version} |\n")
+        commit, machine, version = ("; ".join(dict.fromkeys(str(start[key])[:length] for start in starts))
+                                    for key, length in (("commit", 12), ("machine", None), ("torch", None)))
+        own = shlex.join(word for word in shlex.split(result["command"])[1:] if word not in told)
+        lines.append(f"| `{own}` | {commit} | {machine} | {result['jobs']} | {version} |\n")
     return "".join(lines)
-
-
-def lines_over_epochs(axes, rows: list[Row], results: Results, key: str, prefix: str) -> None:
-    """A line a row, named by its last cell after `prefix`: the mean over the seeds, and each seed thinly behind it."""
-    for i, row in enumerate(rows):
-        curves = [[100 * epoch[key] for epoch in record["epochs"]] for record in results.of(row).values()]
-        epochs = range(1, len(curves[0]) + 1)
-        colour = COLOURS.get(row.cells[-1], f"C{i}")
-        for curve in curves:
-            axes.plot(epochs, curve, color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(epochs, [statistics.mean(values) for values in zip(*curves)], color=colour, marker="o", markersize=3,
-                  label=prefix + row.cells[-1])
-    axes.set_xlabel("epoch")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
-
-
-def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable[[Result], float], **style) -> None:
-    """A line through the means over the seeds, with the standard deviation as bars."""
-    values = [[value(record) for record in by_seed.values()] for by_seed in found]
-    deviations = [statistics.stdev(v) if len(v) > 1 else 0 for v in values]
-    axes.errorbar(x, [statistics.mean(v) for v in values], deviations if any(deviations) else None, marker="o",
-                  markersize=4, capsize=2, **style)
 
 
 def measured(table: Table, results: Results) -> list[Row]:
     return [row for row in table.at(results.scale) if results.of(row)]
 
 
-def figure_of_epochs(name: str, results: Results) -> plt.Figure | None:
+def over_epochs(axes, table: Table, rows: list[Row], results: Results, key: str) -> None:
+    """A panel with a curve for each row."""
+    groups = {label(table, row): [record["epochs"] for record in results.of(row).values()] for row in rows}
+    plot.curves(axes, groups, styles(table, rows, results), key)
+
+
+def styles(table: Table, rows: list[Row], results: Results) -> list[plot.Style]:
+    """One for each row: of its method, in a table of methods."""
+    flags = [results.flags(row) for row in rows]
+    own = [style for each in flags if (style := plot.style_of_method(each))]
+    return own if table.columns[-1] == "trained on" and len(own) == len(rows) else plot.styles(flags)
+
+
+def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable[[Result], float], name: str,
+           style: plot.Style) -> None:
+    """A line through the means over the seeds, with the standard deviation as bars."""
+    values = [[value(record) for record in by_seed.values()] for by_seed in found]
+    means = [statistics.mean(v) for v in values]
+    axes.plot(x, means, color=style.colour, marker=style.marker, linestyle=style.dash, label=name)
+    if any(len(v) > 1 for v in values):
+        axes.errorbar(x, means, [statistics.stdev(v) if len(v) > 1 else 0 for v in values], fmt="none", capsize=2,
+                      ecolor=style.colour)
+
+
+def figure_of_epochs(name: str, results: Results) -> Any:
     """PGD accuracy over epochs, in which a collapse shows, beside the accuracy on what is trained on."""
+    table = TABLES[name]
+    rows = sorted(measured(table, results), key=size)
+    if len(rows) < 2:
+        return None
+    above = max(len(label(table, row)) for row in rows) > 24  # long names leave no room beside one another
+    figure, panels = plot.pyplot().subplots(*((2, 1) if above else (1, 2)), figsize=(7, 6) if above else (9.5, 3.4),
+                                            layout="constrained")
+    titles = {PGD: "test images under PGD", TRAINING: "training images under the attack trained on"}
+    for axes, (key, title) in zip(panels, titles.items()):
+        over_epochs(axes, table, rows, results, key)
+        axes.set_title(title)
+        axes.set_ylabel("accuracy, %")
+    plot.label_at_the_ends(figure)
+    return figure
+
+
+def figure_of_quantiles(name: str, results: Results) -> Any:
     rows = sorted(measured(TABLES[name], results), key=size)
     if len(rows) < 2:
         return None
-    prefix = f"{TABLES[name].columns[0]} = " if any(map(size, rows)) else ""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
-    lines_over_epochs(left, rows, results, PGD, prefix)
-    lines_over_epochs(right, rows, results, TRAINING, prefix)
-    left.set_title("test images under PGD (last epoch: all of them)")
-    right.set_title("training images under the attack trained on")
-    left.set_ylabel("accuracy, %")
-    longest = max(len(row.cells[-1]) for row in rows)
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=4 if longest < 30 else 2)
-    figure.suptitle(f"{TABLES[name].title}, scale {results.scale}")
-    return figure
-
-
-def figure_of_quantiles(name: str, results: Results) -> plt.Figure | None:
-    rows = measured(TABLES[name], results)
-    if len(rows) < 2:
-        return None
-    figure, axes = plt.subplots(figsize=(5.5, 3.8), layout="constrained")
+    figure, axes = plot.pyplot().subplots(figsize=(5.5, 3.4), layout="constrained")
     x, found = [size(row) for row in rows], [results.of(row) for row in rows]
-    points(axes, x, found, last(CLEAN), label="clean", color="#888888")
-    points(axes, x, found, last(PGD), label="PGD, last epoch", color="#1f77b4")
-    points(axes, x, found, best, label="PGD, best earlier epoch", color="#1f77b4", linestyle=":")
+    points(axes, x, found, last(CLEAN), "clean", plot.Style("#888888", "s"))
+    points(axes, x, found, last(PGD), "PGD, last epoch", plot.METHODS["zerograd"])
+    points(axes, x, found, best, "PGD, best earlier epoch", plot.Style("#0072b2", "v", ":"))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("q, the fraction of each image's gradient that is zeroed")
     axes.set_ylabel("accuracy on test images, %")
-    axes.set_title(f"{TABLES[name].title}, scale {results.scale}")
-    axes.legend()
+    plot.label_at_the_ends(figure)
     return figure
 
 
-def figure_of_epsilons(name: str, results: Results) -> plt.Figure | None:
-    rows = measured(TABLES[name], results)
-    if len({row.cells[0] for row in rows}) < 2:
+def figure_of_epsilons(name: str, results: Results) -> Any:
+    """Accuracy over epsilon, a curve for each method that was measured at two or more."""
+    table = TABLES[name]
+    by_method: dict[str, list[Row]] = {}
+    for row in sorted(measured(table, results), key=size):
+        by_method.setdefault(row.cells[1], []).append(row)
+    by_method = {method: rows for method, rows in by_method.items() if len(rows) > 1}
+    if not by_method:
         return None
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 3.8), layout="constrained")
+    figure, panels = plot.pyplot().subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     for axes, value, title in zip(panels, (last(CLEAN), last(PGD)), ("clean", "under PGD, last epoch")):
-        for method in dict.fromkeys(row.cells[1] for row in rows):
-            own = sorted((row for row in rows if row.cells[1] == method), key=size)
-            points(axes, [size(row) for row in own], [results.of(row) for row in own], value, label=method,
-                   color=COLOURS.get(method))
+        which = styles(table, [rows[0] for rows in by_method.values()], results)
+        for (method, rows), style in zip(by_method.items(), which):
+            points(axes, [size(row) for row in rows], [results.of(row) for row in rows], value, method, style)
         axes.set_ylim(bottom=0)
         axes.set_xlabel("epsilon, 1/255")
+        axes.set_ylabel("accuracy, %")
         axes.set_title(f"test images, {title}")
-    panels[0].set_ylabel("accuracy, %")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=6)
-    figure.suptitle(f"{TABLES[name].title}, scale {results.scale}")
+    plot.label_at_the_ends(figure)
     return figure
 
 
-def figure_of_epsilons_over_epochs(name: str, results: Results) -> plt.Figure | None:
+def figure_of_epsilons_over_epochs(name: str, results: Results) -> Any:
     """PGD accuracy over epochs, a panel for each epsilon at which there is something to compare."""
     rows = sorted(measured(TABLES[name], results), key=size)
     panels = {epsilon: [row for row in rows if row.cells[0] == epsilon] for epsilon, _ in (row.cells for row in rows)}
     panels = {epsilon: own for epsilon, own in panels.items() if len(own) > 1}
     if len(panels) < 2:
         return None
-    figure, (line,) = plt.subplots(1, len(panels), figsize=(4.75 * len(panels), 3.8), squeeze=False, sharey=True,
-                                   layout="constrained")
-    for axes, (epsilon, own) in zip(line, panels.items()):
-        lines_over_epochs(axes, own, results, PGD, "")
+    lines = (len(panels) + 1) // 2
+    figure, grid = plot.pyplot().subplots(lines, 2, figsize=(9.5, 3.4 * lines), sharey=True, layout="constrained")
+    for axes, (epsilon, own) in zip(grid.flat, panels.items()):
+        over_epochs(axes, TABLES[name], own, results, PGD)
         axes.set_title(f"epsilon = {epsilon}/255")
-    line[0].set_ylabel("accuracy under PGD, %")
-    handles = {label: handle for axes in line for handle, label in zip(*axes.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=6)
-    figure.suptitle(f"CIFAR-10, test images (last epoch: all of them), scale {results.scale}")
+        axes.set_ylabel("accuracy under PGD, %")
+    for axes in grid.flat[len(panels):]:
+        axes.remove()
+    plot.label_at_the_ends(figure, size=7)
     return figure
 
 
 # The figures by name: the table that each is of, and how it is drawn.
 FIGURES = {
-    "cifar10": ("cifar10", figure_of_epochs), "cifar100": ("cifar100", figure_of_epochs),
-    "svhn": ("svhn", figure_of_epochs), "collapse": ("collapse", figure_of_epochs),
-    "collapse12": ("collapse12", figure_of_epochs), "from_zero": ("from_zero", figure_of_epochs),
+    **{name: (name, figure_of_epochs) for name in ("cifar10", "cifar100", "svhn", "multigrad", "collapse", "collapse12",
+                                                   "from_zero")},
+    "rivals": ("rivals", figure_of_epsilons_over_epochs),
     "quantile": ("quantile", figure_of_quantiles), "quantile_epochs": ("quantile", figure_of_epochs),
     "epsilon": ("epsilon", figure_of_epsilons), "epsilon_epochs": ("epsilon", figure_of_epsilons_over_epochs)}
 
@@ -273,21 +273,25 @@ def write_report(results: Results, out: Path) -> Path:
     scale = SCALES[results.scale]
     notes = NOTES + (ELSEWHERE if results.scale == "paper" else "")
     text = [f"# Results at the scale `{results.scale}`\n\n"
-            f"{scale.about[0].upper() + scale.about[1:]}: `{scale.flags}`.\n"
+            f"{scale.about[0].upper() + scale.about[1:]}. All runs have these flags: `{shlex.join(common(results))}`.\n"
+            f"What else each has, and where it was made, stands [at the end](#the-runs).\n"
             f"{notes}* Written by `python experiments/report.py --scale={results.scale}`.\n"]
     for name, table in TABLES.items():
         if not measured(table, results):
             continue
         text.append(f"\n## {table.title}\n\n{table_text(table, results)}")
-        for image, draw in [(f"{results.scale}_{key}.png", draw) for key, (of, draw) in FIGURES.items() if of == name]:
-            (out / image).unlink(missing_ok=True)
+        for key, draw in ((key, draw) for key, (of, draw) in FIGURES.items() if of == name):
+            image = out / f"{results.scale}_{key}.png"
             figure = draw(name, results)
             if figure is None:
+                image.unlink(missing_ok=True)
+                image.with_suffix(".pdf").unlink(missing_ok=True)
                 continue
-            with whole_file(out / image) as file:
-                figure.savefig(file, format="png", metadata={"Software": None})
-            plt.close(figure)
-            text.append(f"\n![{table.title}]({image})\n")
+            plot.save(figure, image)
+            plot.save(figure, image.with_suffix(".pdf"))
+            plot.pyplot().close(figure)
+            over = ", over epochs" if draw in (figure_of_epochs, figure_of_epsilons_over_epochs) else ""
+            text.append(f"\n![{table.title}{over}]({image.name})\n")
     text.append(f"\n## The runs\n\n{run_list(results)}")
     path = out / f"{results.scale}.md"
     with whole_file(path) as file:
@@ -296,20 +300,25 @@ def write_report(results: Results, out: Path) -> Path:
 
 
 def main() -> None:
-    p = Parser(__doc__)
-    p.add_argument("--scale", choices=SCALES, default="paper", help="of which runs")
-    p.add_argument("--results", type=Path, default=ROOT / "experiments/results", help="where the results are")
-    p.add_argument("--out", type=Path, default=ROOT / "experiments/report", help="where the report goes")
+    p = options.Parser(__doc__)
+    p.add_argument("--scale", choices=SCALES, help="of which runs (default: of all that there are results of)")
+    p.add_argument("--results", type=options.path, default=str(ROOT / "experiments/results"), help="where the results "
+                   "are")
+    p.add_argument("--out", type=options.path, default=str(ROOT / "experiments/report"), help="where the report goes")
     args = p.parse_args()
-    results = Results(args.results, args.scale)
-    for path in results.refused:
-        print(f"left out: {path} is damaged, or of another command than definitions.py has", file=sys.stderr)
-    if not results.by_name:
-        p.error(f"--results {args.results} holds no results at --scale {args.scale}: reproduce.py makes them")
-    try:
-        print(write_report(results, args.out))
-    except OSError as error:
-        p.error(f"--out {args.out} cannot be written ({error.strerror})")
+    with one_line_errors():
+        found = [Results(Path(args.results), scale) for scale in ([args.scale] if args.scale else SCALES)]
+        for path in (path for results in found for path in results.refused):
+            say(f"# left out: {path} is damaged, or of another command than definitions.py has", error=True)
+        if not any(results.by_name for results in found):
+            where = f" at --scale {args.scale}" if args.scale else ""
+            raise UsageError(f"--results {args.results} holds no results{where}: reproduce.py makes them")
+        try:
+            for results in found:
+                if results.by_name:
+                    say(str(write_report(results, Path(args.out))))
+        except OSError as error:
+            raise UsageError(f"--out {args.out} cannot be written ({error.strerror})") from None
 
 
 if __name__ == "__main__":

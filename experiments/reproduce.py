@@ -1,8 +1,8 @@
 """Make the runs that tables and figures are built from, as far as they are missing.
 
-    python experiments/reproduce.py cifar10 quantile --scale=cpu --jobs=2 --data-dir=../cifar-data
+    python experiments/reproduce.py cifar10 quantile --data-dir=../cifar-data
     python experiments/reproduce.py --scale=paper --budget=60         # everything, in order of worth, for an hour
-    python experiments/reproduce.py --scale=cpu --list                # what is there and what is missing
+    python experiments/reproduce.py --scale=cpu --list                # what is there, and how long the rest takes
 
 A run's files are in runs/SCALE/NAME; once it is complete, its result is written to experiments/results/SCALE/NAME.json,
 and it is not made again while that is there. A run that was cut off goes on where it was. Ctrl-C, SIGTERM and the end
@@ -10,27 +10,36 @@ of the budget have the runs save their state and stop; a run that fails is named
 GPUs, jobs are dealt out to them; on a CPU, they share its cores.
 """
 import os
-import shlex
+import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections import deque
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
+import torch
 from definitions import ROOT, SCALES, TABLES, Experiment, experiments
-from results import collect, read_result, write_result
+from results import Result, collect, read_result, write_result
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
 from checkpoint import Folder
 from machine import cuda_devices
-from options import Parser, number
-from utils import UsageError
+from options import METHODS, Parser, data_set, number, parse, path
+from plot import method
+from utils import UsageError, one_line_errors, say
 
 POLL = 0.5  # seconds between two looks at the runs
 GRACE = 120  # seconds that a run has to save its state and stop
+MEMORY = 2 << 30  # bytes that a run on a CPU may need
+
+# Minutes for each of the `passes` of a run, and for the rest of it, where no result tells: a guess.
+ROUGH = {"paper": (0.012, 8.0), "cpu": (3.5, 5.0), "cpu-bf16": (1.3, 3.0), "cpu-paper": (2.0, 60.0),
+         "smoke": (0.01, 0.1)}
 
 
 @dataclass
@@ -76,12 +85,12 @@ class Runner:
             for job in self.running:
                 job.process.terminate()
         for experiment in self.failed:
-            print(f"failed: {experiment.name}: see {self.folder(experiment) / 'console.log'}", file=sys.stderr)
+            say(f"failed: {experiment.name}: see {self.folder(experiment) / 'console.log'}", error=True)
         left = [e for e in self.missing if read_result(self.args.results, e) is None]
         if self.stop:
-            print(f"{self.stop}: {len(self.made)} runs made, {len(left)} left; the same command goes on")
+            say(f"{self.stop}: {len(self.made)} runs made, {len(left)} left; the same command goes on")
         elif self.elsewhere:
-            print(f"{len(self.elsewhere)} runs were left to another process: call again when it has ended")
+            say(f"{len(self.elsewhere)} runs were left to another process: call again when it has ended")
         if self.signals:
             return 128 + self.signals[0]
         return 1 if self.failed or (left and not self.stop) else 0
@@ -174,65 +183,140 @@ def gpus() -> list[str]:
     return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
 
 
+def default_jobs(scale: str) -> int:
+    """Runs at once: one a GPU; on a CPU, one a core where they are too narrow to gain from more, else one."""
+    if count := len(gpus()):
+        return count
+    narrow = any(flag in SCALES[scale].flags for flag in ("--base-width=16", "--base-width=4"))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores(), memory // MEMORY)) if narrow else 1
+
+
+def default_scale() -> str:
+    """The one that this machine is made for."""
+    if gpus():
+        return "paper"
+    return "cpu-bf16" if has_bfloat16() and any(map(shutil.which, ("g++", "clang++", "c++"))) else "cpu"
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor computes in bfloat16."""
+    names = ("avx512_bf16", "amx_bf16")
+    if hasattr(torch.cpu, "get_capabilities"):
+        return any(torch.cpu.get_capabilities().get(name) for name in names)
+    about = Path("/proc/cpuinfo")
+    return about.exists() and any(name in about.read_text(errors="replace").split() for name in names)
+
+
+@cache
+def passes(experiment: Experiment) -> float:
+    """Forward and backward passes of a run, in those of a network of base width 16 over the training images."""
+    args = parse(data_set(experiment.dataset), argv=experiment.command[1:])
+    name, _ = method(vars(args))
+    step = args.multi_samps + 1 if args.attack == "multigrad" else METHODS[name].passes if name in METHODS else 2
+    return float(step) * args.epochs * (args.base_width / 16) ** 1.5
+
+
+def minutes(result: Result) -> float:
+    """How long a run took."""
+    epochs = sum(record["train_time"] + record.get("test_time", 0) for record in result["epochs"])
+    return (epochs + result["final"].get("seconds", 0)) / 60
+
+
+def expected(experiment: Experiment, known: dict[Experiment, Result]) -> tuple[float, bool]:
+    """Minutes that a run will take, and whether results tell: those of the same passes, else in proportion."""
+    paces = {other: minutes(result) / passes(other) for other, result in known.items()}
+    same = [pace for other, pace in paces.items() if passes(other) == passes(experiment)]
+    if paces:
+        return statistics.median(same or list(paces.values())) * passes(experiment), True
+    pace, rest = ROUGH[experiment.scale]
+    return pace * passes(experiment) + rest, False
+
+
+def show(wanted: list[Experiment], tables: list[str], args) -> None:
+    """A line for each run: its table, its name, the minutes that it takes, and whether it is there; and the totals."""
+    every = experiments(list(TABLES), args.scale, tuple({e.seed for e in wanted}))
+    known = {e: result for e in every if (result := read_result(args.results, e))}
+    table_of = {e: table for table in reversed(tables) for e in experiments([table], args.scale, tuple(
+        {e.seed for e in wanted}))}
+    width, longest = max(map(len, table_of.values())), max(len(e.name) for e in wanted)
+    left = 0.0
+    for e in wanted:
+        time_, told = (minutes(known[e]), True) if e in known else expected(e, known)
+        left += 0 if e in known else time_
+        done = epochs_done(args.runs / e.scale / e.name)
+        state = "done" if e in known else f"{done} of {e.epochs} epochs" if done else "missing"
+        say(f"{table_of[e]:{width}}  {e.name:{longest}}  {'' if told else '~'}{time_:.0f} min  {state}")
+    missing = sum(e not in known for e in wanted)
+    say(f"{len(wanted) - missing} of {len(wanted)} runs are there; the others take some {left / 60:.1f} hours, "
+        f"{left / 60 / max(1, min(args.jobs, missing)):.1f} with --jobs={args.jobs}")
+
+
 def epochs_done(folder: Path) -> int:
-    path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    file = folder / "metrics.jsonl"
+    return file.read_text(errors="replace").count("\n") if file.exists() else 0
 
 
 def last_line(folder: Path) -> str:
-    lines = (folder / "console.log").read_text().strip().splitlines()
+    lines = (folder / "console.log").read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "it printed nothing"
-
-
-def say(text: str) -> None:
-    tqdm.write(text)
-    sys.stdout.flush()
 
 
 def main() -> None:
     p = Parser(__doc__)
     p.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (default: all, in this order)")
-    p.add_argument("--scale", choices=SCALES, default="paper",
-                   help="; ".join(f"{name}: {scale.about}" for name, scale in SCALES.items()))
+    p.add_argument("--scale", choices=SCALES, help="; ".join(f"{name}: {scale.about}" for name, scale in
+                   SCALES.items()) + " (default: paper where there is a GPU, cpu-bf16 where the processor computes in "
+                   "bfloat16, else cpu)")
     p.add_argument("--seeds", type=number(int, 1, 1000), metavar="N",
                    help="seeds 0 to N-1 of each row (default: the scale's)")
     p.add_argument("--only", metavar="TEXT", default="", help="only the runs with this in their names")
-    p.add_argument("--jobs", type=number(int, 1, 1000), default=1, metavar="K", help="runs at once")
+    p.add_argument("--jobs", type=number(int, 1, 1000), metavar="K",
+                   help="runs at once (default: one a GPU; on a CPU, one a core where they are narrow, else one)")
     p.add_argument("--budget", type=number(float, 0), default=float("inf"), metavar="MINUTES",
                    help="stop after this time")
-    p.add_argument("--data-dir", help="torchvision's root, for all data sets (default: the scripts')")
-    p.add_argument("--runs", default=ROOT / "runs", help="where the runs' folders are")
-    p.add_argument("--results", default=ROOT / "experiments/results", help="where the results are")
-    p.add_argument("--list", action="store_true", help="only say what is there and what is missing")
+    p.add_argument("--data-dir", type=path, help="torchvision's root, for all data sets (default: the scripts')")
+    p.add_argument("--runs", type=path, default=str(ROOT / "runs"), help="where the runs' folders are")
+    p.add_argument("--results", type=path, default=str(ROOT / "experiments/results"), help="where the results are")
+    p.add_argument("--list", action="store_true", help="only say what is there, what is missing, and how long it takes")
     tables = vars(args := p.parse_args()).pop("tables")
-    try:
-        unknown = [table for table in tables if table not in TABLES]
-        if unknown:
-            raise UsageError(f"there is no table {unknown[0]}: take some of {', '.join(TABLES)}")
-        for name in ("data_dir", "runs", "results"):  # the runs start in another directory
-            if vars(args)[name]:
-                setattr(args, name, Path(vars(args)[name]).expanduser().resolve())
-        seeds = tuple(range(args.seeds)) if args.seeds else SCALES[args.scale].seeds
-        listed = experiments(tables or list(TABLES), args.scale, seeds)
-        if not listed:
-            raise UsageError(f"{' '.join(tables)}: there are no runs at --scale {args.scale}")
-        wanted = [e for e in listed if args.only in e.name]
-        if not wanted:
-            raise UsageError(f"no run of these tables at --scale {args.scale} has --only {args.only!r} in its name")
-        if args.scale == "paper" and not args.list and not gpus():
-            raise UsageError("--scale paper needs a GPU, and there is none here: take --scale=cpu")
-        for name in ("runs", "results"):
-            Folder(vars(args)[name]).require_writable(f"--{name}")
-    except UsageError as error:
-        p.error(str(error))
-    missing = [e for e in wanted if read_result(args.results, e) is None]
+    with one_line_errors():
+        wanted = choose(args, tables)
+        missing = [e for e in wanted if read_result(args.results, e) is None]
+        if args.list:
+            return show(wanted, tables or list(TABLES), args)
+        say(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there")
+        if missing:
+            args.jobs = min(args.jobs, len(missing))
+            sys.exit(Runner(missing, args).run())
+
+
+def choose(args, tables: list[str]) -> list[Experiment]:
+    """The runs that are asked for; fills in what was not given. Raises UsageError where a flag is wrong."""
+    unknown = [table for table in tables if table not in TABLES]
+    if unknown:
+        raise UsageError(f"there is no table {unknown[0]}: take some of {', '.join(TABLES)}")
+    if args.scale is None:
+        args.scale = default_scale()
+        say(f"# --scale={args.scale}: {SCALES[args.scale].about}")
+    args.jobs = args.jobs or default_jobs(args.scale)
+    for name in ("data_dir", "runs", "results"):  # the runs start in another directory
+        if vars(args)[name]:
+            setattr(args, name, Path(vars(args)[name]).resolve())
+    listed = experiments(tables or list(TABLES), args.scale,
+                         tuple(range(args.seeds)) if args.seeds else SCALES[args.scale].seeds)
+    if not listed:
+        raise UsageError(f"{' '.join(tables)}: there are no runs at --scale {args.scale}")
+    wanted = [e for e in listed if args.only in e.name]
+    if not wanted:
+        raise UsageError(f"no run of these tables at --scale {args.scale} has --only {args.only!r} in its name")
     if args.list:
-        for e in wanted:
-            done = f"{epochs_done(args.runs / e.scale / e.name)}/{e.epochs} epochs" if e in missing else "there"
-            print(f"{done:>12}  {shlex.join(e.command)}")
-    print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there", flush=True)
-    if missing and not args.list:
-        sys.exit(Runner(missing, args).run())
+        return wanted
+    if args.scale == "paper" and not gpus():
+        raise UsageError(f"--scale paper needs a GPU, and there is none here: take --scale={default_scale()}")
+    for name in ("runs", "results"):
+        Folder(vars(args)[name]).require_writable(f"--{name}")
+    return wanted
 
 
 if __name__ == "__main__":

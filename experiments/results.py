@@ -1,5 +1,6 @@
 """The result of a run: one JSON file, written by reproduce.py once the run is complete, read by report.py."""
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from utils import whole_file
 
 Result = dict  # name, command, jobs (runs at once), starts, final (the final evaluation), epochs (one dict each)
 MACHINE = ("commit", "device", "threads", "torch", "torchvision", "python")
+NEEDED = ("train_time", "train_robust_acc", "test_acc", "test_robust_acc", "test_images")  # of every epoch
 
 
 def result_file(results: Path, experiment: Experiment) -> Path:
@@ -20,20 +22,26 @@ def result_file(results: Path, experiment: Experiment) -> Path:
 def read_result(results: Path, experiment: Experiment) -> Result | None:
     """The result of `experiment`; None if there is none, or one of another command, or a damaged one."""
     try:
-        result = json.loads(result_file(results, experiment).read_text())
+        result = json.loads(result_file(results, experiment).read_text(encoding="utf-8"))
+        numbers = [record[name] for record in result["epochs"] for name in NEEDED]
+        numbers += [result["final"][name] for name in ("robust_acc", "iters", "restarts", "images")]
         whole = result["command"] == _command(experiment) and len(result["epochs"]) == experiment.epochs
-        return result if whole and result["final"] and result["starts"] else None
-    except (OSError, ValueError, KeyError, TypeError):
+        told = result["jobs"] and result["starts"] and all(set(MACHINE) <= start.keys() for start in result["starts"])
+        return result if whole and told and all(map(math.isfinite, numbers)) else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def collect(experiment: Experiment, folder: Path, jobs: int) -> Result:
     """What a complete run found, and what its numbers stand with."""
-    starts = json.loads((folder / "args.json").read_text())["starts"]
+    def text(name: str) -> str:
+        return (folder / name).read_text(encoding="utf-8")
+
+    starts = json.loads(text("args.json"))["starts"]
     return {"name": experiment.name, "command": _command(experiment), "jobs": jobs,
             "starts": [{key: start[key] for key in MACHINE} for start in starts],
-            "final": json.loads((folder / "final.json").read_text()),
-            "epochs": [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]}
+            "final": json.loads(text("final.json")),
+            "epochs": [json.loads(line) for line in text("metrics.jsonl").splitlines()]}
 
 
 def write_result(results: Path, experiment: Experiment, result: Result) -> None:

@@ -2,37 +2,43 @@
 
     python experiments/sheet.py runs/cpu/NAME --out=sheet.png
 
-draws test images under the last model of a finished run, whose arguments (data set, epsilon) are used.
+draws test images under the last model of a finished run, whose arguments (data set, epsilon) are used. Under an image
+stands its class, under it and under the perturbed one what the network takes it for: in bold where that is wrong.
 """
 import json
 import os
+import pickle
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
-import matplotlib
 import torch
+import torchvision
 from definitions import ROOT
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 sys.path.insert(0, str(ROOT))
-import train_cifar
-import train_cifar100
-import train_svhn
+import options
 from attacks import box, input_gradient, quantile_mask
 from checkpoint import Folder, open_run
 from data import load
-from options import Parser, number
-from utils import UsageError, whole_file
+from options import Parser, number, path
+from plot import pyplot
+from utils import UsageError, one_line_errors, say, whole_file
 
-DATASETS = {module.DATASET.name: module.DATASET for module in (train_cifar, train_cifar100, train_svhn)}
+
+def class_names(dataset: options.DataSet, args) -> list[str]:
+    """The classes as the data set's files name them, else their numbers."""
+    source = getattr(torchvision.datasets, str(dataset.source), None)
+    if args.dummy or not hasattr(source, "meta"):
+        return [str(label) for label in range(dataset.classes)]
+    with open(Path(args.data_dir) / source.base_folder / source.meta["filename"], "rb") as file:
+        return pickle.load(file)[source.meta["key"]]
 
 
-def sheet(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float, q: float) -> plt.Figure:
+def sheet(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float, q: float, names: list[str]) -> Any:
     """A column for each image of x (B, 3, H, W): the image, perturbations from zero of size epsilon, what q zeroes."""
-    grad, _ = input_gradient(model.eval(), x, y, torch.zeros_like(x))
+    grad, logits = input_gradient(model.eval(), x, y, torch.zeros_like(x))
     kept = quantile_mask(grad, q)
     fgsm, zerograd = (box(epsilon * g.sign(), x, epsilon) for g in (grad, kept))
     rows = {
@@ -43,47 +49,60 @@ def sheet(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: flo
         "zeroed\n(white: in all\nchannels)": (kept == 0).float().mean(dim=1, keepdim=True).expand_as(x),
         "image with\nZeroGrad's": x + zerograd,
     }
-    figure, axes = plt.subplots(len(rows), len(x), figsize=(1.1 * len(x) + 1, 1.15 * len(rows)), squeeze=False,
-                                layout="constrained")
+    figure, axes = pyplot().subplots(len(rows), len(x), figsize=(1.1 * len(x) + 1, 1.15 * len(rows) + 0.5),
+                                     squeeze=False, layout="constrained")
     for line, (name, images) in zip(axes, rows.items()):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for panel, image in zip(line, images):
             panel.imshow(image.permute(1, 2, 0).clamp(0, 1).numpy(), interpolation="nearest")
             panel.set(xticks=[], yticks=[])
             panel.grid(False)
+            panel.spines[:].set_visible(False)
+    with torch.no_grad():
+        answers = logits.argmax(1), model(x + zerograd).argmax(1)
+    for line, found, above in zip((axes[0], axes[-1]), answers, ("{}\n", "")):
+        for panel, label, answer in zip(line, y.tolist(), found.tolist()):
+            panel.set_xlabel(f"{above.format(names[label])}taken for\n{names[answer]}", fontsize=7,
+                             weight="normal" if answer == label else "bold")
     return figure
+
+
+def read(folder: Path, data_dir: str | None) -> tuple[Any, dict[str, Any]]:
+    """The arguments of the run in the folder, with the data where they are now, and all that its args.json says."""
+    if not (folder / "args.json").exists():
+        raise UsageError(f"{folder} is not the folder of a run: it has no args.json")
+    try:
+        started = json.loads((folder / "args.json").read_text(encoding="utf-8"))
+        run, _ = SimpleNamespace(**started["args"]), [start["commit"] for start in started["starts"]]
+        run.data_dir = data_dir or str(ROOT / os.path.expanduser(run.data_dir))  # reproduce.py starts runs in ROOT
+        return run, started
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise UsageError(f"{folder / 'args.json'} is damaged") from None
 
 
 def main() -> None:
     p = Parser(__doc__)
-    p.add_argument("run", type=Path, help="the folder of a finished run")
+    p.add_argument("run", type=path, help="the folder of a finished run")
     p.add_argument("--images", type=number(int, 1, 64), default=8, help="how many, from the first on")
     p.add_argument("--zero-qval", type=number(float, 0, 1), default=0.7, help="ZeroGrad's q")
-    p.add_argument("--data-dir", help="torchvision's root (default: the run's)")
-    p.add_argument("--out", type=Path, default=Path("sheet.png"), help="the picture")
+    p.add_argument("--data-dir", type=path, help="torchvision's root (default: the run's)")
+    p.add_argument("--out", type=path, default="sheet.png", help="the picture")
     args = p.parse_args()
-    try:
-        if not (args.run / "args.json").exists():
-            raise UsageError(f"{args.run} is not the folder of a run: it has no args.json")
-        try:
-            started = json.loads((args.run / "args.json").read_text())
-            run, dataset = SimpleNamespace(**started["args"]), DATASETS[started["data_set"]]
-        except (ValueError, KeyError, TypeError):
-            raise UsageError(f"{args.run / 'args.json'} is damaged") from None
-        run.data_dir = args.data_dir or str(ROOT / os.path.expanduser(run.data_dir))  # reproduce.py starts runs in ROOT
-        model = open_run(Folder(args.run).file("model", run.epochs - 1)).model
+    with one_line_errors():
+        folder, out = Path(args.run), Path(args.out)
+        run, started = read(folder, args.data_dir)
+        dataset = options.data_set(started["data_set"])
+        model = open_run(Folder(folder).file("model", run.epochs - 1)).model
         x, y = load(dataset, run)[2].batch(slice(args.images))
-    except UsageError as error:
-        p.error(str(error))
-    figure = sheet(model, x, y, run.epsilon / 255, args.zero_qval)
-    commits = dict.fromkeys(str(start["commit"])[:12] for start in started["starts"])
-    figure.suptitle(f"{args.run.resolve().name}, after epoch {run.epochs - 1}, commit {', '.join(commits)}", fontsize=8)
-    try:
-        with whole_file(args.out) as file:
-            figure.savefig(file, format="png", metadata={"Software": None})
-    except OSError as error:
-        p.error(f"--out {args.out} cannot be written ({error.strerror})")
-    print(args.out)
+        figure = sheet(model, x, y, run.epsilon / 255, args.zero_qval, class_names(dataset, run))
+        commits = dict.fromkeys(str(start["commit"])[:12] for start in started["starts"])
+        figure.suptitle(f"{folder.resolve().name}, after epoch {run.epochs}, commit {', '.join(commits)}", fontsize=8)
+        try:
+            with whole_file(out) as file:
+                figure.savefig(file, format="png", metadata={"Software": None})
+        except OSError as error:
+            raise UsageError(f"--out {out} cannot be written ({error.strerror})") from None
+        say(str(out))
 
 
 if __name__ == "__main__":

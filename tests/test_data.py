@@ -145,6 +145,28 @@ def test_svhn_files_are_read_upright_and_ten_is_zero(tmp_path, monkeypatch):
         assert list(classes) == [int(label) % 10 for label in labels.flatten()]
 
 
+@pytest.mark.parametrize("name, script", [("cifar10", "train_cifar.py"), ("svhn", "train_svhn.py")])
+def test_test_images_are_had_in_one_line(name, script, tmp_path, monkeypatch):
+    {"cifar10": write_cifar10, "svhn": write_svhn}[name](tmp_path, monkeypatch)
+    pixels, labels = read_torchvision(DATASETS[script].source, str(tmp_path))[1]
+    x, y = data.load_test(name, str(tmp_path))
+    assert x.dtype == torch.float32 and y.dtype == torch.int64 and y.tolist() == list(labels)
+    assert np.array_equal((255 * x).round().byte().permute(0, 2, 3, 1).numpy(), pixels) and x.max() <= 1
+    first, few = data.load_test(DATASETS[script].name, tmp_path, n=3)  # as a run's args.data_set has it
+    assert torch.equal(first, x[:3]) and torch.equal(few, y[:3])
+    monkeypatch.setitem(DATASETS[script].defaults, "data_dir", str(tmp_path))
+    assert torch.equal(data.load_test(name, n=1)[0], x[:1])
+
+
+def test_test_images_of_no_data_set_or_of_files_that_are_not_there_end_in_one_line(tmp_path):
+    with pytest.raises(UsageError, match="must be cifar10, cifar100, svhn, not mnist"):
+        data.load_test("mnist")
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py/test_batch").touch()
+    with pytest.raises(UsageError, match=r"lacks .*data_batch_1: put it there"):
+        data.load_test("cifar10", tmp_path)
+
+
 @pytest.mark.parametrize("name, write", [("CIFAR10", write_cifar10), ("SVHN", write_svhn)])
 def test_every_file_is_hashed_once_and_a_folder_that_is_read_only_stays_as_it_is(name, write, tmp_path, monkeypatch):
     write(tmp_path, monkeypatch)

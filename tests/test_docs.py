@@ -1,9 +1,18 @@
-"""What README and docs say: commands parse, links lead somewhere, the worked example works, flags exist."""
+"""What README and docs say: commands are ones that scripts take, links lead somewhere, examples work, flags exist."""
+import ast
+import contextlib
+import io
 import re
+import runpy
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from conftest import DATASETS, ROOT, SMALL, epochs_of
+from test_data import write_cifar10
+from test_judge import judged, short  # noqa: F401
 
 import attacks
 import options
@@ -12,24 +21,143 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*
                 *ROOT.glob("benchmarks/*.md")])
 
 
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
 def commands(text: str) -> list[str]:
-    """The lines of all shell blocks, continued ones joined, without indentation."""
+    """The commands of all shell blocks, continued lines joined, and those that a sentence or a table names."""
     blocks = re.findall(r"^ *```bash\n(.*?)^ *```", text, re.M | re.S)
-    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    prose = " ".join(re.sub(r"^ *```.*?^ *```", "", text, flags=re.M | re.S).split())
+    lines += re.findall(r"`((?:python|pip|pytest|sbatch|torchrun|experiments/\w+\.sh) [^`]+)`", prose)
+    return [part.strip() for line in lines for part in line.split(" && ")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent == ROOT else page.parent.name)
-def test_every_training_command_is_one_that_its_script_takes(page):
-    for command in commands(page.read_text()):
-        found = re.search(r"(train_\w+\.py)(.*)", command)
-        if found and "--method list" not in command:
-            options.parse(DATASETS[found[1]], argv=[word for word in shlex.split(found[2]) if word != "list"])
+class Parsed(Exception):
+    """A script has read its command line."""
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name if page.parent == ROOT else page.parent.name)
+@pytest.fixture
+def takes(monkeypatch):
+    """takes(words): the script, its flags after it, reads its command line without complaint; it does no more."""
+    parse_args = options.Parser.parse_args
+
+    def stop(self, *args):
+        parse_args(self, *args)
+        raise Parsed
+
+    def check(script: str, *flags: str) -> None:
+        if script in DATASETS:
+            if flags != ("--method", "list"):
+                options.parse(DATASETS[script], argv=list(flags))
+            return
+        monkeypatch.setattr(sys, "argv", [script, *flags])
+        monkeypatch.setattr(options.Parser, "parse_args", stop)
+        monkeypatch.syspath_prepend(str((ROOT / script).parent))
+        with pytest.raises(Parsed):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        monkeypatch.setattr(options.Parser, "parse_args", parse_args)
+
+    return check
+
+
+# Commands of others; their files are looked for, and they are not run.
+OTHERS = r"python -m venv|(\.venv/bin/)?(pip|ruff|mypy|python -m pytest|pytest)\b|source |pre-commit |git "
+COMMANDS = {command: None for page in PAGES for command in commands(page.read_text())}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_one_that_its_script_takes(command, takes):
+    words = shlex.split(command, comments=True)
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        del words[0]
+    scripts = [i for i, word in enumerate(words) if word.endswith((".py", ".sh", ".slurm"))]
+    if words[:2] == ["python", "-c"]:
+        compile(words[2], "README", "exec")
+    elif scripts:
+        script, flags = words[scripts[0]], words[scripts[0] + 1:]
+        assert (ROOT / script).exists()
+        if script.endswith(".py"):
+            takes(script, *flags)
+        else:
+            subprocess.run(["bash", "-n", ROOT / script], check=True)
+            takes("train_cifar.py", *(flags if "sweep" in script else []))
+    else:
+        assert not words or re.match(OTHERS, " ".join(words)), "no test knows this command"
+        assert all((ROOT / word).exists() for word in words if word.endswith(".txt"))
+
+
+def test_the_example_works_block_by_block(tmp_path, call, judged, short, monkeypatch):  # noqa: F811
+    """As it stands, but for the number of images, which are few and random, and AutoAttack's steps."""
+    pytest.importorskip("pyautoattack")
+    write_cifar10(tmp_path / "cifar-data", monkeypatch, n=6)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    written: dict = {}
+    printed = io.StringIO()
+    blocks = re.findall(r"```(bash|python)\n(.*?)```", (ROOT / "docs/example.md").read_text(), re.S)
+    for language, block in blocks:
+        if language == "python":
+            with contextlib.redirect_stdout(printed):
+                exec(block, written)
+            continue
+        for line in block.splitlines():
+            _, script, *flags = shlex.split(line)
+            if script == "train_cifar.py":
+                status, _, error = call(script, *(flag for flag in flags if "train-samples" not in flag))
+            elif script == "evaluate.py":
+                status, _, error = judged(*flags)
+            else:
+                assert line == "pip install pyautoattack" and "pyautoattack" in (
+                    ROOT / "requirements-dev.txt").read_text()
+            assert (status, error) == (0, "")
+    clean, attacked, _, *judgements = printed.getvalue().splitlines()
+    x, delta, rows = written["x"], written["delta"], written["record"]["attacks"]
+    assert x.shape == (6, 3, 32, 32) and 0 < delta.abs().max() <= 8 / 255 + 1e-6
+    assert rows[0]["accuracy"] == pytest.approx(written["accuracy"](x)) and clean.startswith("clean:")
+    assert rows[1]["accuracy"] <= written["accuracy"](x + delta) + 1 / 6 and attacked.startswith("PGD-10:")
+    assert [row["attack"] for row in rows][:3] == ["clean", "pgd-10-1", "autoattack"] and len(judgements) >= 2
+    picture = (Path("runs/example/pgd.png")).read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
+def test_an_installed_project_has_every_module():
+    text = (ROOT / "pyproject.toml").read_text()
+    modules = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
+    listed = ast.literal_eval(re.search(r"py-modules = (\[.*?\])", text, re.S)[1])
+    assert set(listed) >= {Path(module).stem for module in modules if "/" not in module}
+    assert all((ROOT / f"{module}.py").exists() for module in listed)
+
+
+def test_the_files_for_github_and_pre_commit_say_what_is_here():
+    workflow = (ROOT / ".github/workflows/ci.yml").read_text()
+    assert "run: .ci/run\n" in workflow and (ROOT / ".ci/run").stat().st_mode & 0o111
+    needed = re.findall(r'additional_dependencies: \["(.*?)"\]', (ROOT / ".pre-commit-config.yaml").read_text())
+    assert needed and set(needed) <= set((ROOT / "requirements-dev.txt").read_text().splitlines())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
 def test_every_link_leads_somewhere(page):
-    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+        if anchor:
+            titles = re.findall(r"^#+ (.*)", (page.parent / target if target else page).read_text(), re.M)
+            assert anchor in [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles], anchor
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_prose_is_wrapped(page):
+    text = re.sub(r"^ *```.*?^ *```|^ *\|[^\n]*$", "", page.read_text(), flags=re.M | re.S)
+    assert [line for line in text.splitlines() if len(line) > 120] == []
+
+
+def test_every_method_has_its_paper_in_the_references():
+    entries = (ROOT / "docs/references.bib").read_text().split("\n\n")
+    for name, method in options.METHODS.items():
+        number = method.source.removeprefix("arXiv ")
+        assert any(name in re.split("[ ,\n]+", entry) and number.removeprefix("NeurIPS ") in entry
+                   for entry in entries), name
 
 
 def test_every_flag_that_the_docs_name_exists_and_the_other_way_round():

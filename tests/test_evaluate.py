@@ -154,6 +154,20 @@ def test_the_processes_findings_are_those_of_one(monkeypatch):
         torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-6, atol=1e-9)
 
 
+def test_an_attack_goes_on_from_what_another_found_without_a_perturbation():
+    """FGSM after PGD finds what FGSM alone finds, without a forward pass of its own on the images themselves."""
+    fgsm, passed, model = PGD(0.004, 0.004, 1, 1, init="zero"), [], Wavy()
+    model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
+    alone = evaluate.evaluate(model, wavy_images(), fgsm, 8, FLOAT32)
+    passes = sum(passed)
+    pgd = evaluate.evaluate(model, wavy_images(), PGD(0.004, 0.001, 5, 2), 8, FLOAT32)
+    passed.clear()
+    after = evaluate.evaluate(model, wavy_images(), fgsm, 8, FLOAT32, before=(0, pgd.unperturbed()))
+    assert not torch.equal(pgd.robust, alone.robust) and sum(passed) == passes - 40
+    for name, value in vars(alone).items():
+        assert torch.equal(vars(after)[name], value), name
+
+
 def test_the_shrinking_batch_does_less_work():
     images, passed = wavy_images(), []
     model = Wavy()

@@ -2,12 +2,14 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from checkpoint import Folder
 sys.path.insert(0, str(ROOT / "experiments"))
 import report
 import reproduce
+import sheet
 from definitions import SCALES, TABLES, Experiment, experiments
 from results import read_result, write_result
 
@@ -93,7 +96,7 @@ def test_the_runner_makes_what_is_missing_and_makes_it_again_with_the_same_bits(
     assert results_of(tmp_path) == first
     made = script("experiments/report.py", "--scale=smoke", "--results", tmp_path / "results", "--out",
                   tmp_path / "report")
-    assert made.returncode == 0 and "zero-qval=0 --seed=1" in (tmp_path / "report/smoke.md").read_text()
+    assert made.returncode == 0 and "`train_cifar.py --seed=1`" in (tmp_path / "report/smoke.md").read_text()
     run = tmp_path / "runs/smoke/cifar10_zerograd_zero-qval=0_seed=0"
     drawn = script("experiments/sheet.py", run, "--images=2", "--out", tmp_path / "sheet.png")
     assert drawn.returncode == 0, drawn.stderr
@@ -178,14 +181,32 @@ def test_the_plain_sweep_makes_every_quantile_and_passes_flags_on(tmp_path):
     stub(tmp_path, "python", 0)
     environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     subprocess.run([ROOT / "experiments/sweep_qval.sh", "--data-dir", "a b"], env=environment, check=True)
-    calls = (tmp_path / "calls").read_text().splitlines()
+    *calls, looked, compared = (tmp_path / "calls").read_text().splitlines()
+    folders = [re.search("--fname=(\\S+)", call)[1] for call in calls]
+    assert "matplotlib" in looked and compared.split() == ["python", "plot.py", *folders, "--out=runs/zerograd_q.png"]
     assert [re.search("--zero-qval=(\\S+)", call)[1] for call in calls] == ["0", "0.2", "0.35", "0.5", "0.7", "0.9"]
     assert all("--resume=auto" in call and call.endswith("--data-dir a b") for call in calls)
-    assert len({re.search("--fname=(\\S+)", call)[1] for call in calls}) == 6
+    assert len(set(folders)) == 6
     (tmp_path / "calls").unlink()
     subprocess.run([ROOT / "experiments/sweep_qval.sh"], env={**environment, "QS": "0.1 0.3"}, check=True)
-    calls = (tmp_path / "calls").read_text().splitlines()
+    *calls, _, compared = (tmp_path / "calls").read_text().splitlines()
+    assert "runs/zerograd_q0.1 runs/zerograd_q0.3" in compared
     assert [re.search("--zero-qval=(\\S+)", call)[1] for call in calls] == ["0.1", "0.3"]
+
+
+def test_the_sweep_ends_in_the_table_where_there_is_no_matplotlib(tmp_path):
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\n[ "$1" != -c ]\n')
+    (tmp_path / "python").chmod(0o755)
+    subprocess.run([ROOT / "experiments/sweep_qval.sh"], check=True,
+                   env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "QS": "0.5"})
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "plot.py runs/zerograd_q0.5"
+
+
+def test_an_array_task_beyond_the_values_says_how_many_there_are(tmp_path):
+    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "2", "QS": "0.1 0.3"}
+    done = subprocess.run(["bash", ROOT / "experiments/sweep_qval.slurm"], env={**os.environ, **slurm}, text=True,
+                          capture_output=True)
+    assert done.returncode == 2 and done.stderr == "QS has 2 values: sbatch --array=0-1\n"
 
 
 @pytest.mark.parametrize("status", (0, 1, 143))
@@ -201,15 +222,36 @@ def test_only_the_array_task_that_was_stopped_is_put_into_the_queue_again(tmp_pa
     assert others == (["scontrol requeue 36_5"] if status == 143 else [])
 
 
-def test_mistakes_are_one_line(tmp_path):
-    for name, flags, named in (("reproduce.py", ["tabel"], "tabel"), ("sheet.py", [tmp_path], "args.json"),
-                               ("report.py", ["--results", tmp_path], "holds no results"),
-                               ("reproduce.py", ["--scale=cpu", "--only=nope"], "--only"),
-                               ("reproduce.py", ["precision", "--scale=cpu"], "no runs at --scale cpu"),
-                               ("reproduce.py", ["--seeds=0"], "--seeds"), ("reproduce.py", [], "needs a GPU"),
-                               ("reproduce.py", ["--scale=smoke", "--runs", __file__], "--runs")):
-        done = script(f"experiments/{name}", *flags, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and named in done.stderr and not done.stdout
+@pytest.fixture
+def run_main(capsys, monkeypatch):
+    """A script of experiments/ within this process: run_main(module, *flags) -> (exit status, output, error output)."""
+    monkeypatch.setattr(reproduce, "cuda_devices", lambda: 0)
+
+    def call(module, *flags):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        status = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return call
+
+
+UNWRITABLE = "/proc/none"  # a folder that not even root can make
+
+
+@pytest.mark.parametrize("module, flags, named", [
+    (reproduce, ["tabel"], "tabel"), (reproduce, ["--scale=cpu", "--only=nope"], "--only"),
+    (reproduce, ["precision", "--scale=cpu"], "no runs at --scale cpu"), (reproduce, ["--seeds=0"], "--seeds"),
+    (reproduce, ["--scale=paper"], "needs a GPU"), (reproduce, ["--scale=smoke", "--runs", __file__], "--runs"),
+    (reproduce, ["--runs="], "--runs"), (reproduce, ["--results="], "--results"), (report, ["--out="], "--out"),
+    (report, ["--results", "FOLDER"], "holds no results"), (report, ["--results="], "--results"),
+    (report, ["--scale=cpu", "--out", UNWRITABLE], "--out"), (sheet, ["FOLDER"], "args.json"), (sheet, [""], "run")])
+def test_mistakes_are_one_line(run_main, tmp_path, module, flags, named):
+    status, output, error = run_main(module, *(str(tmp_path) if flag == "FOLDER" else flag for flag in flags))
+    assert (status, error.count("\n"), output) == (2, 1, "") and named in error
 
 
 def write_known(folder, flags: str, seed: int, accuracies: list[float]) -> None:
@@ -223,6 +265,82 @@ def write_known(folder, flags: str, seed: int, accuracies: list[float]) -> None:
         "epochs": epochs})
 
 
+def test_a_damaged_result_is_left_out_and_made_again(tmp_path):
+    write_known(tmp_path, "--attack=pgd", 0, [0.4, 0.2])
+    run, *_ = experiments(["cifar10"], "smoke", (0,))
+    damaged = tmp_path / "smoke" / f"{run.name}.json"
+    for content in ("{", "[]", "\xff", "", '{"epochs": [1, 2]}', json.dumps({
+            "command": " ".join(["python", *run.command]), "epochs": [{}, {}], "final": {}, "starts": [{}]})):
+        damaged.write_bytes(content.encode("latin-1"))
+        assert read_result(tmp_path, run) is None
+        results = report.Results(tmp_path, "smoke")
+        assert results.refused == [damaged] and len(results.by_name) == 1
+
+
+def test_letters_that_ascii_has_not_and_closed_streams_are_no_obstacle(tmp_path):
+    write_known(tmp_path / "Ärger", "--attack=pgd", 0, [0.4, 0.2])
+    where = [f"--results={tmp_path / 'Ärger'}", "--scale=smoke"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = script("experiments/report.py", *where, f"--out={tmp_path / 'Überblick'}", env=environment)
+    assert (done.returncode, done.stderr) == (0, "") and (tmp_path / "Überblick/smoke.md").exists()
+    line = shlex.join([sys.executable, f"{ROOT}/experiments/reproduce.py", "cifar10", f"--runs={tmp_path / 'Läufe'}",
+                       *where])
+    for flag, closed in (("--budget=0", ">&-"), ("--list", ">&- 2>&- <&-")):
+        done = subprocess.run(["sh", "-c", f"{line} {flag} {closed}"], capture_output=True, env=environment)
+        assert (done.returncode, done.stderr) == (0, b"")
+    assert not (tmp_path / "Läufe").exists()
+
+
+def test_a_result_that_cannot_be_written_fails_its_run_alone(tmp_path):
+    run, = experiments(["precision"], "smoke", (0,))[:1]
+    runner = reproduce.Runner([run], SimpleNamespace(runs=tmp_path, results=Path(UNWRITABLE), budget=1.0, jobs=1))
+    folder = runner.folder(run)
+    folder.mkdir(parents=True)
+    machine = dict.fromkeys(("commit", "device", "threads", "torch", "torchvision", "python"), "x")
+    (folder / "args.json").write_text(json.dumps({"starts": [machine]}))
+    (folder / "final.json").write_text('{"robust_acc": 0.1}')
+    (folder / "metrics.jsonl").write_text('{"test_acc": 0.1}\n')
+    runner.finish(reproduce.Job(run, 0, SimpleNamespace(returncode=0)))
+    assert runner.failed == [run] and not runner.made
+
+
+def test_the_list_is_a_line_a_run_and_tells_how_long_they_take(tmp_path, run_main):
+    write_known(tmp_path / "results", "--attack=pgd", 0, [0.4, 0.2])
+    flags = ["cifar10", "--list", "--jobs=2"]
+    _, output, _ = run_main(reproduce, *flags, *places(tmp_path))
+    *lines, total = output.splitlines()
+    assert len(lines) == 7 and all(line.startswith("cifar10  cifar10_") for line in lines)
+    states = {line.split()[1]: line.split()[2:] for line in lines}
+    assert states["cifar10_pgd_seed=0"] == ["0", "min", "done"]
+    assert all(state[-1] == "missing" and "~" not in state[0] for name, state in states.items() if "pgd" not in name)
+    assert total.startswith("1 of 7 runs are there") and "--jobs=2" in total
+    _, output, _ = run_main(reproduce, *flags, *places(tmp_path / "none"))
+    assert all("~" in line for line in output.splitlines()[:-1])
+    known = {run: result for run in experiments(["cifar10"], "smoke", (0,)) if (
+        result := read_result(tmp_path / "results", run))}
+    fgsm, *_, multigrad, pgd, _ = experiments(["cifar10"], "smoke", (0,))
+    took = 20 / 60  # two epochs of ten seconds
+    for run, times in ((fgsm, 2 / 11), (multigrad, 4 / 11), (pgd, 1)):
+        assert reproduce.expected(run, known) == (pytest.approx(took * times), True)
+
+
+def test_scale_and_jobs_are_those_that_the_machine_is_made_for(monkeypatch):
+    monkeypatch.setattr(reproduce, "cores", lambda: 3)
+    for gpus, bfloat16, compiler, scale, jobs in (
+            (["0", "1"], False, None, "paper", 2), ([], True, "g++", "cpu-bf16", 3), ([], True, None, "cpu", 3),
+            ([], False, "g++", "cpu", 3)):
+        monkeypatch.setattr(reproduce, "gpus", lambda gpus=gpus: gpus)
+        monkeypatch.setattr(reproduce, "has_bfloat16", lambda known=bfloat16: known)
+        monkeypatch.setattr(reproduce.shutil, "which", lambda name, found=compiler: found)
+        monkeypatch.setattr(reproduce, "MEMORY", 1)
+        assert (reproduce.default_scale(), reproduce.default_jobs(scale)) == (scale, jobs)
+    assert reproduce.default_jobs("cpu-paper") == 1
+    monkeypatch.setattr(reproduce, "MEMORY", 1 << 60)
+    assert reproduce.default_jobs("cpu") == 1
+    monkeypatch.undo()
+    assert reproduce.has_bfloat16() in (True, False)
+
+
 def test_the_report_gives_means_deviations_and_collapses(tmp_path):
     for seed, last in enumerate((0.1, 0.2, 0.3)):
         write_known(tmp_path, "--attack=zerograd --zero-qval=0.35", seed, [0.4, last])
@@ -234,22 +352,37 @@ def test_the_report_gives_means_deviations_and_collapses(tmp_path):
     path = report.write_report(results, tmp_path / "out")
     text = path.read_text()
     assert statistics.stdev((10, 20, 30)) == 10
-    row = "| 40.0 ± 20.0 | 20.0 ± 10.0 | 40.0 ± 0.0 | 20.0 ± 10.0 | 10.0 ± 0.0 | 1 of 3 | 0, 1, 2 |"
+    row = "| 40.0 ± 20.0 | 20.0 ± 10.0 | 40.0 ± 0.0 @ 1 | 20.0 ± 10.0 | 10.0 ± 0.0 | 1 of 3, epoch 2 | 0, 1, 2 |"
     assert f"| ZeroGrad, q = 0.35 {row}" in text
-    assert "| ZeroGrad, q = 0.7 | 90.0 | 45.0 | 20.0 | 45.0 | 10.0 | no | 0 |" in text
+    assert "| ZeroGrad, q = 0.7 | 90.0 | 45.0 | 20.0 @ 1 | 45.0 | 10.0 | no | 0 |" in text
+    assert "5 of the 7 rows of this table are not measured yet" in text
+    assert text.count("--lr-schedule=cyclic") == 1 and "| `train_cifar.py --zero-qval=0.7 --seed=0` |" in text
     assert "FGSM-RS" not in text and "MultiGrad over" not in text  # nothing was measured there
     quantiles = text.index("over q")
     assert text.index("| 0.35 | 40.0", quantiles) < text.index("| 0.7 | 90.0", quantiles)
     for name in ("cifar10", "quantile"):
         assert (tmp_path / f"out/smoke_{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (tmp_path / f"out/smoke_{name}.pdf").read_bytes().startswith(b"%PDF")
     assert not (tmp_path / "out/smoke_epsilon.png").exists()  # one epsilon makes no curve
     for figure in (report.figure_of_epochs("cifar10", results), report.figure_of_quantiles("quantile", results)):
         for axes in figure.axes:
-            assert max(max(line.get_ydata()) for line in axes.lines) <= axes.get_ylim()[1] and axes.get_ylim()[0] == 0
+            curves = [line for line in axes.lines if not line.get_label().startswith("_")]
+            assert len(curves) > 1 and all(len(line.get_xdata()) > 1 for line in curves)
+            assert max(max(line.get_ydata()) for line in curves) <= axes.get_ylim()[1] and axes.get_ylim()[0] == 0
+            assert {text.get_text() for text in axes.texts} == {line.get_label() for line in curves}
 
 
-def test_the_committed_reports_are_those_of_the_committed_results(tmp_path):
+def test_rows_of_one_epsilon_make_no_curve_over_it(tmp_path):
+    for flags in ("--attack=pgd", "--attack=pgd --epsilon=16 --pgd-alpha=4", "--attack=multigrad --multi-samps=3"):
+        write_known(tmp_path, flags, 0, [0.4, 0.2])
+    figure = report.figure_of_epsilons("epsilon", report.Results(tmp_path, "smoke"))
+    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["PGD-10", "PGD-10"]
+
+
+def test_the_committed_reports_are_those_of_the_committed_results(tmp_path, monkeypatch):
     """Those that git lists: a user's own may lie beside them."""
+    for name in ("label_at_the_ends", "save"):  # the text needs no picture
+        monkeypatch.setattr(report.plot, name, lambda *args, **style: None)
     listed = subprocess.run(["git", "ls-files", "experiments/results"], cwd=ROOT, text=True, capture_output=True)
     if listed.returncode:
         pytest.skip("this is no git checkout")

@@ -8,9 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import DATASETS, SMALL, epochs_of
+from test_distributed import torchrun
 from test_evaluate import FLOAT32
 from torch import nn
 
+import attacks
 import checkpoint
 import data
 import evaluate
@@ -19,6 +21,7 @@ import networks
 import options
 from checkpoint import Folder, Opened, load_run
 from data import Images
+from evaluate import PGD
 from machine import World
 from networks import load_network
 from preactresnet import PreActResNet18
@@ -253,10 +256,12 @@ def short(monkeypatch):
     import pyautoattack
 
     class Short(pyautoattack.AutoAttack):
+        queries = 100
+
         def __init__(self, *args, **keywords):
             super().__init__(*args, **keywords)
             self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 5
-            self.square.n_queries = 100
+            self.square.n_queries = self.queries
 
     monkeypatch.setattr(judge, "library", lambda: SimpleNamespace(AutoAttack=Short))
     return Short
@@ -363,13 +368,42 @@ def test_a_quantized_input_is_told_of_and_square_sees_through_it(tmp_path):
     assert "Square, which needs no gradient" in told and "pgd-5-1 had no gradient to go by for 100%" in told
 
 
+def test_a_quantized_input_is_warned_of_where_autoattack_is_far_under_pgd(tmp_path, judged, short, monkeypatch):
+    job = job_of(Masked("quantized"), tmp_path, 40)
+    args = options.parse(job.opened.dataset, argv=[])
+    monkeypatch.setattr(short, "queries", 1000)
+    monkeypatch.setattr(checkpoint, "open_run", lambda *given, **flags: job.opened._replace(args=args))
+    monkeypatch.setattr(judge, "testing", lambda *given: job.images)
+    status, output, error = judged("own", "--attacks=pgd-10-2,autoattack", "--epsilons=4", "--device=cpu")
+    assert (status, error) == (0, "")
+    record, = json.loads((tmp_path / "evaluation.json").read_text())
+    pgd, autoattack, _ = record["attacks"]
+    assert pgd["accuracy"] > autoattack["accuracy"] + 0.3 and pgd["no_gradient"] == 1
+    for told in ("points under PGD-10-2: gradients may be masked", "Square, which needs no gradient, breaks",
+                 "pgd-10-2 had no gradient to go by for 100% of the images"):
+        assert sum(told in line for line in output.splitlines() if line.startswith("warning: ")) == 1
+
+
 def test_surer_logits_hide_nothing_from_pgd_and_autoattack(tmp_path, short):
+    """Of logits a thousand times as large, in float16, most images' cross-entropy has no gradient. The evaluator's loss
+    becomes the margin to the highest of the others, and finds what that finds of the network itself."""
     plain, sure = (job_of(model, tmp_path) for model in (mixed(), Masked("sure")))
+    x, y = plain.images.batch(slice(None))
+    gradient, _ = attacks.input_gradient(sure.opened.model, x, y, torch.zeros_like(x))
+    right = torch.arange(60) % 15 != 0
+    assert (~gradient[right].flatten(1).any(dim=1)).float().mean() > 0.7
+    for steps, restarts in ((10, 1), (20, 3)):
+        expected = evaluate.evaluate(plain.opened.model, plain.images, PGD(EPSILON / 255, EPSILON / 1020, steps,
+                                                                           restarts, 7, loss="cw"), 16, FLOAT32)
+        judge.measure(sure, f"pgd-{steps}-{restarts}", EPSILON)
+        other = sure.left[f"pgd-{steps}-{restarts}", EPSILON] != expected.robust.bool()
+        assert other.sum() <= 1  # where float16 rounds two logits to one
+        judge.measure(plain, f"pgd-{steps}-{restarts}", EPSILON)
+        assert sure.rows[-1]["robust"] <= plain.rows[-1]["robust"] and sure.rows[-1]["no_gradient"] == 0
+        assert 5 < sure.rows[-1]["robust"] < 51
     for job in (plain, sure):
-        for attack in ("pgd-10-1", "autoattack"):
-            judge.measure(job, attack, EPSILON)
-    for left, right in zip(plain.rows, sure.rows):
-        assert abs(left["accuracy"] - right["accuracy"]) < 0.1
+        judge.measure(job, "autoattack", EPSILON)
+    assert abs(plain.rows[-1]["robust"] - sure.rows[-1]["robust"]) <= 3
     assert judge.suspicions(plain, (EPSILON,)) == []
 
 
@@ -425,6 +459,21 @@ def test_the_batch_size_changes_no_count(attack, tmp_path):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and 0 < found[0].sum() < 38
 
 
+def test_one_process_and_two_find_the_same_counts_in_batches_of_any_size(run, judged, monkeypatch):
+    monkeypatch.setattr(data, "DUMMY_SIZES", {True: 2048, False: 512})  # as torchrun's processes have them
+    flags = [run, "--device=cpu", "--samples=40", "--attacks=clean,fgsm,pgd-3-2", "--epsilons=4"]
+    for batch_size in (1, 37, 512):
+        assert judged(*flags, f"--batch-size={batch_size}")[0] == 0
+    done = torchrun("evaluate.py", *flags, "--batch-size=37")
+    assert done.returncode == 0, done.stderr
+    records = json.loads((run / "evaluation.json").read_text())
+    counts = [[(row["attack"], row["epsilon"], row["n"], row["robust"]) for row in record["attacks"]]
+              for record in records]
+    assert [record["processes"] for record in records] == [1, 1, 1, 2]
+    assert counts[1:] == counts[:1] * 3 and len({robust for *_, robust in counts[0]}) > 1
+    assert done.stdout.count("| worst case | 4 | 40 |") == 1
+
+
 def test_the_margin_of_carlini_and_wagner_is_followed():
     """Where two other classes pull in different directions, the step is away from the label and to the higher one."""
     class Linear(nn.Module):
@@ -432,11 +481,33 @@ def test_the_margin_of_carlini_and_wagner_is_followed():
             a, b = x[:, 0].mean(dim=(1, 2)), x[:, 1].mean(dim=(1, 2))
             return torch.stack([0 * a + 2, a, b - 0.1], dim=1)
 
-    from attacks import confident_gradient
     x, y = torch.full((1, 3, 4, 4), 0.5), torch.tensor([0])
     for loss, moved in (("ce", 2), ("cw", 1)):
-        grad, _ = confident_gradient(Linear(), x, y, torch.zeros_like(x), loss)
+        grad, _ = attacks.confident_gradient(Linear(), x, y, torch.zeros_like(x), loss)
         assert int(grad.flatten(2).any(dim=2).sum()) == moved
+
+
+def test_counts_are_those_of_robustbench_and_torchattacks(tmp_path):
+    """Where these are installed; torchattacks' PGD, too, is judged at every point, and its random starts are others."""
+    torchattacks = pytest.importorskip("torchattacks")
+    robustbench = pytest.importorskip("robustbench.utils")
+    job = job_of(mixed(), tmp_path, 120, 40)
+    x, y = job.images.batch(slice(None))
+    for attack, epsilon in (("clean", 0.0), ("pgd-10-1", EPSILON), ("pgd-50-1", EPSILON)):
+        judge.measure(job, attack, epsilon)
+    clean, *ours = (row["robust"] for row in job.rows)
+    assert round(120 * robustbench.clean_accuracy(job.opened.model, x, y)) == clean
+    for steps, count in zip((10, 50), ours):
+        held = torch.ones(120, dtype=torch.bool)
+
+        def watched(model, inputs, logits, held=held):
+            held &= logits.detach().argmax(dim=1) == y
+
+        hook = job.opened.model.register_forward_hook(watched)
+        job.opened.model(torchattacks.PGD(job.opened.model, EPSILON / 255, EPSILON / 1020, steps)(x, y))
+        hook.remove()
+        held &= job.left["clean", 0.0]
+        assert abs(int(held.sum()) - count) <= 3 and 10 < count < 102
 
 
 # The final evaluation

@@ -27,6 +27,7 @@ from attacks import fgsm, zerograd
 from checkpoint import Folder, State
 from data import Augmentation, Images
 from machine import Compiled, World, choose_device
+from screen import Progress, Screen
 from utils import Failure, Stopped, StopSignals, UsageError, seed_everything
 
 
@@ -70,6 +71,7 @@ def small_run(model, images, attack=None, precision=FLOAT32, folder="nowhere", h
     optimizer = torch.optim.SGD(model.parameters(), lr=99.0, momentum=0.9, weight_decay=5e-4, fused=True)
     args = {"batch_size": 16, "seed": 5, "epsilon": 8.0, "pgd_alpha": 2.0, "epochs": 9, "eval": False,
             "full_test": False, "test_iters": 8, "test_restarts": 1, "chkpt_steps": None, "eps_warmup": 0.0,
+            "final_iters": 50, "final_restarts": 10, "final_samples": None, "last_samples": None,
             "attack": "own", "objective": "ce", **changes}
     return train.Run(argparse.Namespace(**args), State(model, optimizer, precision), Folder(folder), World(),
                      StopSignals(), model, model, attack, objectives.ce, None, lambda t: 0.1 * t, lambda t: 0.9,
@@ -251,7 +253,8 @@ def test_tf32_is_off_where_it_is_refused_and_never_on_where_accuracy_is_judged(m
 
 @pytest.mark.parametrize("flags, held_out, last, judged_on, scored_on", [
     ({}, 0, False, 10, 10), ({}, 0, True, 12, 10), ({"full_test": True}, 0, False, 12, 12), ({}, 3, False, 10, 3),
-    ({"eval": True}, 0, False, 12, 10)])
+    ({"eval": True}, 0, False, 12, 10), ({"last_samples": 11}, 0, True, 11, 10), ({"last_samples": 4}, 0, True, 10, 10),
+    ({"last_samples": 4}, 0, False, 10, 10)])
 def test_an_epoch_is_judged_on_the_first_images_and_scored_on_the_same_in_each(flags, held_out, last, judged_on,
                                                                                scored_on):
     values = torch.tensor([140] * 4 + [130] * 8)  # the first four withstand it
@@ -286,18 +289,17 @@ def test_the_first_signal_is_noted_the_second_acts_and_an_ignored_one_stays_igno
 
 
 def test_training_stops_after_the_step_in_which_a_signal_came():
-    class Bar:
-        steps = 0
-
-        def update(self):
-            self.steps += 1
-            if self.steps == 2:
+    class Bar(Progress):
+        def update(self, n: int = 1) -> None:
+            super().update(n)
+            if self.done == 2:
                 run.signals.received = signal.SIGTERM
 
-    run, bar = small_run(Wavy(), wavy_images(40), lambda model, x, *rest, step: torch.zeros_like(x)), Bar()
+    run = small_run(Wavy(), wavy_images(40), lambda model, x, *rest, step: torch.zeros_like(x))
+    bar = Bar(Screen(quiet=True), "training", 3, "step", 0)
     with pytest.raises(Stopped, match="stopped by SIGTERM; --resume auto goes on from here"):
         train.train_epoch(run, train.between_steps(run, bar))
-    assert (bar.steps, run.state.step) == (2, 2) and run.state.sums[2] == 32
+    assert (bar.done, run.state.step) == (2, 2) and run.state.sums[2] == 32
 
 
 # The machine

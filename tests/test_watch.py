@@ -25,6 +25,14 @@ def test_the_rule_on_curves_known_beforehand(pairs, expected):
     assert watch.collapsed(curve(*pairs)) == expected
 
 
+def test_a_whole_run_is_summed_up_in_a_line():
+    fell = curve((0.3, 0.2), (0.5, 0.412), (0.9, 0.1), (0.9, 0.05), (0.45, 0.3))
+    assert watch.summary_line(fell) == \
+        "catastrophic overfitting in 2 of 5 epochs, first in epoch 2; under PGD 41.2% at best, 30.0% at last"
+    assert watch.summary_line(fell[:2]) == "no catastrophic overfitting; under PGD 41.2% at best, 41.2% at last"
+    assert watch.summary_line([]) == "no epoch is on record"
+
+
 # Of every committed run that fell, the epochs (from 1) in which the rule says that it is in collapse.
 FELL = {
     "cpu-bf16/cifar100_fgsm_fgsm-init=zero_fgsm-alpha=1_seed=0": (12, 15),
@@ -116,8 +124,9 @@ FOUR = [*SMALL, "--attack=fgsm", "--epochs=4", "--lr-schedule=onedrop", "--lr-ma
 def test_a_collapse_is_said_and_kept(tmp_path, call, small_dummy, monkeypatch):
     fall(monkeypatch, 1, 2)
     status, output, _ = call("train_cifar.py", *FOUR, "--fname", tmp_path / "run")
-    assert status == 0 and output.count("catastrophic overfitting") == 2
-    assert "# catastrophic overfitting in epoch 1: 90.0% right under FGSM, 10.0% under PGD" in output
+    assert status == 0 and output.count("catastrophic overfitting in epoch ") == 2
+    assert "# catastrophic overfitting in 2 of 4 epochs, first in epoch 1; under PGD" in output
+    assert "catastrophic overfitting in epoch 1: 90.0% right under FGSM, 10.0% under PGD" in output
     assert "catastrophic overfitting in epoch 2" in (tmp_path / "run" / "output.log").read_text()
     assert [record["collapsed"] for record in epochs_of(tmp_path / "run")] == [False, True, True, False]
     final = json.loads((tmp_path / "run" / "final.json").read_text())

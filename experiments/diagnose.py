@@ -1,0 +1,199 @@
+"""Show what ZeroGrad is about: how the gradient is spread over the entries of an image, and which of its signs flip.
+
+    python experiments/diagnose.py runs/zerograd --out=zerograd.png
+
+prints two tables over all networks that the run's folder holds (model_E.pth of every epoch with --chkpt-iters=1), on
+the first test images; --out also draws them, into zerograd_magnitudes.png and zerograd_flips.png:
+
+* quantiles of abs(gradient) within an image, relative to the image's mean; the median over the images;
+* how often an entry's gradient has opposite signs at two random points of the epsilon ball, by where its magnitude at
+  the first point ranks in the image, and for the entries that ZeroGrad with --zero-qval zeroes and keeps.
+"""
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from definitions import ROOT
+from torch import Tensor, nn
+
+sys.path.insert(0, str(ROOT))
+from attacks import confident_gradient, quantile_mask, start
+from checkpoint import Folder, open_run, read_records
+from data import testing
+from options import Parser, number, path
+from plot import label_at_the_ends, pyplot, save
+from utils import UsageError, one_line_errors, say, seed_everything
+
+LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
+BINS = 10
+POINTS = 5  # what random numbers are drawn for: the first part of their key, as in train.py
+BATCH = 64
+
+
+class Network(NamedTuple):
+    """A file of a run, and after which epoch it was saved, counted from 1."""
+
+    epoch: int
+    file: Path
+
+
+class Found(NamedTuple):
+    """Of a network: quantiles of magnitude, at LEVELS; shares of signs that flip, in BINS from the smallest magnitudes
+    on; the same, of what is zeroed and of what is kept."""
+
+    network: Network
+    magnitudes: list[float]
+    flips: list[float]
+    groups: list[float]
+
+
+def networks(folder: Folder) -> list[Network]:
+    """The networks in a run's folder, by epoch: model_E.pth, and the last, best and healthy ones of other epochs."""
+    try:
+        records = read_records(folder)
+        found = {epoch + 1: folder.file("model", epoch) for epoch in sorted(folder.epochs("model"))}
+        epochs = {folder.path / "state.pth": [record["epoch"] for record in records],
+                  folder.file("model", "best"): [record["epoch"] for record in records if record["best"]],
+                  folder.file("model", "healthy"): [record["epoch"] for record in records
+                                                    if record.get("collapsed") is False]}
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{folder.path / 'metrics.jsonl'} is damaged: move it away, and model_E.pth files are "
+                         f"read alone") from None
+    for file, of in epochs.items():
+        if of and file.exists():
+            found.setdefault(of[-1] + 1, file)
+    if not found:
+        raise UsageError(f"{folder.path} holds no network of a run: it has no model_E.pth after an epoch E")
+    return [Network(epoch, file) for epoch, file in sorted(found.items())]
+
+
+def diagnose(model: nn.Module, x: Tensor, y: Tensor, points: tuple[Tensor, Tensor], q: float
+             ) -> tuple[list[float], list[float], list[float]]:
+    """Magnitudes, flips and groups, as `Found` has them, on images x (B, C, H, W) and at two points of their balls."""
+    grad, here, there = (gradients(model, x, y, delta) for delta in (torch.zeros_like(x), *points))
+    opposite = (here.sign() * there.sign() < 0).float()
+    ordered = opposite.flatten(1).gather(1, here.abs().flatten(1).argsort(dim=1))
+    zeroed = quantile_mask(here, q) == 0
+    shares = [part.mean().item() for part in ordered.tensor_split(BINS, dim=1)]
+    return quantiles(grad), shares, [opposite[part].mean().item() for part in (zeroed, ~zeroed)]
+
+
+def gradients(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
+    """The gradient at x + delta, but for a positive factor of each image, which changes neither sign nor rank."""
+    parts = zip(x.split(BATCH), y.split(BATCH), delta.split(BATCH))
+    return torch.cat([confident_gradient(model, *part)[0] for part in parts])
+
+
+def quantiles(grad: Tensor) -> list[float]:
+    """The median over images of quantiles of abs(gradient) within an image, relative to its mean."""
+    size = grad.abs().flatten(1)
+    relative = size / size.mean(dim=1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
+    return relative.quantile(torch.tensor(LEVELS, dtype=size.dtype), dim=1).median(dim=1).values.tolist()
+
+
+# Telling
+
+
+def table(heads: list[str], rows: list[list[str]]) -> str:
+    """Rows in Markdown, with columns of equal width."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    lines = [heads, ["-" * (width - 1) + ":" for width in widths], *rows]
+    return "\n".join(f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths))} |" for line in lines)
+
+
+def tables(found: list[Found], q: float) -> str:
+    """Both diagnostics in Markdown; of signs, in %."""
+    heads = ["epoch", "network"]
+    first = [[str(each.network.epoch), each.network.file.name] for each in found]
+    magnitudes = [[f"{value:.3f}" for value in each.magnitudes] for each in found]
+    flips = [["" if value != value else f"{100 * value:.1f}" for value in (*each.flips, *each.groups)]
+             for each in found]
+    bins = [f"{100 * i // BINS}-{100 * (i + 1) // BINS}" for i in range(BINS)]
+    return "\n".join([
+        "\nMagnitude of the gradient's entries relative to the image's mean, by quantile\n",
+        table(heads + [f"{level:g}" for level in LEVELS], [a + b for a, b in zip(first, magnitudes)]),
+        f"\nSigns that flip between two points of the ball, in %, by the rank of the magnitude in the image, in %; and "
+        f"below and above the quantile q = {q:g}\n",
+        table(heads + bins + ["below q", "above q"], [a + b for a, b in zip(first, flips)])])
+
+
+def figures(found: list[Found], q: float, title: str) -> dict[str, Any]:
+    """A figure of each diagnostic, by name."""
+    plt = pyplot()
+    epochs, ticks = [each.network.epoch for each in found], (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
+
+    def lines(axes, x: list[float], curves: dict[str, list[float]]) -> None:
+        for i, (name, values) in enumerate(curves.items()):  # they are ordered: from dark to light
+            shade = plt.get_cmap("viridis")(0.88 * i / max(1, len(curves) - 1))
+            axes.plot(x, values, color=shade, marker="osD^vP"[i], label=name, zorder=3, clip_on=False)
+
+    magnitudes, panel = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    lines(panel, epochs, {f"{100 * level:g}%": [math.log10(max(each.magnitudes[i], 1e-3)) for each in found]
+                         for i, level in enumerate(LEVELS)})
+    panel.set_yticks([math.log10(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
+    every = [value for line in panel.lines for value in line.get_ydata()]
+    panel.set(xlabel="epoch", ylabel="magnitude / the image's mean", ylim=(min(every) - 0.1, max(every) + 0.1),
+              title=f"{title}: quantiles of the gradient's entries")
+    flips, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    shown = [found[round(i * (len(found) - 1) / 4)] for i in range(5)] if len(found) > 5 else found
+    lines(left, [100 * (i + 0.5) / BINS for i in range(BINS)],
+          {f"epoch {each.network.epoch}": [100 * share for share in each.flips] for each in shown})
+    lines(right, epochs, {f"{name} q = {q:g}": [100 * each.groups[i] for each in found]
+                          for i, name in enumerate(("below", "above"))})
+    left.set(xlabel="rank of the magnitude in the image, %", ylabel="signs that flip, %")
+    right.set(xlabel="epoch", ylabel="signs that flip, %")
+    for axes in (panel, right):
+        axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+    for axes in (left, right):
+        axes.set_ylim(bottom=0)
+    flips.suptitle(f"{title}: signs that flip between two points of the ball", fontsize=9)
+    for figure in (magnitudes, flips):
+        label_at_the_ends(figure)
+    return {"magnitudes": magnitudes, "flips": flips}
+
+
+def main() -> None:
+    p = Parser(__doc__)
+    p.add_argument("run", type=path, help="the folder of a run")
+    p.add_argument("--samples", type=number(int, 1), metavar="N", default=256, help="the first N test images")
+    p.add_argument("--zero-qval", type=number(float, 0, 1), help="ZeroGrad's q (default: the run's)")
+    p.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="of the two points (default: the run's)")
+    p.add_argument("--data-dir", type=path, help="torchvision's root (default: the run's)")
+    p.add_argument("--out", type=path, metavar="FILE",
+                   help="the figures: x.png (.pdf, .svg) stands for x_magnitudes.png and x_flips.png")
+    args = p.parse_args()
+    with one_line_errors():
+        out = Path(args.out) if args.out else None
+        if out and out.suffix not in (".png", ".pdf", ".svg"):
+            raise UsageError(f"--out must end in .png, .pdf or .svg, not {args.out}")
+        if out:
+            pyplot()  # or its absence would be told after all the work
+        found, q = measured(Folder(args.run), args)
+        say(tables(found, q))
+        for part, figure in figures(found, q, Path(args.run).resolve().name).items() if out else ():
+            file = out.with_stem(f"{out.stem}_{part}")
+            try:
+                save(figure, file)
+            except OSError as error:
+                raise UsageError(f"--out {file} cannot be written ({error.strerror})") from None
+            say(f"# drawn in {file}")
+
+
+def measured(folder: Folder, args) -> tuple[list[Found], float]:
+    """What is found of each of a run's networks, at the same images and points; and ZeroGrad's q."""
+    found: list[Found] = []
+    for network in networks(folder):
+        opened = open_run(network.file, data_dir=args.data_dir, zero_qval=args.zero_qval, seed=args.seed)
+        run = opened.args
+        if not found:
+            x, y = testing(opened.dataset, run.data_dir, run.dummy)[:args.samples].batch(slice(None))
+            seed_everything(POINTS, run.seed)
+            points = start(x, run.epsilon / 255), start(x, run.epsilon / 255)
+        found.append(Found(network, *diagnose(opened.model, x, y, points, run.zero_qval)))
+    return found, run.zero_qval
+
+
+if __name__ == "__main__":
+    main()

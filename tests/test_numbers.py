@@ -1,0 +1,253 @@
+"""Every number in README.md and experiments/README.md that comes from a result is the one in its file, and every result
+names a commit that exists."""
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+from definitions import METHODS, RIVALS
+
+import options
+
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/README.md")}
+RESULTS = {f"{path.parent.name}/{path.stem}": json.loads(path.read_text())
+           for path in sorted((ROOT / "experiments/results").glob("*/*.json"))}
+
+# Made before the history was squashed, at commits that are no more: to be made again, and then to go from this list.
+LOST = {f"cpu-bf16/cifar10_{name}_seed=0" for name in (
+    "fgsm_fgsm-init=zero_fgsm-alpha=1", "fgsm_fgsm-alpha=1.25", "multigrad_multi-samps=3", "zerograd_zero-qval=0",
+    "zerograd_zero-qval=0.2", "zerograd_zero-qval=0.35", "zerograd_zero-qval=0.7")}
+
+
+def test_every_result_was_made_at_a_commit_of_this_history():
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout
+    if git("rev-parse", "--is-shallow-repository").strip() != "false":
+        pytest.skip("needs a clone with its whole history")
+    history = set(git("rev-list", "HEAD").split())
+    lost = {name for name, result in RESULTS.items()
+            if not {start["commit"].removesuffix("-dirty") for start in result["starts"]} <= history}
+    assert lost == LOST
+
+
+# Results, in %
+
+
+def series(name: str, key: str = "test_robust_acc", scale: str = "cpu-bf16") -> list[float]:
+    """A number of every epoch; `name` is that of the result, without its scale and seed."""
+    return [100 * epoch[key] for epoch in RESULTS[f"{scale}/{name}_seed=0"]["epochs"]]
+
+
+def pgd(name: str, epoch: int = 0, scale: str = "cpu-bf16") -> float:
+    """Accuracy under PGD-10 after an epoch, counted from 1; 0: the last one."""
+    return series(name, scale=scale)[epoch - 1]
+
+
+def training(name: str, epoch: int = 0, scale: str = "cpu-bf16") -> float:
+    return series(name, "train_robust_acc", scale)[epoch - 1]
+
+
+def clean(name: str, scale: str = "cpu-bf16") -> float:
+    return series(name, "test_acc", scale)[-1]
+
+
+def stem(method: str, data_set: str = "cifar10", epsilon: int = 8, rest: str = "") -> str:
+    """The name of the result of a method, as tables call it."""
+    method = method.replace("FGSM, zero initialization", "FGSM from zero")
+    flags = RIVALS.get(method) or method.replace("ZeroGrad, q = ", "--attack=zerograd --zero-qval=")
+    if epsilon != 8:
+        flags += f" --epsilon={epsilon} --pgd-alpha={epsilon / 4:g}"
+    return "_".join([data_set, *flags.replace("--attack=", "").replace("--", "").split()]) + rest
+
+
+ZERO, RS, MULTI, PGD10 = (stem(name) for name in ("FGSM from zero", "FGSM-RS", "MultiGrad", "PGD-10"))
+Q = {q: stem(f"ZeroGrad, q = {q}") for q in ("0", "0.2", "0.35", "0.5", "0.7", "0.9")}
+
+
+def at(epsilon: int, method: str) -> str:
+    return stem(method, epsilon=epsilon)
+
+
+# Tables
+
+FROM_ZERO = {"from random points, as published": "", "from random points, step of 1.25 epsilon, not 2":
+             "_fgsm-alpha=1.25", "from zero": "_fgsm-init=zero", "from zero, highest learning rate 0.05, not 0.2":
+             "_fgsm-init=zero_lr-max=0.05", "from zero, base width 32, not 16": "_fgsm-init=zero_base-width=32",
+             "from zero, q = 0.7": "_fgsm-init=zero"}
+
+
+def result_of(cells: dict[str, str]) -> tuple[str, str]:
+    """The scale and the result that a row, its cells by their titles, is of."""
+    titles, (first, *_) = list(cells), cells.values()
+    if titles[0] == "ZeroGrad, q = 0.35, at epsilon 8/255":
+        return "cpu", stem("ZeroGrad, q = 0.7" if first.endswith("q = 0.7") else "ZeroGrad, q = 0.35",
+                           rest=f"{FROM_ZERO[first]}_epochs=5")
+    method = re.sub(r"^(epsilon \d+/255|CIFAR-100): |, collapsed.*", "", cells.get("trained on", first))
+    given = re.match(r"epsilon (\d+)/255", first)
+    epsilon = int(given[1] if given else cells.get("epsilon", 8))
+    return "cpu-bf16", stem(method, "cifar100" if "CIFAR-100" in titles[0] + first else "cifar10", epsilon)
+
+
+COLUMNS: dict[str, Callable[[str, str], float]] = {
+    "training images under that attack": lambda scale, name: training(name, scale=scale),
+    "clean test images": lambda scale, name: clean(name, scale),
+    "test images under PGD-10": lambda scale, name: pgd(name, scale=scale),
+    "highest in an earlier epoch": lambda scale, name: max(series(name, scale=scale)[:-1]),
+    "after the first epoch": lambda scale, name: pgd(name, 1, scale),
+    "clean, float32": lambda scale, name: clean(name, "cpu"),
+    "clean, bfloat16": lambda scale, name: clean(name),
+    "PGD-10, float32": lambda scale, name: pgd(name, scale="cpu"),
+    "PGD-10, bfloat16": lambda scale, name: pgd(name),
+}
+
+
+# CIFAR-10, epsilon 8/255, from FastAT_Benchmark's benchmark_data.json.
+PUBLISHED = {"FGSM, zero initialization": "69.17 / 42.49", "FGSM-RS": "77.66 / 48.27",
+             "ZeroGrad, q = 0.35": "75.85 / 51.06", "N-FGSM": "78.59 / 53.07", "PGD-10": "82.36 / 54.17"}
+
+
+def tables(text: str) -> list[list[dict[str, str]]]:
+    """The tables of a page: of each the rows, their cells by their titles."""
+    found = []
+    for block in re.findall(r"(?:^ *\|.*\|\n)+", text, re.M):
+        lines = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in block.splitlines()]
+        found.append([dict(zip(lines[0], line)) for line in lines[2:]])
+    return found
+
+
+ROWS = [pytest.param(cells, id=f"{page}: {' / '.join(list(cells.values())[:2])}") for page, text in PAGES.items()
+        for rows in tables(text) for cells in rows if COLUMNS.keys() & cells.keys()]
+
+
+@pytest.mark.parametrize("cells", ROWS)
+def test_a_row_says_what_its_result_says(cells):
+    scale, name = result_of(cells)
+    assert cells.keys() <= COLUMNS.keys() | {*list(cells)[:1], "trained on", "published: clean / PGD-50"}
+    assert cells.get("published: clean / PGD-50", "") in ("", PUBLISHED.get(next(iter(cells.values()))))
+    for title in COLUMNS.keys() & cells.keys():
+        assert float(cells[title]) == pytest.approx(COLUMNS[title](scale, name), abs=0.05 + 1e-9), title
+
+
+def test_the_minutes_of_a_run_are_those_of_the_results():
+    rows, = (rows for rows in tables(PAGES["experiments/README.md"]) if "scale, processor" in rows[0])
+    found: dict[tuple[str, str], list[float]] = {}
+    for name, result in RESULTS.items():
+        words = re.split("_|/", name)
+        if len(result["epochs"]) == 15 and words[2] in ("fgsm", "zerograd", "multigrad", "pgd"):
+            seconds = sum(epoch["train_time"] + epoch["test_time"] for epoch in result["epochs"])
+            maker = re.match(r"AMD|Intel", result["starts"][0]["device"])[0]
+            method = {"multigrad": "MultiGrad", "pgd": "PGD-10"}.get(words[2], "FGSM or ZeroGrad")
+            found.setdefault((f"{name.split('/')[0]}, {maker}", method), []).append(
+                (seconds + result["final"]["seconds"]) / 60)
+    shown = {(re.match(r"`(\S+)`, \w+", row["scale, processor"])[0].replace("`", ""), method): row[method]
+             for row in rows for method in ("FGSM or ZeroGrad", "MultiGrad", "PGD-10") if row.get(method)}
+    assert shown.keys() == found.keys()
+    for key, minutes in found.items():
+        low, *high = map(float, shown[key].split(" to "))
+        assert (low, high[0] if high else low) == pytest.approx((min(minutes), max(minutes)), abs=2.5), key
+
+
+# Sentences: each # is a number, and stands beside what it is to be: a value to its last digit, or a check of its own.
+
+def below(*values: float) -> Callable[[float], bool]:
+    return lambda shown: max(values) < shown
+
+
+def above(*values: float) -> Callable[[float], bool]:
+    return lambda shown: min(values) >= shown
+
+
+def about(*values: float) -> Callable[[float], bool]:
+    """Each of them, rounded to a whole number."""
+    return lambda shown: all(abs(value - shown) <= 0.5 for value in values)
+
+
+ZERO100, BACK = stem("FGSM from zero", "cifar100"), stem("ZeroGrad, q = 0.35", rest="_fgsm-init=zero")
+SENTENCES: dict[str, list[tuple[str, list]]] = {"README.md": [], "experiments/README.md": [
+    ("its accuracy under PGD-10 is #% after the first epoch, #% after the second, and under #% from the third on",
+     [pgd(ZERO, 1), pgd(ZERO, 2), below(*series(ZERO)[2:])]),
+    ("keeps #% under PGD-10, nearly as much as one that is trained on PGD-10 itself (#%)",
+     [about(pgd(MULTI), pgd(Q["0.2"]), pgd(Q["0.35"])), pgd(PGD10)]),
+    ("falls from #% (of 1,024 test images) to #% (of 10,000), while its training accuracy jumps from #% to #%",
+     [pgd(Q["0"], 14), pgd(Q["0"]), training(Q["0"], 14), training(Q["0"])]),
+    ("in the twelfth, its accuracy under PGD-10 falls from #% to #%, while its training accuracy jumps from #% to #%",
+     [pgd(ZERO100, 11), pgd(ZERO100, 12), training(ZERO100, 11), training(ZERO100, 12)]),
+    ("when its 15 epochs were over (clean #%, PGD-10 #%)", [clean(ZERO100, "cpu"), pgd(ZERO100, scale="cpu")]),
+    ("as at 8/255: #%, with the highest clean accuracy of all (#%)",
+     [pgd(at(4, "ZeroGrad, q = 0.7")), lambda shown: shown == round(max(clean(at(4, m)) for m in METHODS), 1)]),
+    ("in the twelfth falls again, from #% to #%, while its training accuracy goes from #% up to #% by the end",
+     [pgd(at(12, "ZeroGrad, q = 0.35"), 11), pgd(at(12, "ZeroGrad, q = 0.35"), 12),
+      training(at(12, "ZeroGrad, q = 0.35"), 11), training(at(12, "ZeroGrad, q = 0.35"))]),
+    ("FGSM-RS is under #% from the third to the seventh epoch", [below(*series(at(12, "FGSM-RS"))[2:7])]),
+    ("MultiGrad ends about #% below its #%, with a higher clean accuracy (#% to #%)",
+     [about(pgd(at(12, "PGD-10")) - pgd(at(12, "MultiGrad"))), pgd(at(12, "PGD-10")), clean(at(12, "MultiGrad")),
+      clean(at(12, "PGD-10"))]),
+    ("falls in the last three, from #% to #%, while its training accuracy goes up from #% to #%",
+     [pgd(at(16, "MultiGrad"), 12), pgd(at(16, "MultiGrad")), training(at(16, "MultiGrad"), 12),
+      training(at(16, "MultiGrad"))]),
+    ("ZeroGrad with q = 0.7 is at #% after the third epoch", [pgd(at(16, "ZeroGrad, q = 0.7"), 3)]),
+    ("never collapses, and ends at #%, with a clean accuracy of #%", [pgd(at(16, "PGD-10")), clean(at(16, "PGD-10"))]),
+    ("q = 0.7 never falls below #% and ends at the same #%",
+     [above(*series(at(16, "ZeroGrad, q = 0.7"), scale="cpu")), pgd(at(16, "ZeroGrad, q = 0.7"), scale="cpu")]),
+    ("falls to #% in the seventh, and ends at #% (clean: #%)",
+     [pgd(at(16, "ZeroGrad, q = 0.35"), 7, "cpu"), pgd(at(16, "ZeroGrad, q = 0.35"), scale="cpu"),
+      clean(at(16, "ZeroGrad, q = 0.35"), "cpu")]),
+    ("#% under PGD-10 after the third epoch, and, but for one epoch at #%, under #% from then on",
+     [pgd(BACK, 3, "cpu"), max(series(BACK, scale="cpu")[3:]), below(*sorted(series(BACK, scale="cpu")[3:])[:-1])]),
+    ("comes back once, to #% under PGD-10, before it falls again", [max(series(ZERO, scale="cpu")[2:])]),
+]}
+NOT_OF_RESULTS = {"README.md": [], "experiments/README.md": ["the 70% of an image's entries", "q = 0.5 and 0.9"]}
+
+
+def prose(page: str) -> str:
+    """The text of a page without tables and blocks of code, in one line."""
+    return " ".join(re.sub(r"^ *```[\s\S]*?^ *```|^ *\|.*\|$", "", PAGES[page], flags=re.M).split())
+
+
+def pattern(sentence: str) -> str:
+    return r"(\d+(?:\.\d+)?)".join(map(re.escape, sentence.split("#")))
+
+
+@pytest.mark.parametrize("page, sentence, expected", [
+    pytest.param(page, *pair, id=pair[0][:60]) for page, pairs in SENTENCES.items() for pair in pairs])
+def test_a_sentence_says_what_its_results_say(page, sentence, expected):
+    found = re.search(pattern(sentence), prose(page))
+    assert found, "gone from the page: mend or remove it here"
+    assert len(found.groups()) == len(expected)
+    for shown, value in zip(found.groups(), expected):
+        digits = len(shown.partition(".")[2])
+        right = value(float(shown)) if callable(value) else abs(value - float(shown)) <= 0.5 * 10**-digits + 1e-9
+        assert right, f"{shown}, where the results have {value}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_percentage_goes_unchecked(page):
+    checked = COLUMNS.keys() | {"passes a step"}
+    cells = " ".join(cell for rows in tables(PAGES[page]) for row in rows if not checked & row.keys()
+                     for cell in row.values())
+    text = prose(page)
+    for sentence, _ in SENTENCES[page]:
+        text = re.sub(pattern(sentence), "", text)
+    for known in NOT_OF_RESULTS[page]:
+        text, cells = text.replace(known, ""), cells.replace(known, "")
+    assert re.findall(r".{40}\b\d+(?:\.\d+)?%.{10}", text) == []
+    assert re.findall(r".{0,40}(?<![\d.])\d+\.\d(?![\d.]).{0,10}", cells) == []
+
+
+def test_the_passes_of_a_method_are_those_that_its_line_in_options_has():
+    rows, = (rows for rows in tables(PAGES["README.md"]) if "passes a step" in rows[0])
+    for row in rows:
+        names, passes = re.findall(r"`(.+?)`", row["`--method`"]), row["passes a step"].split(", ")
+        for name, shown in zip(names, passes * len(names) if len(passes) == 1 else passes, strict=True):
+            assert options.METHODS[name].passes == shown, name
+
+
+def test_every_commit_that_a_page_names_has_results():
+    commits = {start["commit"][:7] for result in RESULTS.values() for start in result["starts"]}
+    named = set(re.findall(r"\b(?=[a-f]*\d)[0-9a-f]{7}\b", "".join(PAGES.values())))
+    assert named - {"3390c4e"} <= commits  # of the squashed history

@@ -1,0 +1,202 @@
+"""plot.py: what it says and draws of runs whose files are known, and of folders that are none."""
+import json
+import os
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import DATASETS, ROOT, script
+from hypothesis import given
+from hypothesis import strategies as st
+
+import options
+import plot
+from utils import UsageError
+
+sys.path.insert(0, str(ROOT / "experiments"))
+from definitions import METHODS, RIVALS
+
+
+def flags_of(*flags: str) -> dict:
+    return vars(options.parse(DATASETS["train_cifar.py"], argv=list(flags)))
+
+
+def write_run(folder: Path, *flags: str, pgd=(0.3, 0.4), fgsm=None, final=0.35, **more) -> Path:
+    """The files of a run with these flags, whose accuracy under PGD was `pgd` after each epoch."""
+    folder.mkdir(parents=True)
+    args = {name: value for name, value in flags_of(f"--epochs={len(pgd)}", *flags).items() if name != "data_set"}
+    (folder / "args.json").write_text(json.dumps({"data_set": "CIFAR-10", "args": args, "starts": []}))
+    epochs = [{"epoch": i, "test_acc": 2 * acc, "test_robust_acc": acc, "fgsm_acc": (fgsm or pgd)[i], "lr": 0.1,
+               "collapsed": bool(fgsm) and fgsm[i] > 0.5, **more} for i, acc in enumerate(pgd)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs))
+    if final is not None:
+        (folder / "final.json").write_text(json.dumps({"robust_acc": final, "iters": 50, "restarts": 10}))
+    return folder
+
+
+def groups_of(*folders: Path) -> dict[str, list[plot.Run]]:
+    return plot.named([plot.read_run(folder) for folder in folders])
+
+
+@pytest.fixture
+def call_plot(capsys, monkeypatch):
+    """plot.py within this process: call_plot(*flags) -> (exit status, output, error output)."""
+    def run_main(*flags):
+        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, flags)])
+        status = 0
+        try:
+            plot.main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+    return run_main
+
+
+def test_a_sweep_becomes_a_table_and_a_figure(tmp_path):
+    write_run(tmp_path / "b", "--attack=zerograd", "--zero-qval=0.7", pgd=(0.2, 0.36, 0.31))
+    write_run(tmp_path / "a", "--attack=zerograd", "--zero-qval=0", pgd=(0.3, 0.42, 0.01), fgsm=(0.3, 0.4, 0.8))
+    done = script("plot.py", tmp_path / "b", tmp_path / "a", f"--out={tmp_path / 'x.png'}", "--y=test_robust_acc,lr")
+    assert done.returncode == 0 and done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert [" ".join(line.split()) for line in lines[:3]] == [
+        "run epochs clean FGSM PGD best PGD @ epoch collapse final evaluation",
+        "q = 0 3 2.0 80.0 1.0 42.0 @ 2 epoch 3 35.0 PGD-50-10", "q = 0.7 3 62.0 31.0 31.0 36.0 @ 2 no 35.0 PGD-50-10"]
+    starts = [lines[0].index(head) for head in ("epochs", "clean", "PGD", "collapse")]
+    assert all(line[start - 1] == " " and line[start] != " " for line in lines[:3] for start in starts)  # aligned
+    assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "x.png"]
+
+
+def test_without_out_nothing_is_written_and_one_line_says_how(tmp_path):
+    write_run(tmp_path / "run", pgd=(0.1,), final=None)
+    before = sorted(tmp_path.rglob("*"))
+    done = script("plot.py", tmp_path / "run")
+    assert done.returncode == 0 and "--out=" in done.stdout.splitlines()[-1] and sorted(tmp_path.rglob("*")) == before
+    assert done.stdout.splitlines()[1].startswith("run")  # a single run is called like its folder
+
+
+def test_runs_that_differ_in_the_seed_alone_become_a_band(tmp_path):
+    for seed, last in enumerate((0.1, 0.2, 0.3)):
+        write_run(tmp_path / f"m{seed}", "--attack=multigrad", f"--seed={seed}", pgd=(0.4, last), final=last,
+                  fgsm=(0.4, 0.9 if seed == 0 else last))
+    write_run(tmp_path / "pgd", "--attack=pgd", pgd=(0.4, 0.5))
+    groups = groups_of(*sorted(tmp_path.iterdir()))
+    assert {name: len(runs) for name, runs in groups.items()} == {"multigrad": 3, "pgd": 1}
+    row = plot.row("multigrad", groups["multigrad"])
+    assert row == ["multigrad (3 seeds)", "2", "40.0 ± 20.0", "46.7 ± 37.9", "20.0 ± 10.0", "40.0 ± 0.0 @ 1",
+                   "1 of 3, epoch 2", "20.0 ± 10.0 PGD-50-10"]
+    axes, = plot.draw(groups, [plot.PGD]).axes
+    means = {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
+    assert means["multigrad"] == pytest.approx([40, 20]) and means["pgd"] == pytest.approx([40, 50])
+    assert list(next(iter(axes.lines)).get_xdata()) == [1, 2]
+    low, high = (extreme(axes.collections[0].get_paths()[0].vertices[:, 1]) for extreme in (min, max))
+    assert (low, high) == pytest.approx((10, 40))
+    cross, = [line for line in axes.lines if line.get_marker() == "x"]
+    assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (2, pytest.approx(10))
+
+
+@pytest.mark.parametrize("left, right, names", [
+    (["--method=fgsm"], ["--method=fgsm-rs"], {"fgsm", "fgsm-rs"}),
+    (["--method=elle", "--epsilon=8"], ["--method=n-fgsm", "--epsilon=16", "--pgd-alpha=4"],
+     {"elle, epsilon=8", "n-fgsm, epsilon=16"}),
+    (["--attack=zerograd", "--zero-qval=0.2", "--multi-samps=5"], ["--attack=zerograd"], {"q = 0.2", "q = 0.35"}),
+    (["--attack=fgsm", "--objective=logits"], ["--attack=pgd", "--amp"], {"fgsm + logits, no amp", "pgd, amp"}),
+    (["--attack=pgd", "--batch-size=64"], ["--attack=pgd", "--train-samples=50"],
+     {"no train-samples, batch-size=64", "train-samples=50, batch-size=128"}),
+])
+def test_runs_are_named_by_what_differs_and_has_an_effect(tmp_path, left, right, names):
+    folders = write_run(tmp_path / "1", *left), write_run(tmp_path / "2", "--device=cpu", *right)
+    assert set(groups_of(*folders)) == names
+
+
+def test_runs_that_nothing_tells_apart_have_the_names_of_their_folders(tmp_path):
+    folders = [write_run(tmp_path / name) for name in ("first", "second")]
+    assert list(groups_of(*folders)) == ["first", "second"]
+    folders = [write_run(tmp_path / name / "run") for name in ("third", "fourth")]
+    assert list(groups_of(*folders)) == [str(folder.resolve()) for folder in folders]
+
+
+def test_a_run_from_before_the_newest_flags_still_has_its_place(tmp_path):
+    old = write_run(tmp_path / "old", "--attack=fgsm", pgd=(0.4, 0.1))
+    saved = json.loads((old / "args.json").read_text())
+    for name in ("gradalign_lambda", "objective", "quiet", "label_smoothing", "noise_k"):
+        saved["args"].pop(name, None)
+    (old / "args.json").write_text(json.dumps(saved))
+    records = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        del record["collapsed"], record["fgsm_acc"]
+    (old / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    groups = groups_of(old, write_run(tmp_path / "new", "--attack=pgd"))
+    assert list(groups) == ["fgsm", "pgd"] and plot.row("", groups["fgsm"])[-2] == "epoch 2"
+
+
+def test_every_method_has_a_look_of_its_own_and_numbers_go_from_dark_to_light():
+    looks = {name: plot.style_of_method(flags_of(*flags.split())) for name, flags in RIVALS.items()}
+    looks |= {name: plot.style_of_method(flags_of(f"--method={name}")) for name in options.METHODS}
+    assert None not in looks.values()
+    assert len({look.colour for look in plot.METHODS.values()}) == len(plot.METHODS)
+    assert len({(look.marker, look.dash) for look in plot.METHODS.values()}) == len(plot.METHODS)
+    assert len({looks[name].colour for name in METHODS}) == len(METHODS)
+    for flag in ("--zero-qval=0.9 --zero-qval=0.2 --zero-qval=0", "--epsilon=16 --epsilon=8 --epsilon=4"):
+        styles = plot.styles([flags_of("--attack=zerograd", one) for one in flag.split()])
+        light = [sum(weight * part for weight, part in zip((0.2, 0.7, 0.1), style.colour)) for style in styles]
+        assert light == sorted(light, reverse=True) and len({style.marker for style in styles}) == 3
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.08))
+def test_names_are_apart_inside_and_in_the_order_of_their_curves(wanted, gap):
+    places = plot._apart(wanted, gap, 0, 1)
+    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
+    assert all(places[j] - places[i] >= gap - 1e-9 for i, j in pairwise(order))
+
+
+def test_mistakes_are_one_line_and_write_nothing(tmp_path, call_plot):
+    run, empty, damaged = (write_run(tmp_path / name) for name in ("run", "empty", "damaged"))
+    (empty / "metrics.jsonl").write_text("")
+    (damaged / "metrics.jsonl").write_text('{"epoch": 0, "test_robust_acc": "much"}\n')
+    before = sorted(tmp_path.rglob("*"))
+    for flags, named in (([tmp_path / "nowhere", run], "nowhere"), ([tmp_path], "no args.json"),
+                         ([run, "--out=x.bmp"], ".svg"), ([run, "--y=test_robust"], "did you mean test_robust_acc"),
+                         ([run, "--y=zzz"], "test_acc"), ([empty], "no epoch"), ([damaged], "metrics.jsonl is damaged"),
+                         ([empty, damaged], "none of these"), ([run, "--out="], "--out"), ([""], "RUN"),
+                         ([run, f"--out={tmp_path / 'no/x.png'}"], "--out"), ([run / "args.json"], "no args.json")):
+        status, output, error = call_plot(*flags)
+        assert status == 2 and named in error, (flags, error)
+        assert [line.startswith("# left out: ") for line in error.splitlines()].count(False) == 1
+        assert not output or "x.png" in error
+    assert sorted(tmp_path.rglob("*")) == before
+    (damaged / "args.json").write_text("{")
+    with pytest.raises(UsageError, match="damaged"):
+        plot.read_run(damaged)
+    status, output, error = call_plot(run, empty, damaged)
+    assert status == 0 and error.count("# left out: ") == 2 and len(output.splitlines()) == 4
+
+
+def test_a_figure_without_matplotlib_is_one_line_and_the_table_needs_none(tmp_path):
+    run = write_run(tmp_path / "run")
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden/matplotlib.py").write_text("raise ImportError")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "hidden")}
+    assert script("plot.py", run, env=environment).returncode == 0
+    done = script("plot.py", run, f"--out={tmp_path / 'x.png'}", env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "pip install matplotlib" in done.stderr
+
+
+@pytest.mark.parametrize("closed", (">&-", "2>&-", ">&- 2>&-", "<&-"))
+def test_closed_streams_and_letters_that_ascii_has_not_are_no_obstacle(tmp_path, closed):
+    run, other, out = write_run(tmp_path / "Läufe $x$"), write_run(tmp_path / "zwei"), tmp_path / "ö.svg"
+    command = f"'{sys.executable}' '{ROOT / 'plot.py'}' '{run}' '{other}' --out='{out}' {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == b"" and out.read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize("kind", ("png", "pdf", "svg"))
+def test_the_same_runs_make_the_same_file(tmp_path, kind):
+    groups = groups_of(write_run(tmp_path / "a", "--attack=pgd"), write_run(tmp_path / "b", "--attack=none"))
+    files = [tmp_path / f"{i}.{kind}" for i in range(2)]
+    for file in files:
+        plot.save(plot.draw(groups, [plot.PGD, "lr"]), file)
+    assert files[0].read_bytes() == files[1].read_bytes()
