@@ -638,7 +638,7 @@ def small_run(folder, *flags: str, dataset=train_svhn.DATASET) -> train.Run:
     begin = [*SMALL, "--lr-schedule=onedrop", "--lr-max=0.1", "--fname", str(folder)]
     args = options.parse(dataset, argv=[*begin, *flags])
     state, layout = train.build(dataset, args, CPU, World())
-    images = train.load_images(dataset, args, World(), state, CPU, layout)
+    images = train.load_images(dataset, args, World(), CPU, layout)
     return train.assemble(dataset, args, state, Folder(folder), World(), StopSignals(), images)
 
 
@@ -1229,7 +1229,7 @@ for mode in ("eval", "train"):
                              "--pgi-reset=3 --pgd-iters=3 --lr-schedule=onedrop --lr-max=0.05 --epsilon=24".split(),
                              "--method", method, "--fname", folder])
         state, layout = train.build(dataset, args, CPU, world)
-        images = train.load_images(dataset, args, world, state, CPU, layout)
+        images = train.load_images(dataset, args, world, CPU, layout)
         run = train.assemble(dataset, args, state, Folder(folder), world, StopSignals(), images)
         if mode == "eval":
             vars(torch).update(drawn)

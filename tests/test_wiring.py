@@ -168,7 +168,7 @@ def run_of(script, flags, tmp_path):
     state.model.double().register_forward_pre_hook(lambda module, inputs: inputs[0].double())
     for each in state.optimizer.state.values():
         each["momentum_buffer"] = each["momentum_buffer"].double()
-    images = train.load_images(dataset, args, world, state, CPU, layout)
+    images = train.load_images(dataset, args, world, CPU, layout)
     first = {name: value.clone() for name, value in state.model.state_dict().items()}
     return train.assemble(dataset, args, state, Folder(tmp_path), world, StopSignals(), images), first
 

@@ -1,6 +1,6 @@
 """What the watch over a run costs, beside the epoch that it watches.
 
-    python benchmarks/watch.py --base-width=16 --train-samples=20000
+    python benchmarks/watch_cost.py --base-width=16 --train-samples=20000
 
 trains one epoch as train_cifar.py would, with its flags, and evaluates it on --test-samples images. Times are those of
 the processors (on a GPU, of the clock), so that other programs do not move the shares much.
@@ -12,6 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -52,16 +53,15 @@ def wrapped(function: Callable, seconds: Counter, name: str) -> Callable:
 
 def main() -> None:
     seconds = Counter[str]()
-    for module, name in ((watch, "signs"), (watch, "abnormal"), (train, "judged"), (train, "train_epoch"),
-                         (train, "measure")):
-        setattr(module, name, wrapped(getattr(module, name), seconds, name))
-
-    def finish_epoch(*args) -> None:
-        raise Done
-
-    train.finish_epoch = finish_epoch
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(Done):
-        train.main(DATASET, options.parse(DATASET, argv=[*sys.argv[1:], f"--fname={folder}", "--epochs=2", "--quiet"]))
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        args = options.parse(DATASET, argv=[*sys.argv[1:], f"--fname={folder}", "--epochs=2", "--quiet"])
+        for module, name in ((watch, "signs"), (watch, "abnormal"), (train, "judged"), (train, "train_epoch"),
+                             (train, "measure")):
+            stack.enter_context(patch.object(module, name, wrapped(getattr(module, name), seconds, name)))
+        stack.enter_context(patch.object(train, "finish_epoch", side_effect=Done))
+        stack.enter_context(contextlib.suppress(Done))
+        train.main(DATASET, args)
     epoch = seconds["train_epoch"] + seconds["measure"]
     for name, title in TITLES.items():
         print(f"{title:30} {seconds[name]:8.2f} s {100 * seconds[name] / epoch:6.2f}%")
