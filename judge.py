@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import checkpoint
 import options
@@ -23,6 +22,7 @@ from data import Images, testing
 from evaluate import PGD, evaluate, row
 from machine import Precision, World, choose_device, describe, memory_format
 from networks import fingerprint
+from screen import Progress, Screen
 from utils import Stopped, StopSignals, UsageError, one_line_errors, say, whole_file
 
 MASKED = 0.08  # AutoAttack is two to five points under PGD-50-10 where gradients are sound
@@ -43,13 +43,10 @@ class Job:
     batch_size: int
     precision: Precision
     world: World
+    screen: Screen
     check: Callable[[], None]
     rows: list[dict[str, Any]] = field(default_factory=list)
     left: dict[tuple[str, float], Tensor] = field(default_factory=dict)
-
-    def bar(self, title: str, total: int) -> tqdm:
-        return tqdm(total=total, desc=title, unit="image", dynamic_ncols=True, leave=False,
-                    disable=None if self.world.is_main else True)
 
 
 def main(args) -> None:
@@ -85,8 +82,8 @@ def judge(path: str, args, device: torch.device, world: World, check: Callable[[
     layout = memory_format(opened.model, device)
     precision = Precision(SimpleNamespace(amp=False, tf32=False), device)
     opened.model.to(device).to(memory_format=layout)
-    job = Job(opened, images.to(device, layout), args.batch_size, precision, world, check)
-    warnings = strange(job)
+    job = Job(opened, images.to(device, layout), args.batch_size, precision, world, Screen(world.is_main), check)
+    warnings = mismatch(job)
     for attack in args.attacks:
         for epsilon in (0.0,) if attack == "clean" else epsilons:
             measure(job, attack, epsilon)
@@ -140,14 +137,14 @@ def attacked(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float]:
     elif attack != "cw":
         steps, restarts = map(int, attack.split("-")[1:])
         pgd = PGD(size, size / 4, steps, restarts, job.opened.args.seed)
-    with job.bar(f"{attack}, epsilon {epsilon:g}", len(job.images)) as bar:
+    with job.screen.progress(f"{attack}, epsilon {epsilon:g}", len(job.images), "image") as bar:
         def progress(images_done: int) -> None:
             bar.update(images_done * job.world.size)
             if job.world.size == 1:
                 job.check()
 
         def between(restart: int, found) -> None:
-            bar.set_description(f"{attack}, epsilon {epsilon:g}, restart {restart + 1}/{pgd.restarts}")
+            bar.tell(f"{attack}, epsilon {epsilon:g}, restart {restart + 1}/{pgd.restarts}")
 
         found = evaluate(job.opened.model, job.images, pgd, job.batch_size, job.precision, job.world, progress, between)
     return found.robust.bool(), found.metrics()["no_gradient"]
@@ -182,7 +179,7 @@ def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, d
         right = [index for part in everything.split(job.batch_size)
                  for index in part[_right(job, model, *images.batch(part))].tolist()]
         state = {"key": key, "part": 0, "done": 0, "seconds": 0.0, "queue": right, "left": right, "broken": {}}
-    with job.bar(attack, 1) as bar, frozen(model):
+    with job.screen.progress(attack, 1, "pass") as bar, frozen(model):
         perturb = perturbations(model, epsilon / 255, key["seed"], images.labels.device)
         while state["part"] < len(parts):
             part = parts[state["part"]]
@@ -235,15 +232,14 @@ def _broken(job: Job, model: nn.Module, x: Tensor, y: Tensor, perturb: Callable,
     return inside.flatten(1).all(dim=1) & ~_right(job, model, changed, y)
 
 
-def show(bar: tqdm, state: dict[str, Any], parts: tuple[str, ...], batch_size: int) -> None:
+def show(bar: Progress, state: dict[str, Any], parts: tuple[str, ...], batch_size: int) -> None:
     """Have the bar tell which part is under way, what is left, and how much there is to do, in forward passes."""
     now, left, attack = state["part"], len(state["left"]), state["key"]["attack"]
-    bar.bar_format = "{desc}{percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
-    bar.total = bar.n + COST[parts[now]] * (len(state["queue"]) - state["done"] * batch_size) + \
+    bar.total = bar.done + COST[parts[now]] * (len(state["queue"]) - state["done"] * batch_size) + \
         left * sum(COST[part] for part in parts[now + 1:])
     which = f"{parts[now]} ({now + 1}/{len(parts)})" if len(parts) > 1 else ""
-    bar.set_description(f"{attack} {which}, epsilon {state['key']['epsilon']:g}, "
-                        f"{100 * left / state['key']['images']:.1f}% still robust")
+    bar.tell(f"{attack} {which}, epsilon {state['key']['epsilon']:g}, "
+             f"{100 * left / state['key']['images']:.1f}% still robust")
 
 
 # What it comes to
@@ -283,23 +279,23 @@ def suspicions(job: Job, epsilons: tuple[float, ...]) -> list[str]:
 
 
 # Of thirteen right networks, the farthest, about to collapse, is 0.21 off; of wrong ones, the nearest is 0.48.
-STRANGE = 0.33
+MISMATCH = 0.33
 
 
-def strange(job: Job) -> list[str]:
+def mismatch(job: Job) -> list[str]:
     """A warning where BatchNorm's statistics are not of such inputs as the layers get. What a run says of its own
     network is right."""
     if job.opened.run and not job.opened.notes:
         return []
     x, _ = job.images.batch(slice(512))
-    distance = strangeness(job.opened.model, x)
-    return [] if distance < STRANGE else [
-        f"the inputs of a BatchNorm layer are {distance:.2f} off its running statistics (up to {STRANGE:g} is usual): "
+    distance = batchnorm_mismatch(job.opened.model, x)
+    return [] if distance < MISMATCH else [
+        f"the inputs of a BatchNorm layer are {distance:.2f} off its running statistics (up to {MISMATCH:g} is usual): "
         f"the normalization (--mean, --std), the block (--shortcut) or the data set may be another one's"]
 
 
 @torch.no_grad()
-def strangeness(model: nn.Module, x: Tensor) -> float:
+def batchnorm_mismatch(model: nn.Module, x: Tensor) -> float:
     """How far the inputs of BatchNorm layers are, on images x (B, 3, H, W), from what their running statistics say.
 
     Of a channel, the length of ((mean - running mean) / running deviation, log(deviation / running deviation)); of a

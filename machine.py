@@ -1,4 +1,5 @@
 """The machine that a run is on: its device and precision, the network's layout and compiling, the other processes."""
+import atexit
 import contextlib
 import ctypes
 import os
@@ -254,6 +255,9 @@ class World:
                 dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)  # else it guesses whose is which
             else:
                 dist.init_process_group("gloo", timeout=PATIENCE)
+            # gloo's threads outlive the group, which DDP keeps alive; one that frees its last tensor while Python shuts
+            # down aborts the process.
+            atexit.register(time.sleep, 0.2)
             return cls(int(os.environ["RANK"]), int(size), device)
         except ValueError:  # a variable is missing, or no number
             raise UsageError(f"WORLD_SIZE is {size}, but torchrun did not start this process: unset it, or use "
@@ -264,8 +268,6 @@ class World:
         if self.size > 1 and dist.is_initialized():
             dist.barrier()  # one that leaves early would break the others' connections
             dist.destroy_process_group()
-            # DDP keeps gloo's threads alive; one that frees its last tensor while Python shuts down aborts the process.
-            time.sleep(0.2)
 
     @property
     def is_main(self) -> bool:

@@ -392,13 +392,20 @@ def without_effect(dataset: DataSet, args) -> list[str]:
             if getattr(args, name) != defaults[name]]
 
 
+def as_flags(values: dict[str, Any]) -> str:
+    """Arguments as one writes them on the command line; switches that are off are left out."""
+    def text(value: Any) -> str:
+        return ",".join(map(text, value)) if isinstance(value, (tuple, list)) else \
+            f"{value:.4g}" if isinstance(value, float) else str(value)
+
+    return " ".join(f"--{name.replace('_', '-')}" + ("" if value is True else f"={text(value)}")
+                    for name, value in values.items() if value is not False)
+
+
 def methods_table() -> str:
     """The methods by name, a line each."""
     rows = [("--method", "passes", "source", "stands for")]
-    rows += [(name, method.passes, method.source, " ".join(
-        f"--{flag.replace('_', '-')}" + ("" if value is True else f"={value:.4g}" if isinstance(value, float) else
-                                         f"={value}") for flag, value in method.flags.items()))
-             for name, method in METHODS.items()]
+    rows += [(name, method.passes, method.source, as_flags(method.flags)) for name, method in METHODS.items()]
     return "\n".join(f"{name:10} {passes:>6}  {source:17} {flags}" for name, passes, source, flags in rows)
 
 

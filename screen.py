@@ -25,7 +25,7 @@ class Screen:
         self.is_main, self.shown = is_main, is_main and not quiet
 
     def say(self, text: str) -> None:
-        if self.shown:
+        if self.shown and text:
             say(text)
 
     def warn(self, text: str) -> None:
@@ -62,6 +62,7 @@ class Progress:
     def tell(self, what: str, **values: str) -> None:
         """Change what the bar says before and behind itself."""
         self.what, self.values = what, "".join(f", {name} {value}" for name, value in values.items())
+        self.bar.total = self.total  # it may have changed
         self.bar.set_description(what, refresh=False)
         self.bar.set_postfix(values, refresh=False)
 
@@ -112,7 +113,7 @@ def banner(args, model: nn.Module, start: dict[str, Any], images: tuple[int, int
     train, held_out, test = images
     first = test if args.full_test else min(args.test_samples, test)
     last = min(max(first, args.last_samples or test), test)
-    flags = " ".join(f"--{name.replace('_', '-')}={_plain(value)}" for name, value in options.in_effect(args).items())
+    flags = options.as_flags(options.in_effect(args))
     width = f" of base width {args.base_width}" if args.model != "WideResNet" else f"-34-{args.width_factor}"
     precision = args.amp_dtype if args.amp else "float32"
     return "\n".join([
@@ -124,12 +125,6 @@ def banner(args, model: nn.Module, start: dict[str, Any], images: tuple[int, int
         f"{precision}{', compiled' if args.compile else ''}, on {start['device']}, threads: "
         f"{start['threads']}, processes: {start['processes']}",
         f"folder   {args.fname}"])
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, (tuple, list)):
-        return ",".join(map(_plain, value))
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def epoch_line(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
@@ -156,13 +151,13 @@ def final_line(final: dict[str, Any]) -> str:
             f"robust {100 * final['robust_acc']:.2f}  {clock(final['seconds'])}")
 
 
-def final_estimate(args, seconds: float, judged: int, images: int) -> str | None:
+def final_estimate(args, seconds: float, judged: int, images: int) -> str:
     """How long the final evaluation will take if four images of ten withstand it, when an epoch's, on `judged` images,
-    took `seconds`; None if it is not worth a word."""
+    took `seconds`; empty if it is not worth a word."""
     passes = args.final_iters * (1 + 0.4 * (args.final_restarts - 1)) / (args.test_iters * args.test_restarts)
     expected = seconds / judged * images * passes
     if expected < 300:
-        return None
+        return ""
     return (f"# the final evaluation (PGD-{args.final_iters}-{args.final_restarts} on {images:,} images) may take "
             f"{duration(expected)}; --final-iters, --final-restarts and --final-samples shorten it")
 

@@ -96,12 +96,12 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
     screen = Screen(world.is_main, args.quiet)
     with world.alike():
         state, layout = build(dataset, args, device, world)
-    found = world.decide(lambda: look_for_checkpoint(folder, args))
-    if found:
-        for note in checkpoint.resume(state, found, args):
-            screen.say(f"# {found.source}: {note}")
-    with world.alike(), screen.progress(f"reading {dataset.name}"):
-        images = load_images(dataset, args, world, device, layout)
+        found = world.decide(lambda: look_for_checkpoint(folder, args))
+        if found:
+            for note in checkpoint.resume(state, found, args):
+                screen.say(f"# {found.source}: {note}")
+        with screen.progress(f"reading {dataset.name}"):
+            images = load_images(dataset, args, world, device, layout)
     run = assemble(dataset, args, state, folder, world, signals, images, screen)
     if args.eval and found:
         evaluate_only(run, found)
@@ -342,10 +342,8 @@ def measure(run: Run) -> dict[str, Any]:
     fixed = len(run.test) if args.full_test else args.test_samples  # the same in every epoch, to choose the best on
     test = run.test[:max(fixed, args.last_samples or len(run.test)) if last else fixed]
     verdict = judged(run, run.state.judged, test, args.test_iters, args.test_restarts)
-    if not args.eval and not run.state.history and args.epochs > 1:
-        final_images = min(args.final_samples or len(run.test), len(run.test))
-        if estimate := final_estimate(args, time.perf_counter() - began, len(test), final_images):
-            run.screen.say(estimate)
+    if args.epochs > 1 and not (args.eval or run.state.history):
+        run.screen.say(final_estimate(args, time.perf_counter() - began, len(test), asked(run)["images"]))
     score, found = verdict.metrics(fixed)["robust_acc"], verdict.metrics()
     metrics = {title: found[name] for title, name in (
         ("test_loss", "clean_loss"), ("test_acc", "clean_acc"), ("test_robust_loss", "robust_loss"),

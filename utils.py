@@ -150,6 +150,6 @@ def one_line_errors(folder: str = "") -> Iterator[None]:
         end(128 + signal.SIGINT, "stopped by SIGINT")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python, at its end, would fail again
-        end(1, "error: standard output was closed; --resume auto goes on")
+        end(1, f"error: standard output was closed{'; --resume auto goes on' if folder else ''}")
     except OSError as error:
         end(1, f"error: {error.filename or folder}: {error.strerror or error}")

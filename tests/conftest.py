@@ -65,6 +65,20 @@ def call(capsys):
     return run_main
 
 
+@pytest.fixture
+def call_main(capsys, monkeypatch):
+    """Run a module's main inside this process: call_main(module, *flags) -> (exit status, output, error output)."""
+    def run_main(module, *flags: str):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        status = 0
+        try:
+            module.main()
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+    return run_main
+
+
 def script(name: str, *flags: str, timeout: float = 280, **options) -> subprocess.CompletedProcess:
     """Run a script as a user does."""
     return subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], capture_output=True, text=True,

@@ -1,5 +1,6 @@
 """experiments/diagnose.py: magnitudes and flips of networks for which they are known, and the script on a run."""
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -63,17 +64,9 @@ def run(tmp_path, call, small_dummy):
 
 
 @pytest.fixture
-def told(monkeypatch, capsys):
-    """The script in this process: told(*flags) -> (status, output, error output)."""
-    def run_main(*flags):
-        monkeypatch.setattr(sys, "argv", ["diagnose.py", *map(str, flags)])
-        status = 0
-        try:
-            diagnose.main()
-        except SystemExit as end:
-            status = end.code or 0
-        return status, *capsys.readouterr()
-    return run_main
+def told(call_main):
+    """diagnose.py in this process: told(*flags) -> (status, output, error output)."""
+    return partial(call_main, diagnose)
 
 
 def test_a_run_is_told_of_and_drawn_and_twice_the_same(run, told, tmp_path):

@@ -223,20 +223,10 @@ def test_only_the_array_task_that_was_stopped_is_put_into_the_queue_again(tmp_pa
 
 
 @pytest.fixture
-def run_main(capsys, monkeypatch):
-    """A script of experiments/ within this process: run_main(module, *flags) -> (exit status, output, error output)."""
+def run_main(call_main, monkeypatch):
+    """A script of experiments/ within this process, without GPUs: run_main(module, *flags)."""
     monkeypatch.setattr(reproduce, "cuda_devices", lambda: 0)
-
-    def call(module, *flags):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
-        status = 0
-        try:
-            module.main()
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-
-    return call
+    return call_main
 
 
 UNWRITABLE = "/proc/none"  # a folder that not even root can make

@@ -26,6 +26,7 @@ from machine import World
 from networks import load_network
 from preactresnet import PreActResNet18
 from resnet import ResNet18
+from screen import Screen
 from utils import Stopped, UsageError
 from wideresnet import WideResNet
 
@@ -285,7 +286,7 @@ def job_of(model, folder, n=60, batch_size=16, pixels=None) -> judge.Job:
     args = SimpleNamespace(seed=7, data_set="own", dummy=False)
     opened = Opened(model, args, DATASETS["train_cifar.py"], "own", Folder(folder), {}, [])
     images = Images(pixels, labels, torch.contiguous_format)
-    return judge.Job(opened, images, batch_size, FLOAT32, World(), lambda: None)
+    return judge.Job(opened, images, batch_size, FLOAT32, World(), Screen(), lambda: None)
 
 
 EPSILON = 0.7  # in 1/255: of which about half of the images are broken
@@ -437,7 +438,7 @@ def test_statistics_that_do_not_fit_are_told_of(shortcut, other, tmp_path):
         optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 40)
     for wrong, candidate in ((False, model), (True, network(other, mean=MEAN, std=STD)), (True, network(shortcut))):
         candidate.load_state_dict(model.state_dict())
-        told = judge.strange(job_of(candidate.eval(), tmp_path, pixels=test.pixels[:256]))
+        told = judge.mismatch(job_of(candidate.eval(), tmp_path, pixels=test.pixels[:256]))
         assert len(told) == wrong, told
         assert not wrong or "--mean, --std" in told[0]
 

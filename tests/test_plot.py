@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,17 +42,9 @@ def groups_of(*folders: Path) -> dict[str, list[plot.Run]]:
 
 
 @pytest.fixture
-def call_plot(capsys, monkeypatch):
+def call_plot(call_main):
     """plot.py within this process: call_plot(*flags) -> (exit status, output, error output)."""
-    def run_main(*flags):
-        monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, flags)])
-        status = 0
-        try:
-            plot.main()
-        except SystemExit as end:
-            status = end.code
-        return status, *capsys.readouterr()
-    return run_main
+    return partial(call_main, plot)
 
 
 def test_a_sweep_becomes_a_table_and_a_figure(tmp_path):

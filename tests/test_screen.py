@@ -61,7 +61,7 @@ def test_the_banner_names_the_numbers_in_effect(name, call, tmp_path):
     method, data, network, folder = output.splitlines()[:4]
     for flag in ("zerograd: --attack=zerograd", "--epsilon=6", "--zero-qval=0.25", "--zero-iters=1", "--objective=ce"):
         assert flag in method, flag
-    assert "--multi-samps" not in method
+    assert "--multi-samps" not in method and "False" not in method
     args = parse(data_set(name), argv=list(map(str, flags)))
     assert f"{data_set(name).name} (synthetic): " in data and f"{args.epochs} epochs of" in data
     assert f"of base width {args.base_width}" in network and "float32" in network and folder.endswith("run")
@@ -120,4 +120,4 @@ def test_under_torchrun_one_bar_is_shown_and_ends_full(tmp_path):
     shown = on_a_terminal([*TORCHRUN, "train_cifar.py", *FLAGS, "--epochs=1", "--final-restarts=2", "--fname",
                            str(tmp_path / "run")])
     assert re.search(r"PGD-\d+, restart 2/2, \d+\.\d% still robust: +100%.*48/48", shown)
-    assert shown.count("final evaluation of the last model") == 1 and shown.count("reading CIFAR-10") <= 5
+    assert shown.count("final evaluation of the last model") == 1
