@@ -37,7 +37,7 @@ from utils import UsageError, lock, say, whole_file
 # Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
 FREE = {"data_dir", "fname", "resume", "eval", "quiet", "allow_changes", "device", "tf32", "compile", "compile_mode",
         "chkpt_iters", "chkpt_steps", "last_samples", "final_iters", "final_restarts", "final_samples", "final_model",
-        "deterministic", "method", "recipe", "on_collapse"}
+        "deterministic", "method", "recipe", "on_collapse", "tensorboard"}
 
 TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
           "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")
@@ -320,8 +320,9 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
     for unfinished in folder.names(r"\.(?!eval).*\.part"):  # of a killed run, not of an evaluation beside
         (folder.path / unfinished).unlink(missing_ok=True)
     if found is None:
-        return folder.set_aside(folder.names(r"(output|eval)\.log|metrics\.jsonl|(args|final|eval|evaluation)\.json|"
-                                             r"(state|healthy|final)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
+        return folder.set_aside(folder.names(
+            r"(output|eval)\.log|metrics\.jsonl|(args|final|eval|evaluation)\.json|tensorboard|"
+            r"(state|healthy|final)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
     if found.epoch is None:  # the run goes on from its newest state
         other_final = state.final is None and (folder.path / "final.json").exists()
         return folder.set_aside(["final.json", "output.log"] if other_final else []), False

@@ -4,7 +4,7 @@ Nothing here needs PyTorch, so that --help and a refused flag answer at once.
 """
 import argparse
 import difflib
-import importlib
+import importlib.util
 import json
 import math
 import os
@@ -275,8 +275,8 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
 
 
 # What an evaluation by --eval does not take from the run: it depends on the machine, or is of no matter to it.
-NOT_TAKEN = {"fname", "resume", "eval", "quiet", "allow_changes", "method", "recipe", "device", "amp", "amp_dtype",
-             "amp_impl", "tf32", "compile", "compile_mode", "deterministic", "sync_bn"}
+NOT_TAKEN = {"fname", "resume", "eval", "quiet", "allow_changes", "method", "recipe", "tensorboard", "device", "amp",
+             "amp_dtype", "amp_impl", "tf32", "compile", "compile_mode", "deterministic", "sync_bn"}
 
 
 def _take_from_run(p: Parser, dataset: DataSet, folder: str, argv: list[str] | None) -> None:
@@ -512,6 +512,7 @@ def _files(p: Parser) -> None:
     add("--resume", type=number(int, 0, also=("auto",)), default=0, metavar="N|auto",
         help="N: go on from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest complete state, if there is one")
     add("--quiet", action="store_true", help="show warnings and errors alone; the files say the rest")
+    add("--tensorboard", action="store_true", help="write the epochs' numbers for TensorBoard, too")
     add("--allow-changes", action="store_true", help="go on although flags differ from the run's")
     add("--chkpt-iters", type=number(int, 1), default=10, help="epochs between model_E.pth files")
     add("--chkpt-steps", type=number(int, 1), metavar="N", help="also save the state every N steps")
@@ -539,6 +540,8 @@ def check(args: argparse.Namespace) -> None:
         tempfile.gettempdir()
     except OSError:
         raise UsageError("no folder for temporary files can be written: set TMPDIR to one") from None
+    if args.tensorboard and not importlib.util.find_spec("tensorboard"):
+        raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard")
     if args.shortcut == "raw" and args.model not in ("PreActResNet18", "PreActResNet34"):
         raise UsageError(f"--shortcut raw is for PreActResNet18 and 34, not {args.model}")
     if args.multi_th > args.multi_samps:

@@ -24,6 +24,7 @@ import objectives
 import options
 import schedules
 import watch
+from board import Board
 from checkpoint import Folder, Found, State
 from data import Augmentation, Images, load
 from machine import Compiled, Precision, World, choose_device, describe, memory_format, slowdown
@@ -71,6 +72,7 @@ class Run:
     held_out: Images
     test: Images
     screen: Screen = field(default_factory=Screen)
+    board: Board | None = None
 
     @property
     def steps(self) -> int:
@@ -179,6 +181,7 @@ def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world
     forward = network
     if world.size > 1:
         forward = nn.parallel.DistributedDataParallel(network, [world.device] if world.device.type == "cuda" else None)
+    board = Board(folder.path / "tensorboard") if args.tensorboard and world.is_main else None
     keywords = options.ATTACKS[args.attack](args)
     alpha = keywords.pop("alpha", None)
     momentum = partial(schedules.onecycle_momentum, epochs=args.epochs) if args.lr_schedule == "onecycle" else \
@@ -187,7 +190,7 @@ def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world
                partial(getattr(attacks, args.attack), **keywords),
                partial(getattr(objectives, args.objective), **options.OBJECTIVES[args.objective](args)), alpha,
                options.SCHEDULES[args.lr_schedule](args, dataset), momentum, Augmentation(**dataset.augmentation),
-               images[0], images[1], images[2], screen or Screen(quiet=True))
+               images[0], images[1], images[2], screen or Screen(quiet=True), board)
 
 
 def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
@@ -471,6 +474,8 @@ def save(run: Run) -> None:
     sums = run.world.sum(run.state.sums)
     if run.world.is_main:
         checkpoint.save_state(run.folder, run.state, run.args, sums)
+    if run.board:
+        run.board.draw(run.state.history)
 
 
 def require_finite(run: Run) -> None:

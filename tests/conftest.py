@@ -30,6 +30,9 @@ DATASETS = {"train_cifar.py": train_cifar.DATASET, "train_cifar100.py": train_ci
 # Added to any command, these make it end in seconds; every part of a run still takes place.
 SMALL = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=32", "--train-samples=80", "--epochs=2",
          "--test-iters=2", "--final-iters=2", "--final-restarts=2", "--final-samples=48"]
+TINY = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=8", "--train-samples=8", "--epochs=2",
+        "--test-iters=1", "--final-iters=1", "--final-restarts=1", "--final-samples=1", "--chkpt-iters=1",
+        "--attack=fgsm"]
 
 
 class SmallNet(nn.Module):

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from conftest import DATASETS, ROOT, SMALL, assert_same, assert_same_run, epochs_of, script
+from conftest import DATASETS, ROOT, SMALL, TINY, assert_same, assert_same_run, epochs_of, script
 from test_data import write_cifar10, write_svhn
 from test_scripts import one_line
 from torchvision import datasets
@@ -22,10 +22,6 @@ import options
 import train
 from data import Images
 from machine import Precision, slowdown
-
-TINY = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=8", "--train-samples=8", "--epochs=2",
-        "--test-iters=1", "--final-iters=1", "--final-restarts=1", "--final-samples=1", "--chkpt-iters=1",
-        "--attack=fgsm"]
 
 
 def test_a_closed_standard_output_costs_no_epoch(tmp_path):
