@@ -64,14 +64,14 @@ class Table:
 
 
 METHODS = {
-    "FGSM from zero": "--attack=fgsm --fgsm-init=zero --fgsm-alpha=1",
+    "FGSM, zero initialization": "--attack=fgsm --fgsm-init=zero --fgsm-alpha=1",
     "FGSM-RS": "--attack=fgsm --fgsm-alpha=1.25",
     "ZeroGrad, q = 0.35": "--attack=zerograd --zero-qval=0.35",
     "ZeroGrad, q = 0.7": "--attack=zerograd --zero-qval=0.7",
     "MultiGrad": "--attack=multigrad --multi-samps=3",
     "PGD-10": "--attack=pgd",
 }
-CIFAR100_METHODS = {**{name: METHODS[name] for name in ("FGSM from zero", "FGSM-RS")},
+CIFAR100_METHODS = {**{name: METHODS[name] for name in ("FGSM, zero initialization", "FGSM-RS")},
                     "ZeroGrad, q = 0.45": "--attack=zerograd --zero-qval=0.45",
                     **{name: METHODS[name] for name in ("ZeroGrad, q = 0.7", "MultiGrad", "PGD-10")}}
 SVHN_METHODS = {name: flags for name, flags in METHODS.items() if name != "ZeroGrad, q = 0.35"}

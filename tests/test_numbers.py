@@ -58,14 +58,13 @@ def clean(name: str, scale: str = "cpu-bf16") -> float:
 
 def stem(method: str, data_set: str = "cifar10", epsilon: int = 8, rest: str = "") -> str:
     """The name of the result of a method, as tables call it."""
-    method = method.replace("FGSM, zero initialization", "FGSM from zero")
     flags = RIVALS.get(method) or method.replace("ZeroGrad, q = ", "--attack=zerograd --zero-qval=")
     if epsilon != 8:
         flags += f" --epsilon={epsilon} --pgd-alpha={epsilon / 4:g}"
     return "_".join([data_set, *flags.replace("--attack=", "").replace("--", "").split()]) + rest
 
 
-ZERO, RS, MULTI, PGD10 = (stem(name) for name in ("FGSM from zero", "FGSM-RS", "MultiGrad", "PGD-10"))
+ZERO, RS, MULTI, PGD10 = (stem(name) for name in ("FGSM, zero initialization", "FGSM-RS", "MultiGrad", "PGD-10"))
 Q = {q: stem(f"ZeroGrad, q = {q}") for q in ("0", "0.2", "0.35", "0.5", "0.7", "0.9")}
 
 
@@ -167,7 +166,7 @@ def about(*values: float) -> Callable[[float], bool]:
     return lambda shown: all(abs(value - shown) <= 0.5 for value in values)
 
 
-ZERO100, BACK = stem("FGSM from zero", "cifar100"), stem("ZeroGrad, q = 0.35", rest="_fgsm-init=zero")
+ZERO100, BACK = stem("FGSM, zero initialization", "cifar100"), stem("ZeroGrad, q = 0.35", rest="_fgsm-init=zero")
 SENTENCES: dict[str, list[tuple[str, list]]] = {"README.md": [], "experiments/README.md": [
     ("its accuracy under PGD-10 is #% after the first epoch, #% after the second, and under #% from the third on",
      [pgd(ZERO, 1), pgd(ZERO, 2), below(*series(ZERO)[2:])]),
