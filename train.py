@@ -298,14 +298,16 @@ def between_steps(run: Run, bar: Progress) -> Callable[[], None]:
     """What is done after every step: show it, save the state if it is time to, stop if asked."""
     unchecked, checked_at, check_every = 0, time.perf_counter(), 1
     told_at = 0.0  # when the bar last told of loss and accuracy
-    bar.tell(f"epoch {run.state.epoch}{', compiling' if run.network is not run.state.model and not bar.timed else ''}")
+    name = f"training, epoch {run.state.epoch}"
+    compiling = run.network is not run.state.model and not bar.timed
+    bar.tell(f"{name}, compiling" if compiling else name)
 
     def after_step() -> None:
         nonlocal unchecked, checked_at, check_every, told_at
         now = time.perf_counter()
         if run.screen.shown and now - told_at > 2:  # looking at the sums waits for the device
             loss, correct, n = run.state.sums[:3].tolist()
-            bar.tell(f"epoch {run.state.epoch}", loss=f"{loss / n:.3f}", train=f"{100 * correct / n:.1f}")
+            bar.tell(name, loss=f"{loss / n:.3f}", train=f"{100 * correct / n:.1f}")
             told_at = now
         bar.update()
         if bar.done - bar.first == TIMED_STEPS:

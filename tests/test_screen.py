@@ -98,7 +98,7 @@ def on_a_terminal(command: list[str], **options) -> str:
 def test_a_terminal_shows_a_bar_over_everything_that_takes_time(tmp_path):
     shown = on_a_terminal([sys.executable, "train_cifar.py", *FLAGS, "--final-restarts=2", "--fname",
                            str(tmp_path / "run")])
-    for bar in (r"reading CIFAR-10", r"epoch 1: .*loss=\d\.\d+, train=\d+\.\d", r"PGD-\d+: ", r"FGSM: ",
+    for bar in (r"reading CIFAR-10", r"training, epoch 1: .*loss=\d\.\d+, train=\d+\.\d", r"PGD-\d+: ", r"FGSM: ",
                 r"PGD-\d+, restart 2/2, \d+\.\d% still robust: .*48/48"):
         assert re.search(bar, shown), bar
 
