@@ -1,12 +1,12 @@
-"""The perturbations: what training images, and those that a network is judged on, are changed by.
+"""Adversarial perturbations, for training and for evaluation.
 
 Everything is in pixel space: images x in [0, 1] of shape (B, C, H, W), labels y of shape (B,), epsilon and alpha in
 the same unit (8/255, not 8), and a `model` (an nn.Module) that takes images in [0, 1] to logits (B, classes). Each
 attack returns a perturbation delta, shaped like x, detached, with 0 <= x + delta <= 1 and abs(delta) <= epsilon (for
 l_2: its norm) unless it says otherwise. It leaves the model's parameters, their `.grad` and the model's mode as it
 found them; in train mode its forward passes move BatchNorm's running statistics, as in the published methods. "Passes"
-counts the forward and backward passes of a training step, that of the weights included. In training, `step` is what an
-attack shares with the rest of the step; most can do without.
+counts the forward and backward passes of a training step, that of the weights included. `step` carries what an attack
+shares with the rest of a training step; only `sora`, `free` and `pgi` need it.
 """
 import contextlib
 import math

@@ -453,8 +453,9 @@ def on_collapse(run: Run) -> None:
     args, state, path = run.args, run.state, run.folder.path / "healthy.pth"
     epoch = state.epoch - 1
     if args.on_collapse == "stop":
-        raise Failure(f"collapsed in epoch {epoch}; the last healthy network is in "
-                      f"{run.folder.file('model', 'healthy')}; --resume auto --on-collapse=warn goes on all the same")
+        healthy = run.folder.file("model", "healthy")
+        raise Failure(f"collapsed in epoch {epoch}; {f'the last healthy network is in {healthy}; ' * healthy.exists()}"
+                      f"--resume auto --on-collapse=warn goes on all the same")
     if args.on_collapse == "warn" or state.rate <= 1 / 8 or not run.world.decide(path.exists):
         return
     saved = run.world.decide(lambda: checkpoint.read_checkpoint(path))

@@ -17,14 +17,15 @@ GAP = 0.2  # accuracy under FGSM less that under PGD
 def collapsed(history: list[dict[str, Any]]) -> list[bool]:
     """For each epoch, whether the run is in collapse after it.
 
-    It is from the first epoch in which the gap between FGSM's and PGD's accuracy exceeds 20 points and PGD's is under
-    half of its best so far, until neither holds. Where FGSM's is not known, in older runs, the half alone decides.
+    It is from the first epoch in which the gap between FGSM's and PGD's accuracy exceeds 20 points and PGD's is low,
+    until neither holds. Low is under half of its best so far or, as a run can be unsound from its first epoch on, of
+    FGSM's. Where FGSM's is not known, in older runs, the best alone decides.
     """
     states: list[bool] = []
     best = 0.0
     for record in history:
         robust, fgsm = record["test_robust_acc"], record.get("fgsm_acc")
-        wide, low = fgsm is None or fgsm - robust > GAP, robust < best / 2
+        wide, low = fgsm is None or fgsm - robust > GAP, robust < max(best, fgsm or 0.0) / 2
         before = bool(states) and states[-1]
         states.append((wide and low) or (before and (low if fgsm is None else wide or low)))
         best = max(best, robust)

@@ -31,7 +31,8 @@ SCALES = {
     "paper": Scale("the paper's commands, in bfloat16, for a GPU", "--amp", (0, 1, 2)),
     "cpu": Scale("a quarter of the network's width and 15 epochs, for CPUs; the whole training set",
                  f"--device=cpu {SMALL}", (0,)),
-    "cpu-bf16": Scale("the scale cpu in bfloat16 and compiled, for CPUs with AVX-512, better AMX; needs a C++ compiler",
+    "cpu-bf16": Scale("the scale cpu in bfloat16 and compiled, for CPUs with AVX-512 BF16, better AMX; needs a C++ "
+                      "compiler",
                       f"--device=cpu --amp --compile {SMALL}", (0,)),
     "cpu-paper": Scale("the paper's commands at full width, in bfloat16 and compiled, for CPUs with AMX; the final "
                        "evaluation on 1,000 images", "--device=cpu --amp --compile --final-samples=1000", (0,)),

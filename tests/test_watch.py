@@ -17,10 +17,12 @@ def curve(*pairs: tuple[float, float]) -> list[dict]:
 @pytest.mark.parametrize("pairs, expected", [
     ([(0.3, 0.2), (0.5, 0.4), (0.9, 0.05), (0.95, 0.0)], [False, False, True, True]),
     ([(0.3, 0.2), (0.35, 0.15), (0.2, 0.09)], [False, False, False]),  # low, and yet no gap: a bad epoch
-    ([(0.5, 0.4), (0.7, 0.25)], [False, False]),  # a gap, and yet above the half
+    ([(0.5, 0.4), (0.5, 0.28)], [False, False]),  # a gap, and yet above the half
+    ([(0.5, 0.4), (0.7, 0.28)], [False, True]),  # above the half of the best, and not of FGSM's
     ([(0.5, 0.4), (0.9, 0.1), (0.9, 0.3), (0.45, 0.3)], [False, True, True, False]),  # sound once neither holds
     ([(0.5, 0.4), (0.9, 0.1), (0.25, 0.1)], [False, True, True]),
-    ([(0.9, 0.0)], [False])])  # there is no best to fall from yet
+    ([(0.25, 0.12), (0.17, 0.1), (0.26, 0.09), (0.39, 0.12), (0.43, 0.11)], [False] * 3 + [True] * 2),  # never sound
+    ([(0.9, 0.0)], [True])])
 def test_the_rule_on_curves_known_beforehand(pairs, expected):
     assert watch.collapsed(curve(*pairs)) == expected
 
