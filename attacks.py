@@ -137,7 +137,7 @@ def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, c
     grad, logits = input_gradient(model, x, y, eta, step)
     delta = box(eta + alpha * grad.sign(), x, epsilon)
     share = torch.ones(len(x), dtype=x.dtype, device=x.device)
-    with torch.no_grad(), evaluating(model):
+    with torch.no_grad(), frozen(model), evaluating(model):
         for k in range(count - 1, 0, -1):  # the smallest is written last
             wrong = model(x + k / count * delta).argmax(dim=1) != y
             share = torch.where(wrong, k / count, share)
@@ -199,7 +199,7 @@ def kl(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, ste
     """
     delta = 0.001 * torch.randn_like(x)
     with evaluating(model):
-        with torch.no_grad():
+        with torch.no_grad(), frozen(model):
             target = model(x).float().softmax(dim=1)
         for _ in range(steps):
             grad, _ = gradient(model, x, delta, lambda logits: F.kl_div(
@@ -218,7 +218,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
     """
     delta = (epsilon / 2 * (2 * torch.rand_like(x) - 1).sign()).clamp(-x, 1 - x)
     odd = step is not None and step.batch % 2 == 1
-    with torch.no_grad():
+    with torch.no_grad(), frozen(model):
         clean = model(x).float()  # in every batch, as published: BatchNorm's statistics move with it
 
     def loss(logits: Tensor) -> Tensor:

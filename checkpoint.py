@@ -39,6 +39,9 @@ FREE = {"data_dir", "fname", "resume", "eval", "quiet", "allow_changes", "device
         "chkpt_iters", "chkpt_steps", "last_samples", "final_iters", "final_restarts", "final_samples", "final_model",
         "deterministic", "method", "recipe", "on_collapse", "tensorboard"}
 
+# Flags that an epoch's score depends on.
+JUDGED_BY = ("epsilon", "pgd_alpha", "test_iters", "test_restarts", "test_samples", "full_test", "val_size", "dummy")
+
 TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
           "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")
 
@@ -296,6 +299,9 @@ def resume(state: State, found: Found, args) -> list[str]:
                          f"{args.epochs}")
     if not args.allow_changes:
         require_same_run(before, args)
+    # These decide what is best.
+    if any(before.get(name, vars(args)[name]) != vars(args)[name] for name in JUDGED_BY):
+        state.best = -1.0
     # These decide which images a step is on.
     if any(before.get(name, vars(args)[name]) != vars(args)[name]
            for name in ("batch_size", "seed", "train_samples", "val_size", "dummy")):
@@ -325,7 +331,8 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
             r"(state|healthy|final)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
     if found.epoch is None:  # the run goes on from its newest state
         other_final = state.final is None and (folder.path / "final.json").exists()
-        return folder.set_aside(["final.json", "output.log"] if other_final else []), False
+        other_best = ["model_best.pth"] if state.best == -1 else []  # by other measure, if there is one
+        return folder.set_aside((["final.json", "output.log"] if other_final else []) + other_best), False
     later = [f"{name}_{epoch}.pth" for name in ("model", "opt") for epoch in folder.epochs(name)
              if epoch >= state.epoch]
     later += ["state.pth", "final.json", "final.pth", "healthy.pth", "model_healthy.pth"]
@@ -334,7 +341,7 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
         best = max((record["epoch"] for record in read_records(folder) if record.get("best")), default=-1)
     except (ValueError, KeyError, TypeError):  # a log that cannot be read: what it was of is not known
         made, best = [state.epoch], state.epoch
-    if best >= state.epoch:
+    if best >= state.epoch or state.best == -1:
         later.append("model_best.pth")
     if any(epoch >= state.epoch for epoch in made):
         later += ["output.log", "metrics.jsonl"]
@@ -364,8 +371,9 @@ def render(folder: Folder, state: State, args) -> None:
     folder.write("args.json", json.dumps(started, indent=1) + "\n")
     rows = [(start["epoch"], 0, resumed_line(start)) for start in state.starts if start.get("source")]
     rows += [(record["epoch"], 2, "# " + watch.line(record)) for record in state.history if record.get("collapsed")]
-    rows += [(record["epoch"], 1, log_line(record)) for record in state.history]
-    lines = [header(any("val_robust_acc" in record for record in state.history)),
+    validated = any("val_robust_acc" in record for record in state.history)
+    rows += [(record["epoch"], 1, log_line(record, validated)) for record in state.history]
+    lines = [header(validated),
              *(line for _, _, line in sorted(rows, key=lambda row: row[:2]))]
     if state.final:
         lines.append(final_line(state.final))
@@ -375,23 +383,35 @@ def render(folder: Folder, state: State, args) -> None:
         folder.write("final.json", json.dumps(state.final, indent=1) + "\n")
 
 
+def evaluations(folder: Folder) -> list[dict[str, Any]]:
+    """The evaluations that were made in the folder. Raises UsageError where they cannot be read."""
+    path = folder.path / "evaluation.json"
+    try:
+        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise ValueError
+        return records
+    except ValueError:
+        raise UsageError(f"{path} is damaged: mend it, or move it away") from None
+
+
 def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
     """Add an evaluation to evaluation.json, and write eval.log from those of --eval; evaluations beside one another
     wait."""
     held = lock(folder.path / ".evaluation.lock")
     try:
-        path = folder.path / "evaluation.json"
-        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        records = evaluations(folder)
         if not records and "epoch" in record:  # what another version left
             folder.set_aside(["eval.log", "eval.json"])
         records.append(record)
         lines: list[str] = []
         above = ""
         for each in (each for each in records if "epoch" in each):
-            if header("val_robust_acc" in each) != above:
-                above = header("val_robust_acc" in each)
+            validated = "val_robust_acc" in each
+            if header(validated) != above:
+                above = header(validated)
                 lines.append(above)
-            lines += [log_line(each), *([final_line(each["final"])] if "final" in each else [])]
+            lines += [log_line(each, validated), *([final_line(each["final"])] if "final" in each else [])]
         folder.write("evaluation.json", json.dumps(records, indent=1) + "\n")
         if lines:
             folder.write("eval.log", "".join(f"{line}\n" for line in lines))
@@ -404,15 +424,15 @@ def header(validated: bool) -> str:
     return "\t".join(title for title in TITLES if validated or title != "Val Robust Acc")
 
 
-def log_line(record: dict[str, Any]) -> str:
+def log_line(record: dict[str, Any], validated: bool) -> str:
     """An epoch's line of the log; its record goes by the titles in lower case."""
     def cell(title: str) -> str:
-        value = record[title.lower().replace(" ", "_")]
+        value = record.get(title.lower().replace(" ", "_"))
         if title == "Epoch" or value is None:
             return str(value) if title == "Epoch" else "nan"
         return f"{value:.1f}" if title.endswith("Time") else f"{value:.6f}" if title == "LR" else f"{value:.4f}"
 
-    return "\t".join(cell(title) for title in TITLES if title != "Val Robust Acc" or "val_robust_acc" in record)
+    return "\t".join(cell(title) for title in TITLES if validated or title != "Val Robust Acc")
 
 
 def resumed_line(start: dict[str, Any]) -> str:

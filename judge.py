@@ -2,6 +2,7 @@
 import copy
 import json
 import logging
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -47,6 +48,7 @@ class Job:
     check: Callable[[], None]
     rows: list[dict[str, Any]] = field(default_factory=list)
     left: dict[tuple[str, float], Tensor] = field(default_factory=dict)
+    unfinished: list[Path] = field(default_factory=list)
 
 
 def main(args) -> None:
@@ -60,9 +62,10 @@ def main(args) -> None:
             if world.size > 1:
                 raise UsageError("--attacks: AutoAttack and its parts are for one process, without torchrun")
 
-        def check() -> None:
-            if signals.received:
-                raise Stopped(signals.received)
+        def check() -> None:  # all processes have to call it together
+            number = int(world.max(signals.received or 0))
+            if number:
+                raise Stopped(signal.Signals(number))
 
         for path in args.runs:
             judge(path, args, device, world, check)
@@ -75,6 +78,7 @@ def judge(path: str, args, device: torch.device, world: World, check: Callable[[
     epsilon = args.epsilons[0] if args.epsilons and len(args.epsilons) == 1 else None
     opened = checkpoint.open_run(path, args.which, epsilon=epsilon, **{name: getattr(args, name) for name in names})
     opened.folder.require_writable("RUN_OR_FILE")
+    world.decide(lambda: checkpoint.evaluations(opened.folder))  # before anything is measured
     run, epsilons = opened.args, args.epsilons or (opened.args.epsilon,)
     for note in opened.notes if world.is_main else ():
         say(f"# {opened.source}: {note}")
@@ -94,10 +98,14 @@ def judge(path: str, args, device: torch.device, world: World, check: Callable[[
                   "network": fingerprint(opened.model), **parameters(opened), "seed": run.seed,
                   "samples": len(images), "batch_size": args.batch_size, "attacks": rows, "notes": opened.notes,
                   "warnings": warnings, **describe(device, world.size)}
-        checkpoint.add_evaluation(opened.folder, record)
-        say(table(opened.source, rows))
-        for warning in warnings:
-            say(f"\nwarning: {warning}")
+        try:
+            checkpoint.add_evaluation(opened.folder, record)
+            for file in job.unfinished:
+                file.unlink(missing_ok=True)
+        finally:  # the disk may be full
+            say(table(opened.source, rows))
+            for warning in warnings:
+                say(f"\nwarning: {warning}")
 
 
 def parameters(opened: Opened) -> dict[str, Any]:
@@ -144,6 +152,7 @@ def attacked(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float]:
                 job.check()
 
         def between(restart: int, found) -> None:
+            job.check()
             bar.tell(f"{attack}, epsilon {epsilon:g}, restart {restart + 1}/{pgd.restarts}")
 
         found = evaluate(job.opened.model, job.images, pgd, job.batch_size, job.precision, job.world, progress, between)
@@ -164,7 +173,7 @@ def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, d
     """Which images AutoAttack's standard version (arXiv 2003.01690), or a part of it, leaves; seconds; more to record.
 
     As there, each part attacks in batches what the parts before it left, and every batch starts from the same seed. So
-    it can go on after any batch: how far it is, is kept in a file beside the record until it is done.
+    it can go on after any batch: how far it is, is kept in a file beside the record until that is written.
     """
     parts = options.PARTS if attack == "autoattack" else (attack,)
     images = Images(job.images.pixels, job.images.labels, torch.contiguous_format)
@@ -198,7 +207,7 @@ def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, d
                 with whole_file(file) as out:
                     out.write(json.dumps(state).encode())
             state |= {"part": state["part"] + 1, "done": 0, "queue": state["left"]}
-    file.unlink(missing_ok=True)
+    job.unfinished.append(file)
     left = torch.zeros(len(images), dtype=torch.bool)
     left[state["left"]] = True
     return left, state["seconds"], {"parts": state["broken"]}

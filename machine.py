@@ -313,9 +313,10 @@ class World:
         return self._reduced(torch.tensor(float(value), device=self.device), dist.ReduceOp.MAX).item()
 
     def _reduced(self, values: Tensor, operation) -> Tensor:
-        values = values.clone()
-        if self.size > 1:
-            dist.all_reduce(values, operation)
+        if self.size == 1:
+            return values.clone()
+        values = values.to(self.device, copy=True)  # NCCL takes nothing that a checkpoint left on the CPU
+        dist.all_reduce(values, operation)
         return values
 
     def broadcast_buffers(self, model: nn.Module) -> None:

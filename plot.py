@@ -101,8 +101,9 @@ def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
     """The published method that flags make, else the attack and the objective; and the flags that this tells."""
     usual: dict[str, Any] = {"fgsm_init": "random", "objective": "ce", "elle_adaptive": False, "label_smoothing": 0.0}
     for name, published in options.METHODS.items():
-        if all(flags.get(flag) == value for flag, value in {**usual, **published.flags}.items()):
-            return name, {*usual, *published.flags}
+        stands_for = {**published.flags, **published.on.get(flags.get("data_set", ""), {})}
+        if all(flags.get(flag) == value for flag, value in {**usual, **stands_for}.items()):
+            return name, {*usual, *stands_for}
     objective = flags["objective"]
     return flags["attack"] + (f" + {objective}" if objective != "ce" else ""), {"attack", "objective"}
 
@@ -192,17 +193,21 @@ def span(values: list[int]) -> str:
 
 
 def best(epochs: list[dict[str, Any]]) -> int:
-    """The epoch, from 1, after which accuracy under PGD was highest."""
-    return 1 + max(range(len(epochs)), key=lambda i: epochs[i][PGD])
+    """The epoch, from 1, after which accuracy under PGD was highest, of those judged on as many images as the first."""
+    alike = [i for i, record in enumerate(epochs) if record.get("test_images") == epochs[0].get("test_images")]
+    return 1 + max(alike, key=lambda i: epochs[i][PGD])
 
 
 def collapse(runs: Iterable[list[dict[str, Any]]]) -> str:
     """Of a run, the first epoch in collapse, from 1, and whether the last one is sound again; of several, how many."""
+    runs = list(runs)
     states = [collapsed(epochs) for epochs in runs]
     first = [state.index(True) + 1 for state in states if any(state)]
+    back = sum(epochs[-1].get("rollbacks", 0) for epochs in runs)
+    rollbacks = f", {back} rollback{'s' * (back > 1)}" * (back > 0)
     if len(states) > 1:
-        return f"{len(first)} of {len(states)}" + (f", epoch {span(first)}" if first else "")
-    return f"epoch {first[0]}{'' if states[0][-1] else ', then sound'}" if first else "no"
+        return f"{len(first)} of {len(states)}" + (f", epoch {span(first)}" if first else "") + rollbacks
+    return (f"epoch {first[0]}{'' if states[0][-1] else ', then sound'}" if first else "no") + rollbacks
 
 
 def row(title: str, runs: list[Run]) -> list[str]:
@@ -213,7 +218,8 @@ def row(title: str, runs: list[Run]) -> list[str]:
     highest = mean([run.epochs[peak - 1][PGD] for run, peak in zip(runs, peaks)])
     finals = [run.final for run in runs if run.final]
     final = [mean([each["robust_acc"] for each in finals]),
-             *sorted({f"PGD-{each['iters']}-{each['restarts']}" for each in finals})]
+             *sorted({f"PGD-{each['iters']}-{each['restarts']}" for each in finals}),
+             *([f"({len(finals)} of {len(runs)} runs)"] if 0 < len(finals) < len(runs) else [])]
     done, wanted = span([len(run.epochs) for run in runs]), span([run.flags["epochs"] for run in runs])
     return [title + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""),
             done if done == wanted else f"{done} of {wanted}", *shown, f"{highest} @ {span(peaks)}",

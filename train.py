@@ -200,7 +200,9 @@ def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
 
     def prepare() -> tuple[str | None, bool]:
         folder.lock()
-        return checkpoint.make_ready(folder, state, found)
+        made_ready = checkpoint.make_ready(folder, state, found)
+        keep_healthy(run)
+        return made_ready
 
     aside, best_is_gone = world.decide(prepare)
     if best_is_gone:
@@ -333,10 +335,13 @@ def stop_if_asked(run: Run) -> None:
 
 @contextlib.contextmanager
 def saved_if_stopped(run: Run) -> Iterator[None]:
+    """Save what was trained when a signal came or standard output was closed. Of several processes, that output is the
+    first one's alone, and the others would wait: the last epoch is saved already."""
     try:
         yield
-    except (Stopped, BrokenPipeError):
-        save(run)
+    except (Stopped, BrokenPipeError) as end:
+        if isinstance(end, Stopped) or run.world.size == 1:
+            save(run)
         raise
 
 
@@ -426,7 +431,8 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
     if not math.isfinite(measured["test_loss"] + measured["test_robust_loss"]):
         raise not_finite(run, state.step - 1)
     score = measured.pop("score")
-    record = {"epoch": state.epoch, **trained, **measured, "best": score > state.best}
+    record = {"epoch": state.epoch, **trained, **measured, "best": score > state.best,
+              "rollbacks": sum(start.get("rollback", False) for start in state.starts)}
     state.best = max(state.best, score)
     state.history.append(record)
     record["collapsed"] = watch.collapsed(state.history)[-1]
@@ -440,12 +446,20 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
             checkpoint.save(run.folder.file("model", state.epoch - 1), state.judged.state_dict())
             checkpoint.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
     save(run)
-    if run.world.is_main and args.on_collapse == "rollback" and not record["collapsed"]:
-        checkpoint.save(run.folder.path / "healthy.pth", {"model": state.judged.state_dict(),
-                                                          "opt": state.training(args, state.sums)})
+    if run.world.is_main:
+        keep_healthy(run)
     run.screen.say(epoch_line(record, state.history))  # last: standard output may be closed
     if record["collapsed"]:
         run.screen.warn(watch.line(record))
+
+
+def keep_healthy(run: Run) -> None:
+    """Keep the state to go back to, if --on-collapse may ask for it; else none, for it would be of epochs long past."""
+    state, path = run.state, run.folder.path / "healthy.pth"
+    if run.args.on_collapse != "rollback":
+        path.unlink(missing_ok=True)
+    elif state.step == 0 and state.history and not state.history[-1].get("collapsed"):
+        checkpoint.save(path, {"model": state.judged.state_dict(), "opt": state.training(run.args, state.sums)})
 
 
 def on_collapse(run: Run) -> None:
@@ -456,8 +470,10 @@ def on_collapse(run: Run) -> None:
         healthy = run.folder.file("model", "healthy")
         raise Failure(f"collapsed in epoch {epoch}; {f'the last healthy network is in {healthy}; ' * healthy.exists()}"
                       f"--resume auto --on-collapse=warn goes on all the same")
-    if args.on_collapse == "warn" or state.rate <= 1 / 8 or not run.world.decide(path.exists):
+    if args.on_collapse == "warn" or state.rate <= 1 / 8:
         return
+    if not run.world.decide(path.exists):
+        return run.screen.warn("--on-collapse=rollback: no epoch was sound, so there is none to go back to")
     saved = run.world.decide(lambda: checkpoint.read_checkpoint(path))
     rate, starts = state.rate / 2, state.starts
     checkpoint.resume(state, Found(saved["model"], saved["opt"], None, path.name), args)
@@ -570,6 +586,7 @@ def broken_off(part: Path, key: dict[str, Any]) -> tuple[int, evaluate.Verdict, 
 def evaluate_only(run: Run, found: Found) -> None:
     """What --eval does: the evaluation of an epoch on the whole test set, then the final one; all of them are kept."""
     state, args = run.state, run.args
+    run.world.decide(lambda: checkpoint.evaluations(run.folder))  # before anything is measured
     epoch = max(state.epoch - 1, 0) if state.step == 0 else state.epoch  # the one under way, or the last
     untrained = dict.fromkeys(("train_time", "lr", "train_robust_loss", "train_robust_acc", "defence_mean"))
     measured = measure(run)
@@ -581,11 +598,13 @@ def evaluate_only(run: Run, found: Found) -> None:
     if args.final_iters:
         record["final"] = {**final_evaluation(run, run.world.decide(lambda: asked(run))), "epoch": epoch}
     record["attacks"] = rows(args, record)
-    if run.world.is_main:
-        checkpoint.add_evaluation(run.folder, record)
-    run.screen.say(epoch_line(record, []))
-    if args.final_iters:
-        run.screen.say(final_line(record["final"]))
+    try:
+        if run.world.is_main:
+            checkpoint.add_evaluation(run.folder, record)
+    finally:  # the disk may be full
+        run.screen.say(epoch_line(record, []))
+        if args.final_iters:
+            run.screen.say(final_line(record["final"]))
 
 
 def rows(args, record: dict[str, Any]) -> list[dict[str, Any]]:

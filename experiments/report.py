@@ -107,7 +107,8 @@ def table_text(table: Table, results: Results) -> str:
     flags = SCALES[results.scale].flags.split()
     steps = next((flag.split("=")[1] for flag in flags if flag.startswith("--test-iters=")), 10)
     images = f"{epoch['test_images']:,} images"
-    best_of = f"best @ earlier epoch, {records[0]['epochs'][0]['test_images']:,} images"
+    best_of = " or ".join(f"{n:,}" for n in sorted({record["epochs"][0]["test_images"] for record in records}))
+    best_of = f"best @ earlier epoch, {best_of} images"
     columns: dict[str, Callable[[Result], float]] = {
         f"clean, {images}": last(CLEAN),
         f"PGD-{steps}, {images}": last(PGD),

@@ -237,6 +237,15 @@ train.new_network = lambda dataset, args: PreActResNet(  # compiles in half the 
         assert compiled[key] == pytest.approx(eager[key], rel=0.02), key
 
 
+def test_what_a_checkpoint_left_on_the_cpu_goes_to_the_device_to_be_summed(monkeypatch):
+    """NCCL takes CUDA's tensors alone."""
+    devices = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values, operation: devices.append(values.device.type))
+    many, alone = World(0, 2, torch.device("meta")), torch.zeros(3)
+    many.sum(alone), many.min(alone)
+    assert devices == ["meta", "meta"] and alone.device.type == "cpu"
+
+
 @pytest.mark.parametrize("size", ("2", "many"))
 def test_a_world_that_torchrun_did_not_make_is_one_line(size, tmp_path, call, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", size)

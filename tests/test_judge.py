@@ -1,5 +1,7 @@
 """evaluate.py: published files give the logits of their own code, AutoAttack is its authors', doubt is told of."""
+import errno
 import json
+import os
 import signal
 import sys
 from types import SimpleNamespace
@@ -10,6 +12,7 @@ import torch.nn.functional as F
 from conftest import DATASETS, SMALL, epochs_of
 from test_distributed import torchrun
 from test_evaluate import FLOAT32
+from test_scripts import one_line
 from torch import nn
 
 import attacks
@@ -19,6 +22,7 @@ import evaluate
 import judge
 import networks
 import options
+import train
 from checkpoint import Folder, Opened, load_run
 from data import Images
 from evaluate import PGD
@@ -214,6 +218,25 @@ def test_flags_win_over_the_runs_and_are_said(run, judged):
     status, output, _ = judged(run, *flags)
     assert "| fgsm | 4 | 8 |" in output and "where the run has" not in output
     assert len(json.loads((run / "evaluation.json").read_text())) == 2 and not (run / "eval.log").exists()
+
+
+@pytest.mark.parametrize("content", ['[{"a": 1},', "{}", "[1]"])
+def test_damaged_evaluations_are_found_before_anything_is_measured(content, run, judged, call, monkeypatch):
+    (run / "evaluation.json").write_text(content)
+    monkeypatch.setattr(judge, "measure", None)
+    monkeypatch.setattr(train, "measure", None)
+    one_line(judged(run, "--device=cpu", "--samples=8", "--attacks=clean"), "evaluation.json is damaged")
+    one_line(call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run),
+             "evaluation.json is damaged")
+    assert (run / "evaluation.json").read_text() == content
+
+
+def test_at_a_full_disk_what_was_measured_is_shown(run, judged, monkeypatch):
+    def full(folder, record):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run / "evaluation.json"))
+    monkeypatch.setattr(checkpoint, "add_evaluation", full)
+    status, output, error = judged(run, "--device=cpu", "--samples=8", "--attacks=clean")
+    assert status == 1 and "| clean |" in output and "No space left" in error
 
 
 def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):

@@ -125,6 +125,18 @@ def test_a_run_from_before_the_newest_flags_still_has_its_place(tmp_path):
     assert list(groups) == ["fgsm", "pgd"] and plot.row("", groups["fgsm"])[-2] == "epoch 2"
 
 
+def test_the_best_epoch_is_of_those_on_as_many_images_and_rollbacks_are_told():
+    epochs = [{plot.PGD: accuracy, "test_images": n, "collapsed": False, "rollbacks": 2}
+              for accuracy, n in ((0.3, 1000), (0.41, 1000), (0.42, 10000))]
+    assert plot.best(epochs) == 2 and plot.best(epochs[2:]) == 1
+    assert plot.collapse([epochs]) == "no, 2 rollbacks" and plot.collapse([epochs] * 2) == "0 of 2, 4 rollbacks"
+
+
+def test_a_method_whose_flags_are_others_on_a_data_set_has_its_name_there():
+    flags = vars(options.parse(options.data_set("cifar100"), argv=["--method=pgi"]))
+    assert plot.method(flags)[0] == "pgi"
+
+
 def test_every_method_has_a_look_of_its_own_and_numbers_go_from_dark_to_light():
     looks = {name: plot.style_of_method(flags_of(*flags.split())) for name, flags in RIVALS.items()}
     looks |= {name: plot.style_of_method(flags_of(f"--method={name}")) for name in options.METHODS}

@@ -250,6 +250,20 @@ def test_a_run_does_not_go_on_with_other_flags_unless_told_to(change, named, tmp
     assert call("train_cifar.py", *THREE, change, "--fname", folder, "--resume=2", "--allow-changes")[0] == 0
 
 
+def test_a_best_by_another_measure_gives_way_and_is_kept_beside(tmp_path, call, small_dummy, monkeypatch):
+    folder, measure, scores = tmp_path / "run", train.measure, [0.9, 0.1]
+    monkeypatch.setattr(train, "measure", lambda run: {**measure(run), "score": scores.pop(0)})
+    assert call("train_cifar.py", *THREE, "--epochs=1", "--fname", folder)[0] == 0
+    before = (folder / "model_best.pth").read_bytes()
+    flags = [*THREE, "--epochs=2", "--epsilon=40", "--val-size=16", "--allow-changes", "--resume=auto"]
+    assert call("train_cifar.py", *flags, "--fname", folder)[0] == 0
+    first, second = epochs_of(folder)
+    assert first["best"] and second["best"]
+    assert (folder / "earlier_1" / "model_best.pth").read_bytes() == before
+    heads, *lines = (line.split("\t") for line in (folder / "output.log").read_text().splitlines() if line[0] != "#")
+    assert len(heads) == len(lines[0]) == len(lines[1]) and lines[0][heads.index("Val Robust Acc")] == "nan"
+
+
 @pytest.mark.parametrize("damage", ["missing model", "missing opt", "cut model", "cut opt", "empty", "text", "list",
                                     "width", "classes", "pickle", "optimizer"])
 def test_a_checkpoint_that_does_not_fit_is_named(damage, tmp_path, call, small_dummy):

@@ -592,6 +592,18 @@ def test_an_attack_leaves_the_model_as_it_found_it(name, training):
         assert grad is None or torch.equal(grad, values)
 
 
+@pytest.mark.parametrize("name", options.ATTACKS)
+def test_passes_without_a_gradient_are_on_frozen_parameters(name):
+    """Or autocast, in PyTorch's older versions, keeps casts of them that no gradient flows back from."""
+    net, x, y = pool()
+    seen = []
+    net.register_forward_pre_hook(lambda module, args: seen.append(
+        torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in module.parameters())))
+    step = Step(net, 6, torch.arange(6), batch=1, done=0.5)
+    getattr(attacks, name)(net, x, y, EPSILON, step=step, **keywords_of(name))
+    assert all(seen)
+
+
 # How far a perturbation can be from zero, in epsilons.
 REACH = {"none": 0, "nfgsm": 3, "sora": 3}
 

@@ -27,12 +27,19 @@ def test_the_rule_on_curves_known_beforehand(pairs, expected):
     assert watch.collapsed(curve(*pairs)) == expected
 
 
+def test_ordinary_training_cannot_overfit_to_an_attack():
+    ordinary = [{**record, "defence_mean": 0.0} for record in curve((0.3, 0.01), (0.4, 0.0))]
+    assert watch.collapsed(ordinary) == [False, False]
+
+
 def test_a_whole_run_is_summed_up_in_a_line():
     fell = curve((0.3, 0.2), (0.5, 0.412), (0.9, 0.1), (0.9, 0.05), (0.45, 0.3))
     assert watch.summary_line(fell) == \
         "catastrophic overfitting in 2 of 5 epochs, first in epoch 2; under PGD 41.2% at best, 30.0% at last"
     assert watch.summary_line(fell[:2]) == "no catastrophic overfitting; under PGD 41.2% at best, 41.2% at last"
     assert watch.summary_line([]) == "no epoch is on record"
+    fell[0]["rollbacks"], fell[1]["rollbacks"] = 0, 2
+    assert watch.summary_line(fell[:2]).startswith("no catastrophic overfitting, after 2 rollbacks; under PGD")
 
 
 # Of every committed run that fell, the epochs (from 1) in which the rule says that it is in collapse.
@@ -156,6 +163,22 @@ def test_a_run_can_go_back_with_half_the_learning_rate(tmp_path, call, small_dum
     assert [record["lr"] for record in records] == pytest.approx([0.1, 0.025, 0.0125, 0.0125])
     assert [record["collapsed"] for record in records] == [False, False, True, False]
     assert "the learning rate is now 0.125 of the schedule's" in (tmp_path / "run" / "output.log").read_text()
+    assert json.loads((tmp_path / "run" / "final.json").read_text())["rollbacks"] == 3
+    assert "1 of 4 epochs, first in epoch 2, after 3 rollbacks" in output
+
+
+def test_a_run_goes_back_to_no_state_of_epochs_long_past(tmp_path, call, small_dummy, monkeypatch):
+    """Where it was never sound, it says so; a state is kept from the first start with --on-collapse=rollback on."""
+    fall(monkeypatch, 0, 3)
+    flags = [*FOUR, "--fname", tmp_path / "run"]
+    status, output, _ = call("train_cifar.py", *flags, "--epochs=1", "--on-collapse=rollback")
+    assert status == 0 and output.count("no epoch was sound") == 1 and not (tmp_path / "run" / "healthy.pth").exists()
+    for epochs, more, there in (2, "rollback", True), (3, "warn", False):
+        go_on = [*flags, f"--epochs={epochs}", "--resume=auto", "--allow-changes", f"--on-collapse={more}"]
+        assert call("train_cifar.py", *go_on)[0] == 0
+        assert (tmp_path / "run" / "healthy.pth").exists() == there
+    status, output, _ = call("train_cifar.py", *flags, "--resume=auto", "--allow-changes", "--on-collapse=rollback")
+    assert status == 0 and "# went back to epoch 3, step 0" in output
 
 
 def test_an_unknown_answer_to_a_collapse_is_refused(tmp_path, call):
