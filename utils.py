@@ -95,7 +95,9 @@ def say(text: str, error: bool = False) -> None:
         return
     from tqdm import tqdm
 
-    tqdm.write(text.encode(stream.encoding or "utf-8", "backslashreplace").decode(stream.encoding or "utf-8"), stream)
+    encoding = stream.encoding or "utf-8"
+    line = f"{text}\n".encode(encoding, "backslashreplace").decode(encoding)
+    tqdm.write(line, stream, end="")  # at once, also where nothing is buffered
     stream.flush()
 
 
