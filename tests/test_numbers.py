@@ -13,10 +13,13 @@ sys.path.insert(0, str(ROOT / "experiments"))
 from definitions import METHODS, RIVALS
 
 import options
+import watch
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/README.md")}
 RESULTS = {f"{path.parent.name}/{path.stem}": json.loads(path.read_text())
            for path in sorted((ROOT / "experiments/results").glob("*/*.json"))}
+
+JUDGED = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments/judged").glob("*.json")}
 
 # Made before the history was squashed, at commits that are no more: to be made again, and then to go from this list.
 LOST = {f"cpu-bf16/cifar10_{name}_seed=0" for name in (
@@ -30,7 +33,7 @@ def test_every_result_was_made_at_a_commit_of_this_history():
     if git("rev-parse", "--is-shallow-repository").strip() != "false":
         pytest.skip("needs a clone with its whole history")
     history = set(git("rev-list", "HEAD").split())
-    lost = {name for name, result in RESULTS.items()
+    lost = {name for name, result in {**RESULTS, **JUDGED}.items()
             if not {start["commit"].removesuffix("-dirty") for start in result["starts"]} <= history}
     assert lost == LOST
 
@@ -224,9 +227,26 @@ def test_a_sentence_says_what_its_results_say(page, sentence, expected):
         assert right, f"{shown}, where the results have {value}"
 
 
+ATTACKS = {"clean": "clean", "FGSM": "fgsm", "PGD-10": "pgd-10-1", "PGD-50-10": "pgd-50-10", "CW": "cw",
+           "AutoAttack": "autoattack"}
+
+
+def test_the_judged_networks_are_those_of_the_evaluations():
+    rows, = (rows for rows in tables(PAGES["README.md"]) if "CW" in rows[0])
+    assert len(rows) == len(JUDGED) == 2
+    for row in rows:
+        name, _, collapsed = next(iter(row.values())).partition(": ")
+        result = JUDGED[{"FGSM, zero initialization": "fgsm"}.get(name, name.lower())]
+        found = {each["attack"]: each for record in result["evaluations"] for each in record["attacks"]}
+        assert watch.collapsed(result["epochs"])[-1] == bool(collapsed)
+        for title, attack in ATTACKS.items():
+            assert found[attack]["n"] == 1000
+            assert float(row[title]) == pytest.approx(100 * found[attack]["accuracy"], abs=0.05 + 1e-9), (name, title)
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_no_percentage_goes_unchecked(page):
-    checked = COLUMNS.keys() | {"forward and backward passes per step"}
+    checked = COLUMNS.keys() | {"CW", "forward and backward passes per step"}
     cells = " ".join(cell for rows in tables(PAGES[page]) for row in rows if not checked & row.keys()
                      for cell in row.values())
     text = prose(page)
@@ -248,6 +268,6 @@ def test_the_passes_of_a_method_are_those_that_its_line_in_options_has():
 
 
 def test_every_commit_that_a_page_names_has_results():
-    commits = {start["commit"][:7] for result in RESULTS.values() for start in result["starts"]}
+    commits = {start["commit"][:7] for result in (*RESULTS.values(), *JUDGED.values()) for start in result["starts"]}
     named = set(re.findall(r"\b(?=[a-f]*\d)[0-9a-f]{7}\b", "".join(PAGES.values())))
     assert named - {"3390c4e"} <= commits  # of the squashed history
