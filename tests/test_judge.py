@@ -324,7 +324,7 @@ def test_autoattack_finds_what_its_authors_evaluation_finds(batch_size, tmp_path
     whole = short(model, eps=EPSILON / 255, seed=7, device="cpu", version="standard")
     _, predicted = whole.run_standard_evaluation(x, y, batch_size=batch_size)
     assert torch.equal(left, predicted == y) and 5 < left.sum() < 51
-    assert sum(more["parts"].values()) == 56 - left.sum() and list(tmp_path.iterdir()) == []
+    assert sum(more["parts"].values()) == 56 - left.sum() and list(tmp_path.iterdir()) == job.unfinished
     alone, _, _ = judge.auto_attack(job, "apgd-ce", EPSILON)
     assert alone.sum() == 56 - more["parts"]["apgd-ce"]
 
@@ -332,6 +332,7 @@ def test_autoattack_finds_what_its_authors_evaluation_finds(batch_size, tmp_path
 def test_a_broken_off_autoattack_goes_on_and_finds_the_same(tmp_path, short):
     job = job_of(mixed(), tmp_path)
     unbroken, _, more = judge.auto_attack(job, "autoattack", EPSILON)
+    job.unfinished.pop().unlink()
     for after in (0, 2, 3):
         checks = []
 
@@ -346,9 +347,12 @@ def test_a_broken_off_autoattack_goes_on_and_finds_the_same(tmp_path, short):
     rest: list[int] = []
     job.check = lambda: rest.append(1)
     found, _, again = judge.auto_attack(job, "autoattack", EPSILON)
-    assert torch.equal(found, unbroken) and again == more and list(tmp_path.iterdir()) == []
-    job.check = lambda: rest.append(-1)  # from the start again: five batches more
-    judge.auto_attack(job, "autoattack", EPSILON)
+    assert torch.equal(found, unbroken) and again == more and list(tmp_path.iterdir()) == job.unfinished
+    job.check = lambda: rest.append(-1)
+    judge.auto_attack(job, "autoattack", EPSILON)  # what it found is there until it is recorded
+    assert -1 not in rest
+    job.unfinished.pop().unlink()
+    judge.auto_attack(job, "autoattack", EPSILON)  # from the start again: five batches more
     assert sum(rest) == -5
 
 

@@ -72,7 +72,7 @@ def small_run(model, images, attack=None, precision=FLOAT32, folder="nowhere", h
     args = {"batch_size": 16, "seed": 5, "epsilon": 8.0, "pgd_alpha": 2.0, "epochs": 9, "eval": False,
             "full_test": False, "test_iters": 8, "test_restarts": 1, "chkpt_steps": None, "eps_warmup": 0.0,
             "final_iters": 50, "final_restarts": 10, "final_samples": None, "last_samples": None,
-            "final_model": "last",
+            "final_model": "last", "on_collapse": "warn",
             "attack": "own", "objective": "ce", **changes}
     return train.Run(argparse.Namespace(**args), State(model, optimizer, precision), Folder(folder), World(),
                      StopSignals(), model, model, attack, objectives.ce, None, lambda t: 0.1 * t, lambda t: 0.9,
