@@ -18,7 +18,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def torchrun(name: str, *flags: str, launcher: tuple[str, ...] = (), **options) -> subprocess.CompletedProcess:
-    return subprocess.run([*TORCHRUN, *launcher, name, *map(str, flags)], capture_output=True, text=True, timeout=280,
+    return subprocess.run([*TORCHRUN, *launcher, name, *map(str, flags)], capture_output=True, text=True, timeout=550,
                           cwd=ROOT, **options)
 
 
