@@ -12,7 +12,8 @@ SMALL = {"speed.py": ["--attacks", "fgsm", "--eval-images=8", "--eval-iters=1", 
          "methods.py": ["--methods", "fgsm"]}
 
 
-@pytest.mark.parametrize("name, closed", [("methods.py", False), ("speed.py", True)])
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("name", SMALL)
 def test_a_benchmark_writes_what_it_measured(name, closed, tmp_path):
     """Also without a standard output."""
     path = tmp_path / "l\xe4ufe.json"

@@ -231,12 +231,16 @@ def test_damaged_evaluations_are_found_before_anything_is_measured(content, run,
     assert (run / "evaluation.json").read_text() == content
 
 
-def test_at_a_full_disk_what_was_measured_is_shown(run, judged, monkeypatch):
+def test_at_a_full_disk_what_was_measured_is_shown_and_autoattacks_work_is_kept(run, judged, short, monkeypatch):
     def full(folder, record):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run / "evaluation.json"))
-    monkeypatch.setattr(checkpoint, "add_evaluation", full)
-    status, output, error = judged(run, "--device=cpu", "--samples=8", "--attacks=clean")
+    flags = [run, "--device=cpu", "--samples=8", "--attacks=clean,apgd-ce"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "add_evaluation", full)
+        status, output, error = judged(*flags)
     assert status == 1 and "| clean |" in output and "No space left" in error
+    assert (run / ".apgd-ce-4.json").exists()
+    assert judged(*flags)[0] == 0 and not (run / ".apgd-ce-4.json").exists()
 
 
 def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
