@@ -436,8 +436,9 @@ def log_line(record: dict[str, Any], validated: bool) -> str:
 
 
 def resumed_line(start: dict[str, Any]) -> str:
-    what = "went back to" if start.get("rollback") else "resumed at"
-    return f"# {what} epoch {start['epoch']}, step {start['step']} from {start['source']}"
+    what = "went back, to go on" if start.get("rollback") else "resumed"
+    epochs, steps = (f"{start[name]} {name}{'s' * (start[name] != 1)}" for name in ("epoch", "step"))
+    return f"# {what} after {epochs}{f' and {steps}' if start['step'] else ''}, from {start['source']}"
 
 
 def final_line(final: dict[str, Any]) -> str:

@@ -1,6 +1,6 @@
 """What a run shows: a banner, a line an epoch, and a bar over whatever takes time.
 
-The files of a run hold more; nothing reads what is printed here. Epochs count from 0, as in the files.
+The files of a run hold more; nothing reads what is printed here. Epochs count from 1 in words, from 0 in the files.
 """
 import shlex
 import threading
@@ -127,18 +127,21 @@ def banner(args, model: nn.Module, start: dict[str, Any], images: tuple[int, int
         f"folder   {args.fname}"])
 
 
-def epoch_line(record: dict[str, Any], history: list[dict[str, Any]]) -> str:
+def epoch_line(record: dict[str, Any], history: list[dict[str, Any]], epochs: int) -> str:
     """An epoch's line: accuracy in %, on training images, clean test images, and those under FGSM and PGD."""
     def percent(name: str) -> str:
         return "    -" if record.get(name) is None else f"{100 * record[name]:5.1f}"
 
     name = "val_robust_acc" if "val_robust_acc" in record else "test_robust_acc"
     best = max((past for past in history if past.get("best")), key=lambda past: past["epoch"], default=None)
-    cells = [f"epoch {record['epoch']:<3}", f"lr {record['lr']:.4f}" if record.get("lr") is not None else "",
+    digits = len(str(epochs))
+    cells = [f"{1 + record['epoch']:>{digits}}/{epochs}",
+             f"lr {record['lr']:.4f}" if record.get("lr") is not None else "",
              f"train {percent('train_robust_acc')}" if record.get("train_robust_acc") is not None else "",
              f"clean {percent('test_acc')}", f"FGSM {percent('fgsm_acc')}", f"PGD {percent('test_robust_acc')}",
              f"val {percent('val_robust_acc')}" if "val_robust_acc" in record else "",
-             f"best {100 * best[name]:5.1f} @{best['epoch']:<3}" if best and best.get(name) is not None else "",
+             f"best {100 * best[name]:5.1f} @{1 + best['epoch']:<{digits}}"
+             if best and best.get(name) is not None else "",
              f"{clock((record['train_time'] or 0) + record['test_time']):>7}",
              "COLLAPSED" if record.get("collapsed") else ""]
     return "  ".join(cell for cell in cells if cell)

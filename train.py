@@ -36,7 +36,7 @@ from utils import Failure, Stopped, StopSignals, UsageError, one_line_errors, se
 # What random numbers are drawn for: the first part of every key that they are seeded with here. (evaluate.py has 3.)
 ORDER, STEP, WATCH, WEIGHTS = 0, 1, 2, 4
 
-EVALUATION_BATCH = 128  # the most images that a process evaluates at once; --batch-size is that of all processes
+WATCHED = 128  # test images whose gradients' signs an epoch is watched by
 
 # In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
 # epoch's last step. (torchrun kills them 30 seconds after SIGTERM.)
@@ -300,7 +300,7 @@ def between_steps(run: Run, bar: Progress) -> Callable[[], None]:
     """What is done after every step: show it, save the state if it is time to, stop if asked."""
     unchecked, checked_at, check_every = 0, time.perf_counter(), 1
     told_at = 0.0  # when the bar last told of loss and accuracy
-    name = f"training, epoch {run.state.epoch}"
+    name = f"training, epoch {run.state.epoch + 1}"
     compiling = run.network is not run.state.model and not bar.timed
     bar.tell(f"{name}, compiling" if compiling else name)
 
@@ -362,7 +362,7 @@ def measure(run: Run) -> dict[str, Any]:
     fgsm = judged(run, run.state.judged, test, 1, 1, alpha=args.epsilon / 255, init="zero",
                   before=(0, verdict.unperturbed()))
     metrics["fgsm_acc"] = fgsm.metrics()["robust_acc"]
-    x, y = run.test.batch(slice(EVALUATION_BATCH))
+    x, y = run.test.batch(slice(WATCHED))
     seed_everything(WATCH, args.seed, run.state.epoch)
     metrics |= watch.signs(run.state.judged, x, y, args.epsilon / 255)
     if len(run.held_out):
@@ -372,6 +372,15 @@ def measure(run: Run) -> dict[str, Any]:
     if run.world.device.type == "cuda":
         metrics["peak_memory"] = torch.cuda.max_memory_allocated(run.world.device)
     return {**metrics, "score": score, "test_time": time.perf_counter() - began}
+
+
+def evaluation_batch(args, device: torch.device) -> int:
+    """How many images a process evaluates at once, fewer where --batch-size, of all processes, is small.
+
+    For an image, an attack stores as much as a training step: 4 MiB in float32, or 23 with a WideResNet-34-10.
+    """
+    fuller = device.type == "cuda" and args.model != "WideResNet"
+    return min(args.batch_size, 128) * (4 if fuller else 1)
 
 
 def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int, alpha: float | None = None,
@@ -384,7 +393,7 @@ def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int
     args, world = run.args, run.world
     alpha = args.pgd_alpha / 255 if alpha is None else alpha
     attack = evaluate.PGD(args.epsilon / 255, alpha, steps, restarts, args.seed, init)
-    batch_size = min(args.batch_size, EVALUATION_BATCH)
+    batch_size = evaluation_batch(args, world.device)
     name = "FGSM" if steps == 1 and init == "zero" else f"PGD-{steps}"
 
     def progress(images_done: int) -> None:
@@ -448,7 +457,7 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
     save(run)
     if run.world.is_main:
         keep_healthy(run)
-    run.screen.say(epoch_line(record, state.history))  # last: standard output may be closed
+    run.screen.say(epoch_line(record, state.history, args.epochs))  # last: standard output may be closed
     if record["collapsed"]:
         run.screen.warn(watch.line(record))
 
@@ -465,7 +474,7 @@ def keep_healthy(run: Run) -> None:
 def on_collapse(run: Run) -> None:
     """Stop, or go back to the last healthy state with half the learning rate, if --on-collapse asks for it."""
     args, state, path = run.args, run.state, run.folder.path / "healthy.pth"
-    epoch = state.epoch - 1
+    epoch = state.epoch  # the one that just ended, counted from 1
     if args.on_collapse == "stop":
         healthy = run.folder.file("model", "healthy")
         raise Failure(f"collapsed in epoch {epoch}; {f'the last healthy network is in {healthy}; ' * healthy.exists()}"
@@ -505,7 +514,7 @@ def require_finite(run: Run) -> None:
         raise not_finite(run, int(fault))
     if state.step:
         training = state.model.training
-        x, _ = run.test.batch(slice(min(run.args.batch_size, EVALUATION_BATCH)))
+        x, _ = run.test.batch(slice(evaluation_batch(run.args, run.world.device)))
         answers = state.precision.float32_logits(state.model.eval(), x)
         state.model.train(training)
         sound = torch.stack([values.isfinite().all() for values in (*state.model.state_dict().values(), answers)]).all()
@@ -517,7 +526,8 @@ def not_finite(run: Run, step: int) -> Failure:
     good = run.folder.path / "state.pth"
     advice = "lower --lr-max" if run.state.precision.dtype is not torch.float16 else \
         "lower --lr-max, or take --amp-dtype=bfloat16, whose range is wider"
-    return Failure(f"the loss, a gradient or a weight is no longer finite at epoch {run.state.epoch}, step {step}; "
+    return Failure(f"the loss, a gradient or a weight is no longer finite in epoch {run.state.epoch + 1}, "
+                   f"step {step + 1}; "
                    f"{f'the last good state is {good}' if good.exists() else 'no state was saved before'}: {advice}")
 
 
@@ -602,7 +612,7 @@ def evaluate_only(run: Run, found: Found) -> None:
         if run.world.is_main:
             checkpoint.add_evaluation(run.folder, record)
     finally:  # the disk may be full
-        run.screen.say(epoch_line(record, []))
+        run.screen.say(epoch_line(record, [], max(args.epochs, epoch + 1)))
         if args.final_iters:
             run.screen.say(final_line(record["final"]))
 

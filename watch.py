@@ -37,8 +37,8 @@ def collapsed(history: list[dict[str, Any]]) -> list[bool]:
 
 def line(record: dict[str, Any]) -> str:
     """What to say of an epoch in collapse."""
-    return (f"catastrophic overfitting in epoch {record['epoch']}: {100 * record['fgsm_acc']:.1f}% right under FGSM, "
-            f"{100 * record['test_robust_acc']:.1f}% under PGD")
+    return (f"catastrophic overfitting in epoch {1 + record['epoch']}: {100 * record['fgsm_acc']:.1f}% right under "
+            f"FGSM, {100 * record['test_robust_acc']:.1f}% under PGD")
 
 
 def summary_line(history: list[dict[str, Any]]) -> str:
@@ -48,7 +48,7 @@ def summary_line(history: list[dict[str, Any]]) -> str:
     if not history:  # the run of published files has none
         return "no epoch is on record"
     said = "no catastrophic overfitting" if first is None else \
-        f"catastrophic overfitting in {found['collapsed_epochs']} of {len(history)} epochs, first in epoch {first}"
+        f"catastrophic overfitting in {found['collapsed_epochs']} of {len(history)} epochs, first in epoch {first + 1}"
     if found["rollbacks"]:
         said += f", after {found['rollbacks']} rollback{'s' * (found['rollbacks'] > 1)}"
     return f"{said}; under PGD {100 * best:.1f}% at best, {100 * last:.1f}% at last"

@@ -3,24 +3,30 @@
     python benchmarks/speed.py                                         # float32, full width
     python benchmarks/speed.py --amp --json benchmarks/results/gpu.json
     python benchmarks/speed.py --rounds 3 --eval-iters 10 --eval-restarts 2 --eval-images 64    # on a CPU
+    python benchmarks/speed.py --peer                                  # pip install torchattacks
 
-The two sides take turns, so that a machine whose speed drifts slows both; a ratio is the median over the rounds. The
+The sides take turns, so that a machine whose speed drifts slows all; a ratio is the median over the rounds. The
 peak is that of a matrix product of the same precision, measured here; the work of a step is counted, not assumed.
 Flags of train_cifar.py that say what network, batch and machine are ours hold here, too. The published way has the same
-network and PyTorch's defaults: on CUDA, float32 convolutions in TF32, as ours are without --no-tf32.
+network and PyTorch's defaults: on CUDA, float32 convolutions in TF32, as ours are without --no-tf32. The peer is a
+plain loop around torchattacks, in the precision of ours, with the published way's data.
 """
+import importlib.util
 import json
 import math
 import resource
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import published_style as published
 import torch
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -32,7 +38,7 @@ from data import Images
 from evaluate import PGD, evaluate
 from machine import Precision, World, choose_device, describe, keep_freed_memory
 from train_cifar import DATASET
-from utils import StopSignals, one_line_errors, whole_file
+from utils import StopSignals, UsageError, one_line_errors, whole_file
 
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
 
@@ -47,6 +53,11 @@ ATTACKS = {
                            partial(published.multigrad, alpha=2 * EPSILON, samples=3, parallel=True)),
     "pgd-10": (partial(attacks.pgd, alpha=PGD_ALPHA, steps=10), partial(published.pgd, alpha=PGD_ALPHA, steps=10)),
 }
+
+
+# Attack by name: torchattacks' class, and its keywords.
+PEERS = {"fgsm": ("FFGSM", dict(eps=EPSILON, alpha=2 * EPSILON)),
+         "pgd-10": ("PGD", dict(eps=EPSILON, alpha=PGD_ALPHA, steps=10))}
 
 
 def seconds(work, device) -> float:
@@ -76,10 +87,20 @@ def turn(work, precision: Precision, ours: bool) -> float:
     return seconds(work, precision.device)
 
 
-def side_by_side(ours, theirs, precision: Precision, rounds: int) -> list[dict[str, float]]:
+def side_by_side(sides: dict[str, Callable[[], None]], precision: Precision, rounds: int) -> list[dict[str, float]]:
     """In turns, after a round that is not counted: seconds of each way, and a matrix product's operations a second."""
-    return [{"ours": turn(ours, precision, True), "published": turn(theirs, precision, False),
+    return [{**{name: turn(work, precision, name == "ours") for name, work in sides.items()},
              "matrix_product": peak_flops(precision)} for _ in range(rounds + 1)][1:]
+
+
+def peer(attack: str, model: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+    """torchattacks' attack, as the published way takes one; in training mode, as all attacks here."""
+    import torchattacks
+
+    name, keywords = PEERS[attack]
+    perturb = getattr(torchattacks, name)(model, **keywords)
+    perturb.set_model_training_mode(model_training=True, batchnorm_training=True)
+    return lambda model, x, y: perturb(x, y) - x
 
 
 def peak_flops(precision: Precision) -> float:
@@ -119,11 +140,14 @@ def main() -> None:
     add("--eval-restarts", type=options.number(int, 1), default=10, help="its restarts")
     add("--eval-images", type=options.number(int, 0), default=1024, help="0: no evaluation")
     add("--eval-rounds", type=options.number(int, 1), default=1, help="turns of each evaluation")
+    add("--peer", action="store_true", help="measure torchattacks in a plain loop, too")
     add("--json", type=options.path, help="also write the figures here")
     own, argv = p.parse_known_args()
     args = options.parse(DATASET, argv=["--lr-max=0.01", *argv])
     vars(args).update(vars(own))
     with one_line_errors():
+        if args.peer and not importlib.util.find_spec("torchattacks"):
+            raise UsageError("--peer needs a package more: pip install torchattacks")
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # or an hour's figures would be lost
         measure(args)
@@ -140,8 +164,9 @@ def measure(args) -> None:
     run = train.assemble(DATASET, args, state, Folder(args.fname), World(device=device), StopSignals(),
                          [images, images[:0], images[:1]])
     their_loader = published.loader(pixels.numpy(), labels.numpy(), b, device)
-    theirs = train.new_network(DATASET, args).to(device).train()
-    their_optimizer = torch.optim.SGD(theirs.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+    theirs, peers = (train.new_network(DATASET, args).to(device).train() for _ in range(2))
+    optimizers = {model: torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
+                  for model in (theirs, peers)}
     result = {**describe(device), "dtype": str(precision.dtype), "tf32": precision.tf32,
               "compile": args.compile and args.compile_mode, "base_width": args.base_width, "batch_size": b,
               "steps_a_round": steps, "step": {}}
@@ -157,15 +182,22 @@ def measure(args) -> None:
             state.begin_epoch(0)
             train.train_epoch(run)
 
-        def their_steps(attack=published_attack):
+        def their_steps(model=theirs, attack=published_attack):
             for x, y in their_loader:
-                published.train_step(theirs, their_optimizer, attack, x.to(device).float(), y.to(device).long())
+                published.train_step(model, optimizers[model], attack, x.to(device).float(), y.to(device).long())
+
+        def peers_steps(attack=attack):
+            with precision.autocast():
+                their_steps(peers, peer(attack, peers))
 
         # The compiler gives up for good on what it first meets inside of a mode.
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             our_steps()
         work = counter.get_total_flops() / (b * steps)
-        rounds = side_by_side(our_steps, their_steps, precision, args.rounds)
+        sides = {"ours": our_steps, "published": their_steps}
+        if args.peer and attack in PEERS:
+            sides["peer"] = peers_steps
+        rounds = side_by_side(sides, precision, args.rounds)
         mine_s, theirs_s = (statistics.median(r[side] for r in rounds) for side in ("ours", "published"))
         ratios = [r["published"] / r["ours"] for r in rounds]
         share = statistics.median(work * b * steps / r["ours"] / r["matrix_product"] for r in rounds)
@@ -175,6 +207,11 @@ def measure(args) -> None:
                                   "share_of_peak": share, "rounds": rounds}
         print(f"{attack:20s} {speed:9.1f} {published_speed:9.1f} {statistics.median(ratios):6.2f} {min(ratios):7.2f} "
               f"{max(ratios):7.2f} {work / 1e9:11.2f} {share:8.1%} {50_000 / speed:17.1f}", flush=True)
+        if "peer" in sides:
+            ratio = statistics.median(r["peer"] / r["ours"] for r in rounds)
+            result["step"][attack]["peer"] = {"name": f"torchattacks {version('torchattacks')}", "ratio": ratio}
+            print(f"{'':20s} {ratio:.2f} times as fast as {result['step'][attack]['peer']['name']} in a plain loop",
+                  flush=True)
         save(result, args.json)
         if attack == "zerograd":
             step_s = mine_s / steps

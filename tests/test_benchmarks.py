@@ -1,5 +1,5 @@
 """The benchmarks run, also where streams and names are odd, and write what they measured."""
-import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,7 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
-SMALL = {"speed.py": ["--attacks", "fgsm", "--eval-images=8", "--eval-iters=1", "--eval-restarts=1"],
+PEER = ["--peer"] if importlib.util.find_spec("torchattacks") else []
+SMALL = {"speed.py": ["--attacks", "fgsm", "--eval-images=8", "--eval-iters=1", "--eval-restarts=1", *PEER],
          "methods.py": ["--methods", "fgsm"]}
 
 
@@ -24,8 +25,19 @@ def test_a_benchmark_writes_what_it_measured(name, closed, tmp_path):
     assert done.returncode == 0 and not done.stderr and ("fgsm" in done.stdout) != closed, done.stderr
     found = json.loads(path.read_text())
     assert found["base_width"] == 4 and found["batch_size"] == 8 and found["threads"] == 1
+    if name == "speed.py" and PEER:
+        assert found["step"]["fgsm"]["peer"]["ratio"] > 0 and "torchattacks" in found["step"]["fgsm"]["peer"]["name"]
     if name == "methods.py":
         assert found["methods"]["fgsm-rs"]["ratio"] == 1 and found["methods"]["fgsm"]["ratio"] > 0
+
+
+def test_a_peer_that_is_not_installed_is_told_of(call_main, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    module = importlib.import_module("speed")
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchattacks" else found(name))
+    status, output, error = call_main(module, "--device=cpu", "--peer")
+    assert status == 2 and not output and error.endswith("--peer needs a package more: pip install torchattacks\n")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -151,14 +151,14 @@ def changed(run):
     flags += ["--fname", tmp_path / "restarted"]
     again = torchrun(dying, *flags, launcher=("--max-restarts=1",), env=env)
     assert again.returncode == 0, again.stderr
-    assert "# resumed at epoch 1, step 0" in again.stdout
+    assert "# resumed after 1 epoch, from" in again.stdout
     assert_same_run(tmp_path / "restarted", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("during, slow, goes_on", [
-    ("train_epoch", ["--attack=pgd", "--pgd-iters=20", "--train-samples=2048"], "# resumed at epoch 0, step "),
-    ("measure", ["--test-iters=1", "--test-restarts=100000"], "# resumed at epoch 0, step 3 "),
-    ("final_evaluation", ["--final-iters=1", "--final-restarts=100000"], "# resumed at epoch 1, step 0 "),
+    ("train_epoch", ["--attack=pgd", "--pgd-iters=20", "--train-samples=2048"], "# resumed after 0 epochs and "),
+    ("measure", ["--test-iters=1", "--test-restarts=100000"], "# resumed after 0 epochs and 3 steps, from"),
+    ("final_evaluation", ["--final-iters=1", "--final-restarts=100000"], "# resumed after 1 epoch, from"),
 ])
 def test_sigterm_to_one_process_stops_both_and_the_run_goes_on(during, slow, goes_on, tmp_path):
     told = program(tmp_path / "told.py", f"""
@@ -213,7 +213,7 @@ def test_the_first_process_alone_reads_and_decides(tmp_path, call):
     before = {path.name: path.read_bytes() for path in (tmp_path / "apart.py1").iterdir()}
     for name, where in ((apart, ()), ("train_cifar.py", ("--fname", tmp_path / "shared"))):
         done = torchrun(name, *flags, "--epochs=2", "--resume=auto", "--allow-changes", *where)
-        assert done.returncode == 0 and "# resumed at epoch 1, step 0" in done.stdout, done.stderr
+        assert done.returncode == 0 and "# resumed after 1 epoch, from" in done.stdout, done.stderr
     assert_same_run(tmp_path / "apart.py0", tmp_path / "shared")
     assert {path.name: path.read_bytes() for path in (tmp_path / "apart.py1").iterdir()} == before
 

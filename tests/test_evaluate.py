@@ -1,10 +1,12 @@
 """Accuracy, clean and under PGD with restarts, against results that can be worked out by hand or plainly."""
 import argparse
+import statistics
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import evaluate
 from data import Images
@@ -183,6 +185,36 @@ def test_a_lower_precision_is_judged_only_where_there_is_something_to_judge():
     model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
     found = evaluate.evaluate(model, wavy_images(), PGD(1e-4, 1e-4, 6, 2), 8, precision(amp=True))
     assert found.metrics()["robust_acc"] > 0.5 and min(passed) > 0
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would make the host wait for a GPU."""
+
+    CALLS = {getattr(Tensor, name) for name in ("item", "tolist", "cpu", "numpy", "nonzero", "unique", "__bool__",
+                                                "__int__", "__float__", "__index__")} | {torch.nonzero, torch.equal}
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        masked = function in (Tensor.__getitem__, Tensor.__setitem__) and any(
+            isinstance(index, Tensor) and index.dtype is torch.bool for index in args[1:2])
+        self.count += function in self.CALLS or masked
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("kind", [FLOAT32, precision(amp=True)])
+def test_a_step_of_an_evaluation_waits_for_the_device_three_times_at_most(kind):
+    images, counts = wavy_images(40), []
+
+    def after_step(images_done):
+        counts.append(waits.count)
+        waits.count = 0
+
+    with Waits() as waits:
+        assert bool(torch.ones(3)[torch.ones(3).bool()].sum()) and waits.count == 2  # it does count
+        evaluate.evaluate(Wavy(), images, PGD(EPSILON, EPSILON / 20, 10, 3), 16, kind, progress=after_step)
+    _, *steps = counts
+    assert len(steps) > 5 and sum(steps) <= 3 * len(steps) + 2 * 3  # two before a restart: what is left to attack
+    assert statistics.median(steps) <= 3
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -74,9 +74,9 @@ def test_resume_n_and_auto_end_with_the_bits_of_an_unbroken_run(attack, tmp_path
         assert status == 128 + signal.SIGTERM and error.count("\n") == 1 and "--resume auto" in error
         done = at
     status, output, _ = call("train_cifar100.py", *flags, "--fname", part, "--resume", "auto")
-    assert status == 0 and "# resumed at epoch 2, step 1 from" in output
-    assert [line.split(" from ")[0] for line in (part / "output.log").read_text().splitlines() if line[0] == "#"] == [
-        f"# resumed at epoch {epoch}, step {step}" for epoch, step in ((0, 2), (0, 3), (2, 1))]
+    assert status == 0 and "# resumed after 2 epochs and 1 step, from" in output
+    assert [line.split(", from ")[0] for line in (part / "output.log").read_text().splitlines() if line[0] == "#"] == [
+        f"# resumed after {done}" for done in ("0 epochs and 2 steps", "0 epochs and 3 steps", "2 epochs and 1 step")]
     assert_same_run(part, whole)
 
 
@@ -168,7 +168,7 @@ def test_auto_falls_back_to_the_newest_complete_pair(tmp_path, call, small_dummy
         (part / damaged).write_bytes((part / damaged).read_bytes()[:-1000])
     (part / "model_1.pth").unlink()
     status, output, _ = call("train_cifar.py", *THREE, "--fname", part, "--resume=auto")
-    assert status == 0 and "resumed at epoch 1, step 0" in output
+    assert status == 0 and "resumed after 1 epoch, from" in output
     assert "model_0.pth and opt_0.pth, as state.pth is damaged" in output
     assert_same_run(part, tmp_path / "whole")
     aside = {path.name for path in (part / "earlier_1").iterdir()}
@@ -215,7 +215,7 @@ def test_other_images_begin_the_epoch_anew(tmp_path, call, small_dummy, monkeypa
                                                                                                "dummy": True})))
     flags = [flag for flag in flags if flag != "--dummy"]
     status, output, _ = call("train_cifar.py", *flags, "--resume=auto", "--allow-changes")
-    assert status == 0 and "resumed at epoch 1, step 0" in output
+    assert status == 0 and "resumed after 1 epoch, from" in output
 
 
 def test_a_checkpoint_is_compared_before_data_are_looked_for(tmp_path, call, small_dummy):
@@ -592,7 +592,7 @@ def test_a_real_signal_saves_the_state_first(number, tmp_path):
     flags = [*SMALL, "--attack=fgsm", "--epochs=300", "--fname", str(tmp_path / "run")]
     process = subprocess.Popen([sys.executable, str(ROOT / "train_cifar.py"), *flags], text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    epoch = next(int(line.split()[1]) for line in process.stdout if line.startswith("epoch"))
+    epoch = next(int(line.split("/")[0]) - 1 for line in process.stdout if "/300  lr " in line)
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 128 + number

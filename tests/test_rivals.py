@@ -810,7 +810,7 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_an_unbroken_one(method, more, 
         status, _, error = call("train_cifar100.py", *flags, "--fname", tmp_path / "part")
     assert status == 128 + signal.SIGTERM and error.count("\n") == 1
     status, output, error = call("train_cifar100.py", *flags, "--fname", tmp_path / "part", "--resume=auto")
-    assert status == 0 and "# resumed at epoch 1, step 1 from" in output, error
+    assert status == 0 and "# resumed after 1 epoch and 1 step, from" in output, error
     assert_same_run(tmp_path / "part", whole)
     kept = torch.load(whole / "state.pth", weights_only=True)["opt"]["run"]["kept"]
     assert kept.keys() == {"sora": {"sora"}, "free": {"free"}, "pgi": {"pgi", "pgi momentum"}, "elle-a": {"elle"}}.get(

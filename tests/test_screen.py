@@ -30,7 +30,7 @@ records = st.fixed_dictionaries({
 @given(st.lists(records, min_size=2, max_size=5))
 def test_the_lines_of_a_run_are_aligned(history):
     history[0]["best"] = True
-    lines = [epoch_line(record, history) for record in history]
+    lines = [epoch_line(record, history, 1000) for record in history]
     assert len({len(line) for line in lines}) == 1
     assert len({line.index("PGD") for line in lines}) == 1
 
@@ -39,9 +39,9 @@ def test_a_line_says_what_happened():
     healthy = {"epoch": 3, "lr": 0.16, "train_robust_acc": 0.431, "test_acc": 0.61, "fgsm_acc": 0.382, "best": True,
                "test_robust_acc": 0.374, "train_time": 100.4, "test_time": 23.5}
     later = {**healthy, "epoch": 11, "test_robust_acc": 0.021, "best": False, "collapsed": True}
-    assert epoch_line(later, [healthy, later]).split() == [
-        "epoch", "11", "lr", "0.1600", "train", "43.1", "clean", "61.0", "FGSM", "38.2", "PGD", "2.1", "best", "37.4",
-        "@3", "2:04", "COLLAPSED"]
+    assert epoch_line(later, [healthy, later], 30).split() == [
+        "12/30", "lr", "0.1600", "train", "43.1", "clean", "61.0", "FGSM", "38.2", "PGD", "2.1", "best", "37.4",
+        "@4", "2:04", "COLLAPSED"]
 
 
 @given(st.floats(0, 10**6))
@@ -98,7 +98,7 @@ def on_a_terminal(command: list[str], **options) -> str:
 def test_a_terminal_shows_a_bar_over_everything_that_takes_time(tmp_path):
     shown = on_a_terminal([sys.executable, "train_cifar.py", *FLAGS, "--final-restarts=2", "--fname",
                            str(tmp_path / "run")])
-    for bar in (r"reading CIFAR-10", r"training, epoch 1: .*loss=\d\.\d+, train=\d+\.\d", r"PGD-\d+: ", r"FGSM: ",
+    for bar in (r"reading CIFAR-10", r"training, epoch 2: .*loss=\d\.\d+, train=\d+\.\d", r"PGD-\d+: ", r"FGSM: ",
                 r"PGD-\d+, restart 2/2, \d+\.\d% still robust: .*48/48"):
         assert re.search(bar, shown), bar
 

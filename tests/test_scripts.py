@@ -303,7 +303,7 @@ def test_val_size_chooses_the_best_checkpoint_on_images_never_trained_on(tmp_pat
         judged.append(images), evaluated(model, images, *rest))[1])
     flags = [flag for flag in SMALL if not flag.startswith("--train-samples")]
     status, output, _ = call("train_cifar.py", *flags, "--val-size=24", "--fname", tmp_path / "run")
-    assert status == 0 and "24 validation and" in output and len(re.findall(r"^epoch .*  val ", output, re.M)) == 2
+    assert status == 0 and "24 validation and" in output and len(re.findall(r"^\d/2  .*  val ", output, re.M)) == 2
     assert "Val Robust Acc" in (tmp_path / "run" / "output.log").read_text().splitlines()[0]
     assert torch.equal(judged[2].pixels, data.dummy(10)[0].pixels[-24:])  # after PGD and FGSM on test images
     first, second = epochs_of(tmp_path / "run")
@@ -319,7 +319,7 @@ def test_eval_writes_its_own_logs_keeps_them_all_and_changes_nothing_else(tmp_pa
         status, output, error = call(name, *SMALL, "--fname", folder, "--eval", "--resume=2")
         assert (status, error) == (0, "")
         header, line, last = (folder / "eval.log").read_text().splitlines()
-        assert [shown.split()[0] for shown in output.splitlines()] == ["epoch", "final"]
+        assert [shown.split()[0] for shown in output.splitlines()] == ["2/2", "final"]
         cells = dict(zip(header.split("\t"), line.split("\t"), strict=True))
         assert cells["Epoch"] == "1" and cells["LR"] == "nan" and last.startswith("PGD2\t")
         trained = epochs_of(folder)[1]

@@ -73,10 +73,40 @@ def small_run(model, images, attack=None, precision=FLOAT32, folder="nowhere", h
             "full_test": False, "test_iters": 8, "test_restarts": 1, "chkpt_steps": None, "eps_warmup": 0.0,
             "final_iters": 50, "final_restarts": 10, "final_samples": None, "last_samples": None,
             "final_model": "last", "on_collapse": "warn",
-            "attack": "own", "objective": "ce", **changes}
+            "attack": "own", "objective": "ce", "model": "Wavy", **changes}
     return train.Run(argparse.Namespace(**args), State(model, optimizer, precision), Folder(folder), World(),
                      StopSignals(), model, model, attack, objectives.ce, None, lambda t: 0.1 * t, lambda t: 0.9,
                      Augmentation(), images, images[held_out], images)
+
+
+@pytest.mark.parametrize("method", options.METHODS)
+def test_no_training_step_waits_for_the_device(method, monkeypatch, tmp_path):
+    """Tensors without data answer nothing, so that whatever looks at a value ends in an error."""
+    meta, sgd = torch.device("meta"), torch.optim.SGD
+    monkeypatch.setattr(torch.optim, "SGD", lambda *args, fused, **rest: sgd(*args, **rest))  # there is no fused one
+    monkeypatch.setattr(train, "new_network", lambda dataset, args: nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)))
+    args = options.parse(train_cifar.DATASET, argv=["--batch-size=4", "--lr-max=0.1", "--ema=0.9",
+                                                    f"--method={method}"])
+    state, layout = train.build(train_cifar.DATASET, args, meta, World(device=meta))
+    state.precision = FLOAT32
+    images = Images(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.long)).to(meta, layout)
+    run = train.assemble(train_cifar.DATASET, args, state, Folder(str(tmp_path)), World(device=meta), StopSignals(),
+                         [images, images[:0], images[:1]])
+    state.begin_epoch(0)
+    with pytest.raises(RuntimeError, match="item") as error:
+        train.train_epoch(run)
+    ours = [each.name for each in error.traceback if each.path.parent == ROOT]
+    assert ours[-1] == "require_finite" and state.step == run.steps  # the first look: the epoch is over
+
+
+def test_a_gpu_evaluates_larger_batches():
+    def size(device, **args):
+        return train.evaluation_batch(argparse.Namespace(**{"batch_size": 128, "model": "ResNet18", **args}),
+                                      torch.device(device))
+    assert (size("cpu"), size("cpu", batch_size=512), size("cpu", batch_size=32)) == (128, 128, 32)
+    assert (size("cuda"), size("cuda", batch_size=512), size("cuda", batch_size=32)) == (512, 512, 128)
+    assert size("cuda", model="WideResNet") == 128
 
 
 def test_a_training_step_is_the_published_one():
@@ -168,7 +198,7 @@ def test_a_loss_that_is_not_finite_stops_the_epoch_and_names_the_first_step():
         calls.append(1)
         return torch.full_like(x, math.nan if len(calls) >= 2 else 0.0)
 
-    with pytest.raises(Failure, match="no longer finite at epoch 0, step 1; no state was saved before: lower --lr-max"):
+    with pytest.raises(Failure, match="no longer finite in epoch 1, step 2; no state was saved before: lower --lr-max"):
         train.train_epoch(small_run(Wavy(), wavy_images(40), attack))
 
 
@@ -197,7 +227,7 @@ def test_what_is_not_finite_is_never_saved(broken, tmp_path):
             model.scale.fill_(3e38)
             model.bn.weight.fill_(1e3)
     model.train()
-    with pytest.raises(Failure, match="no longer finite at epoch 0, step 2"):
+    with pytest.raises(Failure, match="no longer finite in epoch 1, step 3"):
         train.save(run)
     assert model.training and not list(tmp_path.iterdir())
 
