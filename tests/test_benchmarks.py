@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT
+from torch import nn
 
 PEER = ["--peer"] if importlib.util.find_spec("torchattacks") else []
 SMALL = {"speed.py": ["--attacks", "fgsm", "--eval-images=8", "--eval-iters=1", "--eval-restarts=1", *PEER],
-         "methods.py": ["--methods", "fgsm"]}
+         "methods.py": ["--methods", "fgsm"], "convolutions.py": []}
 
 
 @pytest.mark.parametrize("closed", [False, True])
@@ -22,13 +24,26 @@ def test_a_benchmark_writes_what_it_measured(name, closed, tmp_path):
                "--device=cpu", *SMALL[name], f"--json={path}"]
     done = subprocess.run(command, text=True, capture_output=True, preexec_fn=lambda: os.close(1) if closed else None,
                           env={"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and not done.stderr and ("fgsm" in done.stdout) != closed, done.stderr
+    assert done.returncode == 0 and not done.stderr and ("batch 8" in done.stdout) != closed, done.stderr
     found = json.loads(path.read_text())
     assert found["base_width"] == 4 and found["batch_size"] == 8 and found["threads"] == 1
     if name == "speed.py" and PEER:
         assert found["step"]["fgsm"]["peer"]["ratio"] > 0 and "torchattacks" in found["step"]["fgsm"]["peer"]["name"]
+    if name == "convolutions.py":
+        assert sum(each["count"] for each in found["layers"]) == 3 * 20  # three passes of each convolution
+        assert all(each["as_product"] or each["stride"] == 2 for each in found["layers"])
     if name == "methods.py":
         assert found["methods"]["fgsm-rs"]["ratio"] == 1 and found["methods"]["fgsm"]["ratio"] > 0
+
+
+@pytest.mark.parametrize("kernel, stride, size", [(3, 1, 8), (3, 2, 8), (1, 2, 8), (3, 1, 4)])
+def test_a_convolution_and_its_matrix_product_are_the_same(kernel, stride, size, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    layer = nn.Conv2d(3, 5, kernel, stride, kernel // 2, bias=False).double()
+    x = torch.randn(2, 3, size, size, dtype=torch.float64).to(memory_format=torch.channels_last)
+    both = importlib.import_module("convolutions").ways(layer, x)
+    for ours, product in (ways for ways in both.values() if ways[1]):
+        torch.testing.assert_close(product(), ours(), rtol=1e-12, atol=1e-12)
 
 
 def test_a_peer_that_is_not_installed_is_told_of(call_main, monkeypatch):
