@@ -2,7 +2,9 @@
 
 The files of a run hold more; nothing reads what is printed here. Epochs count from 1 in words, from 0 in the files.
 """
+import os
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -51,7 +53,7 @@ class Progress:
         self.said, self.values, self.over = time.monotonic(), "", threading.Event()
         self.timed: tuple[float, int] | None = None  # after the first step, which may have compiled: when, how many
         self.bar = tqdm(desc=what, total=total, unit=unit, initial=done, leave=False, dynamic_ncols=True,
-                        bar_format=None if total else "{desc} {elapsed}", disable=None if screen.shown else True)
+                        bar_format=None if total else "{desc} {elapsed}", disable=not (screen.shown and drawable()))
         if not self.bar.disable:
             threading.Thread(target=self._move, daemon=True).start()
 
@@ -89,6 +91,14 @@ class Progress:
     def close(self) -> None:
         self.over.set()
         self.bar.close()
+
+
+def drawable() -> bool:
+    """Whether there is a terminal to draw bars on. That of a container or a job can have no columns."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns > 0
+    except (AttributeError, OSError, ValueError):  # there is no stream, it is closed, or no terminal
+        return False
 
 
 def duration(seconds: float) -> str:

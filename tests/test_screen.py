@@ -75,10 +75,10 @@ def test_quiet_leaves_nothing_but_errors(call, tmp_path):
     assert call("train_cifar.py", *FLAGS, "--fname", tmp_path / "run", "--resume=1", "--epsilon=7")[2].count("\n") == 1
 
 
-def on_a_terminal(command: list[str], **options) -> str:
+def on_a_terminal(command: list[str], columns: int = 160, **options) -> str:
     """What the command shows on a terminal of its own."""
     leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 160, 0, 0))  # a new one has no columns
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     with subprocess.Popen(command, stdout=follower, stderr=follower, cwd=ROOT, **options) as process:
         os.close(follower)
         shown = b""
@@ -101,6 +101,13 @@ def test_a_terminal_shows_a_bar_over_everything_that_takes_time(tmp_path):
     for bar in (r"reading CIFAR-10", r"training, epoch 2: .*loss=\d\.\d+, train=\d+\.\d", r"PGD-\d+: ", r"FGSM: ",
                 r"PGD-\d+, restart 2/2, \d+\.\d% still robust: .*48/48"):
         assert re.search(bar, shown), bar
+
+
+def test_a_terminal_without_columns_shows_lines():
+    wait = "import screen; screen.MINUTES = 0\nwith screen.Screen().progress('waiting', 2, 'step') as bar: bar.update()"
+    command = [sys.executable, "-c", wait]
+    assert "# waiting: 1 of 2 steps, some time left" in on_a_terminal(command, columns=0)
+    assert "0%|" in on_a_terminal(command) and "1 of 2" not in on_a_terminal(command)
 
 
 def test_off_a_terminal_a_long_wait_says_a_line_now_and_then(monkeypatch, capsys):
