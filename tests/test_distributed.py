@@ -45,7 +45,7 @@ train.between_steps = between_steps_changed
 
 def test_two_processes_train_about_as_well_as_one_and_evaluate_alike(tmp_path, call):
     flags = [*SMALL, "--train-samples=768", "--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.2", "--base-width=8",
-             "--attack=multigrad", "--multi-parallel"]
+             "--attack=fgsm"]
     assert call("train_cifar.py", *flags, "--fname", tmp_path / "one")[0] == 0
     done = torchrun("train_cifar.py", *flags, "--fname", tmp_path / "two")
     assert done.returncode == 0, done.stderr
@@ -144,13 +144,11 @@ def changed(run):
     flags = [*SMALL, "--epochs=3", "--attack=fgsm", "--resume=auto"]
     whole = torchrun("train_cifar.py", *flags, "--fname", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    died = torchrun(dying, *flags, "--fname", tmp_path / "part")
-    assert died.returncode != 0 and "SIGKILL" in died.stderr
     # Without this setting torchrun's new processes may read the dead ones' addresses from a store that they share.
     env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     flags += ["--fname", tmp_path / "restarted"]
     again = torchrun(dying, *flags, launcher=("--max-restarts=1",), env=env)
-    assert again.returncode == 0, again.stderr
+    assert again.returncode == 0 and "exitcode: -9" in again.stderr, again.stderr
     assert "# resumed after 1 epoch, from" in again.stdout
     assert_same_run(tmp_path / "restarted", tmp_path / "whole")
 
@@ -160,7 +158,7 @@ def changed(run):
     ("measure", ["--test-iters=1", "--test-restarts=100000"], "# resumed after 0 epochs and 3 steps, from"),
     ("final_evaluation", ["--final-iters=1", "--final-restarts=100000"], "# resumed after 1 epoch, from"),
 ])
-def test_sigterm_to_one_process_stops_both_and_the_run_goes_on(during, slow, goes_on, tmp_path):
+def test_sigterm_to_one_process_stops_both_and_another_goes_on(during, slow, goes_on, tmp_path, call):
     told = program(tmp_path / "told.py", f"""
 original = train.{during}
 def told(*args, **kwargs):
@@ -174,8 +172,8 @@ train.{during} = told
     assert stopped.returncode != 0 and "stopped by SIGTERM; --resume auto" in stopped.stderr
     assert not (tmp_path / "run" / "final.json").exists()
     fast = ["--pgd-iters=1", "--test-restarts=1", "--final-restarts=1", "--allow-changes"]
-    again = torchrun("train_cifar.py", *flags, *fast)
-    assert again.returncode == 0, again.stderr
+    status, _, error = call("train_cifar.py", *flags, *fast)
+    assert status == 0, error
     assert goes_on in (tmp_path / "run" / "output.log").read_text()
     assert [record["epoch"] for record in epochs_of(tmp_path / "run")] == [0]
 
@@ -194,13 +192,10 @@ def test_sigterm_to_torchrun_itself_leaves_time_to_save_also_where_steps_are_slo
     assert torch.load(tmp_path / "run" / "state.pth", weights_only=True)["opt"]["run"]["step"] > 0
 
 
-def test_a_mistake_that_every_process_finds_is_said_once(tmp_path, call):
-    flags = [*SMALL, "--attack=fgsm", "--fname", tmp_path / "run"]
-    assert call("train_cifar.py", *flags)[0] == 0
-    for more, named in ((["--compile"], "--compile on a CPU needs"),
-                        (["--resume=auto", "--lr-max=0.3"], "has --lr-max 0.1")):
-        done = torchrun("train_cifar.py", *flags, *more)
-        assert done.returncode != 0 and done.stderr.count("error: ") == done.stderr.count(named) == 1, done.stderr
+def test_a_mistake_that_every_process_finds_is_said_once(tmp_path):
+    done = torchrun("train_cifar.py", *SMALL, "--attack=fgsm", "--compile", "--fname", tmp_path / "run")
+    assert done.returncode != 0 and done.stderr.count("error: ") == 1, done.stderr
+    assert "--compile on a CPU needs" in done.stderr
 
 
 def test_the_first_process_alone_reads_and_decides(tmp_path, call):

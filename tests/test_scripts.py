@@ -107,7 +107,7 @@ def test_the_papers_commands_run_to_the_end(i, tmp_path):
     titles += ["Val Robust Acc"] * (name == "train_svhn.py") + ["Defence Mean", "Attack Mean"]
     assert header.split("\t") == titles and len(lines) == 2
     shown = [line.split()[0] for line in done.stdout.splitlines() if line[0] != "#"]
-    assert shown == ["method", "data", "network", "folder", "epoch", "epoch", "final"] and not done.stderr
+    assert shown == ["method", "data", "network", "folder", "1/2", "2/2", "final"] and not done.stderr
     assert re.fullmatch(r"PGD2\ttime: [\d.]+\tclean loss: [\d.]+\tclean acc: [\d.]+\trobust loss: [\d.]+\trobust acc: "
                         r"[\d.]+", last)
     for epoch, (line, record) in enumerate(zip(lines, epochs_of(folder), strict=True)):
