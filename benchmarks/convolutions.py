@@ -4,9 +4,8 @@
     python benchmarks/convolutions.py --amp --base-width=16 --json=benchmarks/results/convolutions.json
 
 The matrix product is of the layer's input, unfolded into a row for every pixel of the output (the time to unfold it is
-counted), with the weights; or, for their gradient, with the output's gradient. Both ways take turns, and the share is
-that of a large matrix product's speed. Flags of train_cifar.py that say what network, batch, precision and machine are
-ours hold here, too.
+counted), with the weights; or, for their gradient, with the output's gradient. Both ways take turns. Flags of
+train_cifar.py that say what network, batch, precision and machine are ours hold here, too.
 """
 import sys
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from speed import peak_flops, save, seconds
+from speed import save, seconds
 
 import options
 import train
@@ -86,8 +85,7 @@ def measure(args) -> None:
               "batch_size": args.batch_size, "layers": []}
     print(f"{result['device']}, {result['threads']} threads, torch {torch.__version__}, {precision.dtype}, "
           f"width {args.base_width}, batch {args.batch_size}; the least of {args.rounds} turns\n")
-    print(f"{'layer':30s} {'how many':>8s} {'pass':18s} {'ms':>8s} {'share':>6s} {'as a product, ms':>17s}")
-    peak = peak_flops(precision)
+    print(f"{'layer':30s} {'how many':>8s} {'pass':18s} {'ms':>8s} {'TFLOP/s':>8s} {'as a product, ms':>17s}")
     model = train.new_network(DATASET, args)
     layout = memory_format(model, device)
     for (inputs, outputs, k, stride, size), (layer, _, count) in layers(model).items():
@@ -100,7 +98,7 @@ def measure(args) -> None:
             result["layers"].append({"inputs": inputs, "outputs": outputs, "kernel": k, "stride": stride, "size": size,
                                      "count": count, "pass": name, "seconds": taken[0], "as_product": product})
             title = f"{k}x{k}, {inputs} to {outputs}, {size}x{size}{f', stride {stride}' if stride > 1 else ''}"
-            print(f"{title:30s} {count:8d} {name:18s} {1e3 * taken[0]:8.2f} {work / taken[0] / peak:6.0%} "
+            print(f"{title:30s} {count:8d} {name:18s} {1e3 * taken[0]:8.2f} {work / taken[0] / 1e12:8.2f} "
                   + (f"{1e3 * product:17.2f}" if product else ""), flush=True)
             save(result, args.json)
     print()

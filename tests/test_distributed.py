@@ -45,7 +45,7 @@ train.between_steps = between_steps_changed
 
 def test_two_processes_train_about_as_well_as_one_and_evaluate_alike(tmp_path, call):
     flags = [*SMALL, "--train-samples=768", "--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.2", "--base-width=8",
-             "--attack=fgsm"]
+             "--attack=multigrad", "--multi-parallel"]
     assert call("train_cifar.py", *flags, "--fname", tmp_path / "one")[0] == 0
     done = torchrun("train_cifar.py", *flags, "--fname", tmp_path / "two")
     assert done.returncode == 0, done.stderr
@@ -144,6 +144,8 @@ def changed(run):
     flags = [*SMALL, "--epochs=3", "--attack=fgsm", "--resume=auto"]
     whole = torchrun("train_cifar.py", *flags, "--fname", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
+    died = torchrun(dying, *flags, "--fname", tmp_path / "part")
+    assert died.returncode != 0 and "SIGKILL" in died.stderr
     # Without this setting torchrun's new processes may read the dead ones' addresses from a store that they share.
     env = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     flags += ["--fname", tmp_path / "restarted"]
