@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from attacks import input_gradient
 
 GAP = 0.2  # accuracy under FGSM less that under PGD
+MOST = 0.5  # of the training images, those whose loss the attack made smaller
 
 
 def collapsed(history: list[dict[str, Any]]) -> list[bool]:
     """For each epoch, whether the run is in collapse after it.
 
-    It is from the first epoch in which the gap between FGSM's and PGD's accuracy exceeds 20 points and PGD's is low,
-    until neither holds. Low is under half of its best so far or, as a run can be unsound from its first epoch on, of
-    FGSM's. Where FGSM's is not known, in older runs, the best alone decides.
+    It is from the first epoch in which FGSM misleads and PGD's accuracy is low, until neither holds. FGSM misleads where
+    its accuracy is more than 20 points above PGD's, or where the training's attack made most images easier. Low is
+    under half of its best so far or, as a run can be unsound from its first epoch on, of FGSM's. Where FGSM's is not
+    known, in older runs, the best alone decides.
     """
     states: list[bool] = []
     best = 0.0
@@ -28,9 +30,10 @@ def collapsed(history: list[dict[str, Any]]) -> list[bool]:
         if record.get("defence_mean") == 0:  # ordinary training cannot overfit to an attack
             states.append(False)
             continue
-        wide, low = fgsm is None or fgsm - robust > GAP, robust < max(best, fgsm or 0.0) / 2
+        misleads = fgsm is None or fgsm - robust > GAP or (record.get("abnormal") or 0) > MOST
+        low = robust < max(best, fgsm or 0.0) / 2
         before = bool(states) and states[-1]
-        states.append((wide and low) or (before and (low if fgsm is None else wide or low)))
+        states.append((misleads and low) or (before and (low if fgsm is None else misleads or low)))
         best = max(best, robust)
     return states
 

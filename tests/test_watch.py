@@ -27,6 +27,14 @@ def test_the_rule_on_curves_known_beforehand(pairs, expected):
     assert watch.collapsed(curve(*pairs)) == expected
 
 
+@pytest.mark.parametrize("abnormal, expected", [
+    ((0.36, 0.76), [False, True]),  # GradAlign over two short epochs, as it was
+    ((0.36, 0.45), [False, False]), ((None, None), [False, False])])
+def test_an_attack_that_helps_most_images_misleads_whatever_fgsm_finds(abnormal, expected):
+    pairs = curve((0.076, 0.055), (0.111, 0.016))
+    assert watch.collapsed([{**record, "abnormal": share} for record, share in zip(pairs, abnormal)]) == expected
+
+
 def test_ordinary_training_cannot_overfit_to_an_attack():
     ordinary = [{**record, "defence_mean": 0.0} for record in curve((0.3, 0.01), (0.4, 0.0))]
     assert watch.collapsed(ordinary) == [False, False]
