@@ -21,11 +21,6 @@ RESULTS = {f"{path.parent.name}/{path.stem}": json.loads(path.read_text())
 
 JUDGED = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments/judged").glob("*.json")}
 
-# Made before the history was squashed, at commits that are no more: to be made again, and then to go from this list.
-LOST = {f"cpu-bf16/cifar10_{name}_seed=0" for name in (
-    "fgsm_fgsm-init=zero_fgsm-alpha=1", "fgsm_fgsm-alpha=1.25", "multigrad_multi-samps=3", "zerograd_zero-qval=0",
-    "zerograd_zero-qval=0.2", "zerograd_zero-qval=0.35", "zerograd_zero-qval=0.7")}
-
 
 def test_every_result_was_made_at_a_commit_of_this_history():
     def git(*words: str) -> str:
@@ -35,7 +30,7 @@ def test_every_result_was_made_at_a_commit_of_this_history():
     history = set(git("rev-list", "HEAD").split())
     lost = {name for name, result in {**RESULTS, **JUDGED}.items()
             if not {start["commit"].removesuffix("-dirty") for start in result["starts"]} <= history}
-    assert lost == LOST
+    assert not lost
 
 
 # Results, in %
@@ -67,8 +62,8 @@ def stem(method: str, data_set: str = "cifar10", epsilon: int = 8, rest: str = "
     return "_".join([data_set, *flags.replace("--attack=", "").replace("--", "").split()]) + rest
 
 
-ZERO, RS, MULTI, PGD10 = (stem(name) for name in ("FGSM, zero initialization", "FGSM-RS", "MultiGrad", "PGD-10"))
-Q = {q: stem(f"ZeroGrad, q = {q}") for q in ("0", "0.2", "0.35", "0.5", "0.7", "0.9")}
+ZERO, ZEROGRAD, MULTI, PGD10 = (stem(name) for name in (
+    "FGSM, zero initialization", "ZeroGrad, q = 0.35", "MultiGrad", "PGD-10"))
 
 
 def at(epsilon: int, method: str) -> str:
@@ -89,10 +84,12 @@ def result_of(cells: dict[str, str]) -> tuple[str, str]:
     if titles[0] == "ZeroGrad, q = 0.35, at epsilon 8/255":
         return "cpu", stem("ZeroGrad, q = 0.7" if first.endswith("q = 0.7") else "ZeroGrad, q = 0.35",
                            rest=f"{FROM_ZERO[first]}_epochs=5")
-    method = re.sub(r"^(epsilon \d+/255|CIFAR-100): |, collapsed.*", "", cells.get("trained on", first))
+    method = re.sub(r"^(epsilon \d+/255|CIFAR-100): |, (collapsed|in bfloat16).*", "", cells.get("trained on", first))
     given = re.match(r"epsilon (\d+)/255", first)
     epsilon = int(given[1] if given else cells.get("epsilon", 8))
-    return "cpu-bf16", stem(method, "cifar100" if "CIFAR-100" in titles[0] + first else "cifar10", epsilon)
+    cifar100 = "CIFAR-100" in titles[0] + first
+    scale = "cpu-bf16" if cifar100 or epsilon != 8 or first.endswith(", in bfloat16") else "cpu"
+    return scale, stem(method, "cifar100" if cifar100 else "cifar10", epsilon)
 
 
 COLUMNS: dict[str, Callable[[str, str], float]] = {
@@ -130,7 +127,8 @@ ROWS = [pytest.param(cells, id=f"{page}: {' / '.join(list(cells.values())[:2])}"
 def test_a_row_says_what_its_result_says(cells):
     scale, name = result_of(cells)
     assert cells.keys() <= COLUMNS.keys() | {*list(cells)[:1], "trained on", "published: clean / PGD-50"}
-    assert cells.get("published: clean / PGD-50", "") in ("", PUBLISHED.get(next(iter(cells.values()))))
+    published = PUBLISHED.get(next(iter(cells.values())).removesuffix(", in bfloat16"))
+    assert cells.get("published: clean / PGD-50", "") in ("", published)
     for title in COLUMNS.keys() & cells.keys():
         assert float(cells[title]) == pytest.approx(COLUMNS[title](scale, name), abs=0.05 + 1e-9), title
 
@@ -171,12 +169,11 @@ def about(*values: float) -> Callable[[float], bool]:
 
 ZERO100, BACK = stem("FGSM, zero initialization", "cifar100"), stem("ZeroGrad, q = 0.35", rest="_fgsm-init=zero")
 SENTENCES: dict[str, list[tuple[str, list]]] = {"README.md": [], "experiments/README.md": [
-    ("its accuracy under PGD-10 is #% after the first epoch, #% after the second, and under #% from the third on",
-     [pgd(ZERO, 1), pgd(ZERO, 2), below(*series(ZERO)[2:])]),
+    ("is #% after the first epoch and #% after the second; it comes back once, to #% after the sixth, and is under #% "
+     "from the seventh on", [pgd(ZERO, 1, "cpu"), pgd(ZERO, 2, "cpu"), max(series(ZERO, scale="cpu")[2:]),
+                             below(*series(ZERO, scale="cpu")[6:])]),
     ("keeps #% under PGD-10, nearly as much as one that is trained on PGD-10 itself (#%)",
-     [about(pgd(MULTI), pgd(Q["0.2"]), pgd(Q["0.35"])), pgd(PGD10)]),
-    ("falls from #% (of 1,024 test images) to #% (of 10,000), while its training accuracy jumps from #% to #%",
-     [pgd(Q["0"], 14), pgd(Q["0"]), training(Q["0"], 14), training(Q["0"])]),
+     [about(pgd(MULTI, scale="cpu"), pgd(ZEROGRAD, scale="cpu")), pgd(PGD10)]),
     ("in the twelfth, its accuracy under PGD-10 falls from #% to #%, while its training accuracy jumps from #% to #%",
      [pgd(ZERO100, 11), pgd(ZERO100, 12), training(ZERO100, 11), training(ZERO100, 12)]),
     ("when its 15 epochs were over (clean #%, PGD-10 #%)", [clean(ZERO100, "cpu"), pgd(ZERO100, scale="cpu")]),
@@ -201,7 +198,6 @@ SENTENCES: dict[str, list[tuple[str, list]]] = {"README.md": [], "experiments/RE
       clean(at(16, "ZeroGrad, q = 0.35"), "cpu")]),
     ("#% under PGD-10 after the third epoch, and, but for one epoch at #%, under #% from then on",
      [pgd(BACK, 3, "cpu"), max(series(BACK, scale="cpu")[3:]), below(*sorted(series(BACK, scale="cpu")[3:])[:-1])]),
-    ("comes back once, to #% under PGD-10, before it falls again", [max(series(ZERO, scale="cpu")[2:])]),
 ]}
 NOT_OF_RESULTS = {"README.md": [], "experiments/README.md": ["the 70% of an image's entries", "q = 0.5 and 0.9"]}
 
@@ -269,4 +265,4 @@ def test_the_passes_of_a_method_are_those_that_its_line_in_options_has():
 def test_every_commit_that_a_page_names_has_results():
     commits = {start["commit"][:7] for result in (*RESULTS.values(), *JUDGED.values()) for start in result["starts"]}
     named = set(re.findall(r"\b(?=[a-f]*\d)[0-9a-f]{7}\b", "".join(PAGES.values())))
-    assert named - {"3390c4e"} <= commits  # of the squashed history
+    assert named <= commits
