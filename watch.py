@@ -18,9 +18,9 @@ MOST = 0.5  # of the training images, those whose loss the attack made smaller
 def collapsed(history: list[dict[str, Any]]) -> list[bool]:
     """For each epoch, whether the run is in collapse after it.
 
-    It is from the first epoch in which FGSM misleads and PGD's accuracy is low, until neither holds. FGSM misleads where
-    its accuracy is more than 20 points above PGD's, or where the training's attack made most images easier. Low is
-    under half of its best so far or, as a run can be unsound from its first epoch on, of FGSM's. Where FGSM's is not
+    It is from the first epoch in which FGSM misleads and PGD's accuracy is low, until neither holds. FGSM misleads
+    where its accuracy is more than 20 points above PGD's, or where the training's attack made most images easier. Low
+    is under half of its best so far or, as a run can be unsound from its first epoch on, of FGSM's. Where FGSM's is not
     known, in older runs, the best alone decides.
     """
     states: list[bool] = []
