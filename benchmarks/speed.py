@@ -3,20 +3,25 @@
     python benchmarks/speed.py                                         # float32, full width
     python benchmarks/speed.py --amp --json benchmarks/results/gpu.json
     python benchmarks/speed.py --rounds 3 --eval-iters 10 --eval-restarts 2 --eval-images 64    # on a CPU
-    python benchmarks/speed.py --peer                                  # pip install torchattacks
+    python benchmarks/speed.py --peer                # pip install torchattacks adversarial-robustness-toolbox
 
 The sides take turns, so that a machine whose speed drifts slows all; a ratio is the median over the rounds. The
 peak is that of a matrix product of the same precision, measured here; the work of a step is counted, not assumed.
 Flags of train_cifar.py that say what network, batch and machine are ours hold here, too. The published way has the same
-network and PyTorch's defaults: on CUDA, float32 convolutions in TF32, as ours are without --no-tf32. The peer is a
-plain loop around torchattacks, in the precision of ours, with the published way's data.
+network and PyTorch's defaults: on CUDA, float32 convolutions in TF32, as ours are without --no-tf32. The peers, as far
+as they are installed, are a plain loop around torchattacks, with the published way's data, and ART's trainer of
+FGSM-RS, with its own, which are not augmented; both in the precision of ours.
 """
+import contextlib
 import importlib.util
+import io
 import json
 import math
 import resource
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -40,6 +45,7 @@ from machine import Precision, World, choose_device, describe, keep_freed_memory
 from train_cifar import DATASET
 from utils import StopSignals, UsageError, one_line_errors, whole_file
 
+ROOT = Path(__file__).resolve().parent.parent
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
 
 # Attack by name: ours, the published way's.
@@ -56,8 +62,9 @@ ATTACKS = {
 
 
 # Attack by name: torchattacks' class, and its keywords.
-PEERS = {"fgsm": ("FFGSM", dict(eps=EPSILON, alpha=2 * EPSILON)),
-         "pgd-10": ("PGD", dict(eps=EPSILON, alpha=PGD_ALPHA, steps=10))}
+TORCHATTACKS = {"fgsm": ("FFGSM", dict(eps=EPSILON, alpha=2 * EPSILON)),
+                "pgd-10": ("PGD", dict(eps=EPSILON, alpha=PGD_ALPHA, steps=10))}
+PEERS = {"torchattacks": "torchattacks", "art": "adversarial-robustness-toolbox"}  # the package of each module
 
 
 def seconds(work, device) -> float:
@@ -93,14 +100,46 @@ def side_by_side(sides: dict[str, Callable[[], None]], precision: Precision, rou
              "matrix_product": peak_flops(precision)} for _ in range(rounds + 1)][1:]
 
 
-def peer(attack: str, model: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
+def torchattacks_attack(attack: str, model: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """torchattacks' attack, as the published way takes one; in training mode, as all attacks here."""
     import torchattacks
 
-    name, keywords = PEERS[attack]
+    name, keywords = TORCHATTACKS[attack]
     perturb = getattr(torchattacks, name)(model, **keywords)
     perturb.set_model_training_mode(model_training=True, batchnorm_training=True)
     return lambda model, x, y: perturb(x, y) - x
+
+
+def art_epoch(model: nn.Module, optimizer, x: Tensor, y: Tensor, batch_size: int) -> Callable[[], None]:
+    """An epoch of ART's trainer of FGSM-RS, on the device of the model."""
+    from art.defences.trainer import AdversarialTrainerFBFPyTorch
+    from art.estimators.classification import PyTorchClassifier
+
+    classifier = PyTorchClassifier(model, nn.CrossEntropyLoss(), tuple(x.shape[1:]), 10, optimizer, clip_values=(0, 1),
+                                   device_type="gpu" if next(model.parameters()).is_cuda else "cpu")
+    trainer = AdversarialTrainerFBFPyTorch(classifier, eps=EPSILON)
+    images, labels = x.numpy(), nn.functional.one_hot(y, 10).numpy()
+
+    def epoch() -> None:
+        with contextlib.redirect_stderr(io.StringIO()):  # its bar
+            trainer.fit(images, labels, batch_size=batch_size, nb_epochs=1)
+
+    return epoch
+
+
+def start_up(rounds: int) -> dict[str, float]:
+    """Seconds until --help has answered, and until a run on synthetic images is at its first step: the least of all."""
+    first_step = ("import sys, options, train, train_cifar; train.train_epoch = lambda *_: sys.exit(); "
+                  "train.main(train_cifar.DATASET, options.parse(train_cifar.DATASET))")
+    with tempfile.TemporaryDirectory() as folder:
+        commands = {"--help": ["train_cifar.py", "--help"],
+                    "first step": ["-c", first_step, "--dummy", "--base-width=16", f"--fname={folder}/run"]}
+
+        def start(name: str) -> None:
+            subprocess.run([sys.executable, *commands[name]], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
+
+        return {name: min(seconds(partial(start, name), torch.device("cpu")) for _ in range(rounds))
+                for name in commands}
 
 
 def peak_flops(precision: Precision) -> float:
@@ -140,14 +179,15 @@ def main() -> None:
     add("--eval-restarts", type=options.number(int, 1), default=10, help="its restarts")
     add("--eval-images", type=options.number(int, 0), default=1024, help="0: no evaluation")
     add("--eval-rounds", type=options.number(int, 1), default=1, help="turns of each evaluation")
-    add("--peer", action="store_true", help="measure torchattacks in a plain loop, too")
+    add("--peer", action="store_true", help="measure torchattacks in a plain loop and ART's trainer, too")
     add("--json", type=options.path, help="also write the figures here")
     own, argv = p.parse_known_args()
     args = options.parse(DATASET, argv=["--lr-max=0.01", *argv])
     vars(args).update(vars(own))
     with one_line_errors():
-        if args.peer and not importlib.util.find_spec("torchattacks"):
-            raise UsageError("--peer needs a package more: pip install torchattacks")
+        args.peers = [name for name in PEERS if args.peer and importlib.util.find_spec(name)]
+        if args.peer and not args.peers:
+            raise UsageError(f"--peer needs one of two packages more: pip install {' '.join(PEERS.values())}")
         if args.json:
             Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # or an hour's figures would be lost
         measure(args)
@@ -186,17 +226,26 @@ def measure(args) -> None:
             for x, y in their_loader:
                 published.train_step(model, optimizers[model], attack, x.to(device).float(), y.to(device).long())
 
-        def peers_steps(attack=attack):
+        arts_epoch = art_epoch(peers, optimizers[peers], pixels.permute(0, 3, 1, 2) / 255, labels, b) \
+            if "art" in args.peers and attack == "fgsm" else None
+
+        def torchattacks_steps(attack=attack):
             with precision.autocast():
-                their_steps(peers, peer(attack, peers))
+                their_steps(peers, torchattacks_attack(attack, peers))
+
+        def art_steps(epoch=arts_epoch):
+            with precision.autocast():
+                epoch()
 
         # The compiler gives up for good on what it first meets inside of a mode.
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             our_steps()
         work = counter.get_total_flops() / (b * steps)
         sides = {"ours": our_steps, "published": their_steps}
-        if args.peer and attack in PEERS:
-            sides["peer"] = peers_steps
+        if "torchattacks" in args.peers and attack in TORCHATTACKS:
+            sides["torchattacks"] = torchattacks_steps
+        if arts_epoch:
+            sides["art"] = art_steps
         rounds = side_by_side(sides, precision, args.rounds)
         mine_s, theirs_s = (statistics.median(r[side] for r in rounds) for side in ("ours", "published"))
         ratios = [r["published"] / r["ours"] for r in rounds]
@@ -207,11 +256,11 @@ def measure(args) -> None:
                                   "share_of_peak": share, "rounds": rounds}
         print(f"{attack:20s} {speed:9.1f} {published_speed:9.1f} {statistics.median(ratios):6.2f} {min(ratios):7.2f} "
               f"{max(ratios):7.2f} {work / 1e9:11.2f} {share:8.1%} {50_000 / speed:17.1f}", flush=True)
-        if "peer" in sides:
-            ratio = statistics.median(r["peer"] / r["ours"] for r in rounds)
-            result["step"][attack]["peer"] = {"name": f"torchattacks {version('torchattacks')}", "ratio": ratio}
-            print(f"{'':20s} {ratio:.2f} times as fast as {result['step'][attack]['peer']['name']} in a plain loop",
-                  flush=True)
+        result["step"][attack]["peers"] = {
+            f"{name} {version(PEERS[name])}": statistics.median(r[name] / r["ours"] for r in rounds)
+            for name in args.peers if name in sides}
+        for name, ratio in result["step"][attack]["peers"].items():
+            print(f"{'':20s} {ratio:.2f} times as fast as {name}", flush=True)
         save(result, args.json)
         if attack == "zerograd":
             step_s = mine_s / steps
@@ -226,6 +275,8 @@ def measure(args) -> None:
 
     if args.eval_images:
         evaluation(args, ours, theirs, layout, precision, result)
+    result["start_up_seconds"] = start_up(args.rounds)
+    print("\nstart-up: " + ", ".join(f"{taken:.1f} s to {name}" for name, taken in result["start_up_seconds"].items()))
     result["peak_memory_bytes"] = peak_memory(device)
     print(f"\npeak memory, both sides: {result['peak_memory_bytes'] / 2**30:.2f} GiB")
     save(result, args.json)

@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-PEER = ["--peer"] if importlib.util.find_spec("torchattacks") else []
+PEERS = [name for name in ("torchattacks", "art") if importlib.util.find_spec(name)]
+PEER = ["--peer"] if PEERS else []
 SMALL = {"speed.py": ["--attacks", "fgsm", "--eval-images=8", "--eval-iters=1", "--eval-restarts=1", *PEER],
          "methods.py": ["--methods", "fgsm"], "convolutions.py": []}
 
@@ -26,8 +27,10 @@ def test_a_benchmark_writes_what_it_measured(name, closed, tmp_path):
     assert done.returncode == 0 and not done.stderr and ("batch 8" in done.stdout) != closed, done.stderr
     found = json.loads(path.read_text())
     assert found["base_width"] == 4 and found["batch_size"] == 8 and found["threads"] == 1
-    if name == "speed.py" and PEER:
-        assert found["step"]["fgsm"]["peer"]["ratio"] > 0 and "torchattacks" in found["step"]["fgsm"]["peer"]["name"]
+    if name == "speed.py":
+        peers = found["step"]["fgsm"]["peers"]
+        assert [peer.split()[0] for peer in peers] == PEERS and all(ratio > 0 for ratio in peers.values())
+        assert 0 < found["start_up_seconds"]["--help"] < found["start_up_seconds"]["first step"]
     if name == "convolutions.py":
         assert sum(each["count"] for each in found["layers"]) == 3 * 20  # three passes of each convolution
         assert all(each["as_product"] or each["stride"] == 2 for each in found["layers"])
@@ -49,9 +52,9 @@ def test_a_peer_that_is_not_installed_is_told_of(call_main, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("speed")
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchattacks" else found(name))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in module.PEERS else found(name))
     status, output, error = call_main(module, "--device=cpu", "--peer")
-    assert status == 2 and not output and error.endswith("--peer needs a package more: pip install torchattacks\n")
+    assert status == 2 and not output and "--peer needs one of two packages more: pip install torchattacks" in error
 
 
 @pytest.mark.parametrize("name", SMALL)
