@@ -226,8 +226,9 @@ def measure(args) -> None:
             for x, y in their_loader:
                 published.train_step(model, optimizers[model], attack, x.to(device).float(), y.to(device).long())
 
-        arts_epoch = art_epoch(peers, optimizers[peers], pixels.permute(0, 3, 1, 2) / 255, labels, b) \
-            if "art" in args.peers and attack == "fgsm" else None
+        arts_epoch = None
+        if "art" in args.peers and attack == "fgsm":
+            arts_epoch = art_epoch(peers, optimizers[peers], pixels.permute(0, 3, 1, 2) / 255, labels, b)
 
         def torchattacks_steps(attack=attack):
             with precision.autocast():
