@@ -18,10 +18,10 @@ MOST = 0.5  # of the training images, those whose loss the attack made smaller
 def collapsed(history: list[dict[str, Any]]) -> list[bool]:
     """For each epoch, whether the run is in collapse after it.
 
-    It is from the first epoch in which FGSM misleads and PGD's accuracy is low, until neither holds. FGSM misleads
-    where its accuracy is more than 20 points above PGD's, or where the training's attack made most images easier. Low
-    is under half of its best so far or, as a run can be unsound from its first epoch on, of FGSM's. Where FGSM's is not
-    known, in older runs, the best alone decides.
+    It is from the first epoch in which one step misleads and PGD's accuracy is low, until neither holds. One step
+    misleads where accuracy under FGSM is more than 20 points above that under PGD, or where the attack of training made
+    most training images easier. Low is under half of PGD's best so far or, as a run can be unsound from its first epoch
+    on, of FGSM's. Where FGSM's is not known, in older runs, the best alone decides.
     """
     states: list[bool] = []
     best = 0.0
@@ -40,8 +40,10 @@ def collapsed(history: list[dict[str, Any]]) -> list[bool]:
 
 def line(record: dict[str, Any]) -> str:
     """What to say of an epoch in collapse."""
-    return (f"catastrophic overfitting in epoch {1 + record['epoch']}: {100 * record['fgsm_acc']:.1f}% right under "
+    said = (f"catastrophic overfitting in epoch {1 + record['epoch']}: {100 * record['fgsm_acc']:.1f}% right under "
             f"FGSM, {100 * record['test_robust_acc']:.1f}% under PGD")
+    easier = record.get("abnormal") or 0.0
+    return said + (f"; training's attack made {100 * easier:.1f}% of the images easier" if easier > MOST else "")
 
 
 def summary_line(history: list[dict[str, Any]]) -> str:

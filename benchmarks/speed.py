@@ -10,10 +10,9 @@ peak is that of a matrix product of the same precision, measured here; the work 
 Flags of train_cifar.py that say what network, batch and machine are ours hold here, too. The published way has the same
 network and PyTorch's defaults: on CUDA, float32 convolutions in TF32, as ours are without --no-tf32. The peers, as far
 as they are installed, are a plain loop around torchattacks, with the published way's data, and ART's trainer of
-FGSM-RS, with its own, which are not augmented; both in the precision of ours.
+FGSM-RS, with its own, which are not augmented, in eval mode; both in the precision of ours.
 """
 import contextlib
-import importlib.util
 import io
 import json
 import math
@@ -26,7 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import published_style as published
@@ -100,6 +99,13 @@ def side_by_side(sides: dict[str, Callable[[], None]], precision: Precision, rou
              "matrix_product": peak_flops(precision)} for _ in range(rounds + 1)][1:]
 
 
+def installed(package: str) -> bool:
+    try:
+        return bool(version(package))
+    except PackageNotFoundError:
+        return False
+
+
 def torchattacks_attack(attack: str, model: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
     """torchattacks' attack, as the published way takes one; in training mode, as all attacks here."""
     import torchattacks
@@ -111,7 +117,7 @@ def torchattacks_attack(attack: str, model: nn.Module) -> Callable[[nn.Module, T
 
 
 def art_epoch(model: nn.Module, optimizer, x: Tensor, y: Tensor, batch_size: int) -> Callable[[], None]:
-    """An epoch of ART's trainer of FGSM-RS, on the device of the model."""
+    """An epoch of ART's trainer of FGSM-RS, on the device of the model. It leaves the network in eval mode."""
     from art.defences.trainer import AdversarialTrainerFBFPyTorch
     from art.estimators.classification import PyTorchClassifier
 
@@ -127,13 +133,15 @@ def art_epoch(model: nn.Module, optimizer, x: Tensor, y: Tensor, batch_size: int
     return epoch
 
 
-def start_up(rounds: int) -> dict[str, float]:
-    """Seconds until --help has answered, and until a run on synthetic images is at its first step: the least of all."""
+def start_up(rounds: int, device: torch.device) -> dict[str, float]:
+    """Seconds until --help has answered, and until a run on synthetic images is at its first step: the least of the
+    rounds."""
     first_step = ("import sys, options, train, train_cifar; train.train_epoch = lambda *_: sys.exit(); "
                   "train.main(train_cifar.DATASET, options.parse(train_cifar.DATASET))")
     with tempfile.TemporaryDirectory() as folder:
         commands = {"--help": ["train_cifar.py", "--help"],
-                    "first step": ["-c", first_step, "--dummy", "--base-width=16", f"--fname={folder}/run"]}
+                    "first step": ["-c", first_step, "--dummy", "--base-width=16", f"--fname={folder}/run",
+                                    f"--device={device.type}"]}
 
         def start(name: str) -> None:
             subprocess.run([sys.executable, *commands[name]], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
@@ -185,7 +193,7 @@ def main() -> None:
     args = options.parse(DATASET, argv=["--lr-max=0.01", *argv])
     vars(args).update(vars(own))
     with one_line_errors():
-        args.peers = [name for name in PEERS if args.peer and importlib.util.find_spec(name)]
+        args.peers = [name for name, package in PEERS.items() if args.peer and installed(package)]
         if args.peer and not args.peers:
             raise UsageError(f"--peer needs one of two packages more: pip install {' '.join(PEERS.values())}")
         if args.json:
@@ -204,9 +212,9 @@ def measure(args) -> None:
     run = train.assemble(DATASET, args, state, Folder(args.fname), World(device=device), StopSignals(),
                          [images, images[:0], images[:1]])
     their_loader = published.loader(pixels.numpy(), labels.numpy(), b, device)
-    theirs, peers = (train.new_network(DATASET, args).to(device).train() for _ in range(2))
+    theirs, looped, arts = (train.new_network(DATASET, args).to(device).train() for _ in range(3))
     optimizers = {model: torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
-                  for model in (theirs, peers)}
+                  for model in (theirs, looped, arts)}
     result = {**describe(device), "dtype": str(precision.dtype), "tf32": precision.tf32,
               "compile": args.compile and args.compile_mode, "base_width": args.base_width, "batch_size": b,
               "steps_a_round": steps, "step": {}}
@@ -228,11 +236,11 @@ def measure(args) -> None:
 
         arts_epoch = None
         if "art" in args.peers and attack == "fgsm":
-            arts_epoch = art_epoch(peers, optimizers[peers], pixels.permute(0, 3, 1, 2) / 255, labels, b)
+            arts_epoch = art_epoch(arts, optimizers[arts], pixels.permute(0, 3, 1, 2) / 255, labels, b)
 
         def torchattacks_steps(attack=attack):
             with precision.autocast():
-                their_steps(peers, torchattacks_attack(attack, peers))
+                their_steps(looped, torchattacks_attack(attack, looped))
 
         def art_steps(epoch=arts_epoch):
             with precision.autocast():
@@ -276,10 +284,11 @@ def measure(args) -> None:
 
     if args.eval_images:
         evaluation(args, ours, theirs, layout, precision, result)
-    result["start_up_seconds"] = start_up(args.rounds)
-    print("\nstart-up: " + ", ".join(f"{taken:.1f} s to {name}" for name, taken in result["start_up_seconds"].items()))
+    result["start_up_seconds"] = start_up(args.rounds, device)
+    print("\nstart-up: {--help:.1f} s to --help's answer, {first step:.1f} s to the first step".format(
+        **result["start_up_seconds"]))
     result["peak_memory_bytes"] = peak_memory(device)
-    print(f"\npeak memory, both sides: {result['peak_memory_bytes'] / 2**30:.2f} GiB")
+    print(f"\npeak memory, all sides: {result['peak_memory_bytes'] / 2**30:.2f} GiB")
     save(result, args.json)
 
 

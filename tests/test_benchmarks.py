@@ -1,5 +1,5 @@
 """The benchmarks run, also where streams and names are odd, and write what they measured."""
-import importlib.util
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -10,7 +10,8 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-PEERS = [name for name in ("torchattacks", "art") if importlib.util.find_spec(name)]
+PEERS = [name for name, package in (("torchattacks", "torchattacks"), ("art", "adversarial-robustness-toolbox"))
+         if any(importlib.metadata.distributions(name=package))]
 PEER = ["--peer"] if PEERS else []
 SMALL = {"speed.py": ["--attacks", "fgsm", "--eval-images=8", "--eval-iters=1", "--eval-restarts=1", *PEER],
          "methods.py": ["--methods", "fgsm"], "convolutions.py": []}
@@ -51,8 +52,7 @@ def test_a_convolution_and_its_matrix_product_are_the_same(kernel, stride, size,
 def test_a_peer_that_is_not_installed_is_told_of(call_main, monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     module = importlib.import_module("speed")
-    found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in module.PEERS else found(name))
+    monkeypatch.setattr(module, "installed", lambda package: False)
     status, output, error = call_main(module, "--device=cpu", "--peer")
     assert status == 2 and not output and "--peer needs one of two packages more: pip install torchattacks" in error
 

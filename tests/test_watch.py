@@ -35,6 +35,13 @@ def test_an_attack_that_helps_most_images_misleads_whatever_fgsm_finds(abnormal,
     assert watch.collapsed([{**record, "abnormal": share} for record, share in zip(pairs, abnormal)]) == expected
 
 
+def test_the_line_says_what_gave_a_collapse_away():
+    record = {"epoch": 1, "fgsm_acc": 0.111, "test_robust_acc": 0.016, "abnormal": 0.763}
+    said = "catastrophic overfitting in epoch 2: 11.1% right under FGSM, 1.6% under PGD"
+    assert watch.line(record) == f"{said}; training's attack made 76.3% of the images easier"
+    assert watch.line({**record, "abnormal": None}) == watch.line({**record, "abnormal": 0.2}) == said
+
+
 def test_ordinary_training_cannot_overfit_to_an_attack():
     ordinary = [{**record, "defence_mean": 0.0} for record in curve((0.3, 0.01), (0.4, 0.0))]
     assert watch.collapsed(ordinary) == [False, False]
