@@ -18,7 +18,8 @@ import watch
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/README.md")}
 RESULTS = {f"{path.parent.name}/{path.stem}": json.loads(path.read_text())
            for path in sorted((ROOT / "experiments/results").glob("*/*.json"))}
-
+RESULTS |= {f"short/{path.stem}_seed=0": json.loads(path.read_text())
+            for path in sorted((ROOT / "experiments/short").glob("*.json"))}
 JUDGED = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments/judged").glob("*.json")}
 
 
@@ -81,6 +82,8 @@ FROM_ZERO = {"from random points, as published": "", "from random points, step o
 def result_of(cells: dict[str, str]) -> tuple[str, str]:
     """The scale and the result that a row, its cells by their titles, is of."""
     titles, (first, *_) = list(cells), cells.values()
+    if titles[0] == "`--method`":
+        return "short", first.strip("`").replace(" --", "_")
     if titles[0] == "ZeroGrad, q = 0.35, at epsilon 8/255":
         return "cpu", stem("ZeroGrad, q = 0.7" if first.endswith("q = 0.7") else "ZeroGrad, q = 0.35",
                            rest=f"{FROM_ZERO[first]}_epochs=5")
@@ -95,6 +98,7 @@ def result_of(cells: dict[str, str]) -> tuple[str, str]:
 COLUMNS: dict[str, Callable[[str, str], float]] = {
     "training images under that attack": lambda scale, name: training(name, scale=scale),
     "clean test images": lambda scale, name: clean(name, scale),
+    "test images under FGSM": lambda scale, name: series(name, "fgsm_acc", scale)[-1],
     "test images under PGD-10": lambda scale, name: pgd(name, scale=scale),
     "highest in an earlier epoch": lambda scale, name: max(series(name, scale=scale)[:-1]),
     "after the first epoch": lambda scale, name: pgd(name, 1, scale),
@@ -168,7 +172,17 @@ def about(*values: float) -> Callable[[float], bool]:
 
 
 ZERO100, BACK = stem("FGSM, zero initialization", "cifar100"), stem("ZeroGrad, q = 0.35", rest="_fgsm-init=zero")
+SHORT = {name.removeprefix("short/").removesuffix("_seed=0"): result["epochs"][-1]
+         for name, result in RESULTS.items() if name.startswith("short/")}
+LOSS = {name: 100 * (epoch["fgsm_acc"] - epoch["test_robust_acc"]) for name, epoch in SHORT.items()}
+STEEP = ("fgsm", "fgsm-rs", "zerograd")
 SENTENCES: dict[str, list[tuple[str, list]]] = {"README.md": [], "experiments/README.md": [
+    ("Most lose less than #% from FGSM to PGD-10", [below(*(
+        loss for name, loss in LOSS.items() if name not in (*STEEP, "gradalign")))]),
+    ("FGSM-RS and ZeroGrad (q = 0.35) lose #% to #%", [above(*(LOSS[name] for name in STEEP)),
+                                                       below(*(LOSS[name] for name in STEEP))]),
+    ("its perturbation made #% of the training images easier", [100 * SHORT["gradalign"]["abnormal"]]),
+    ("a standard error of up to #%", [100 * (0.25 / 1000) ** 0.5]),
     ("clean accuracy differs by #% and that under PGD-10 by less than #%",
      [abs(clean(at(16, "ZeroGrad, q = 0.7")) - clean(at(16, "ZeroGrad, q = 0.7"), "cpu")),
       below(abs(pgd(at(16, "ZeroGrad, q = 0.7")) - pgd(at(16, "ZeroGrad, q = 0.7"), scale="cpu")))]),
