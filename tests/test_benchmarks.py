@@ -54,7 +54,8 @@ def test_a_peer_that_is_not_installed_is_told_of(call_main, monkeypatch):
     module = importlib.import_module("speed")
     monkeypatch.setattr(module, "installed", lambda package: False)
     status, output, error = call_main(module, "--device=cpu", "--peer")
-    assert status == 2 and not output and "--peer needs one of two packages more: pip install torchattacks" in error
+    assert status == 2 and not output and error.endswith(
+        "--peer needs one of two packages more: pip install torchattacks adversarial-robustness-toolbox\n")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -89,6 +89,13 @@ def test_the_rule_flags_every_committed_run_that_fell_and_no_other():
     assert found == FELL
 
 
+def test_the_rule_flags_the_short_run_that_fell_and_no_other():
+    found = {path.stem: watch.collapsed(json.loads(path.read_text())["epochs"])
+             for path in (ROOT / "experiments/short").glob("*.json")}
+    assert len(found) == 18
+    assert {name: states for name, states in found.items() if any(states)} == {"gradalign": [False, True]}
+
+
 def test_the_signs_are_their_formulas():
     torch.manual_seed(0)
     model, x, y = SmallNet().double(), torch.rand(6, 3, 5, 5, dtype=torch.float64), torch.randint(4, (6,))
