@@ -31,6 +31,10 @@ SCALES = {
     "paper": Scale("the paper's commands, in bfloat16, for a GPU", "--amp", (0, 1, 2)),
     "cpu": Scale("a quarter of the network's width and 15 epochs, for CPUs; the whole training set",
                  f"--device=cpu {SMALL}", (0,)),
+    "cpu-short": Scale("a quarter of the network's width, 20,000 training images and 5 epochs, so that a CPU can "
+                       "afford several seeds",
+                       f"--device=cpu {SMALL} --epochs=5 --train-samples=20000 --last-samples=1000 --final-iters=50",
+                       (0, 1, 2)),
     "cpu-bf16": Scale("the scale cpu in bfloat16 and compiled, for CPUs with AVX-512 BF16, better AMX; needs a C++ "
                       "compiler",
                       f"--device=cpu --amp --compile {SMALL}", (0,)),
