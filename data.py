@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
-from torchvision.datasets.utils import check_integrity
 
 import options
 from options import DataSet
@@ -168,6 +166,8 @@ def dummy(classes: int) -> tuple[Images, Images]:
 
 def read_torchvision(name: str, data_dir: str):
     """The training and the test images and labels of torchvision's CIFAR10, CIFAR100 or SVHN."""
+    from torchvision import datasets  # takes two seconds to import
+
     source = getattr(datasets, name)
     verified = type(name, (source,), {"_check_integrity": lambda self: True})  # or each file is hashed three times
     if name == "SVHN":  # cropped digits; the digit 0 has label 0
@@ -184,6 +184,8 @@ def read_torchvision(name: str, data_dir: str):
 
 def have(data_dir: str, files: dict[str, str], download: Callable[[str], Any]) -> None:
     """Make sure that the files, a name and an MD5 sum each, are in `data_dir`; if none is, `download(folder)` them."""
+    from torchvision.datasets.utils import check_integrity
+
     root = Path(data_dir)
     try:
         if not any((root / name).exists() for name in files):

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-import torchvision
 from torch import Tensor, nn
 
 from utils import UsageError
@@ -86,7 +86,7 @@ def describe(device: torch.device, processes: int = 1) -> dict[str, Any]:
     except OSError:  # there is no git
         commit = None
     return {"commit": commit, "python": platform.python_version(), "torch": str(torch.__version__),
-            "torchvision": torchvision.__version__, "device": hardware(device), "threads": torch.get_num_threads(),
+            "torchvision": version("torchvision"), "device": hardware(device), "threads": torch.get_num_threads(),
             "processes": processes, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
 
 

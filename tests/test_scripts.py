@@ -90,6 +90,14 @@ def test_the_command_line_answers_without_pytorch(flag):
     assert done.stdout.splitlines()[-1] == ("0 False" if flag == "--help" else "2 False"), done.stderr
 
 
+def test_torchvision_and_the_compiler_wait_until_they_are_needed():
+    """Importing them takes as long as PyTorch itself."""
+    program = ("import sys, evaluate, plot, train_cifar, data; data.load_test('cifar10', synthetic=True); "
+               "print({'torchvision', 'torch._dynamo'} & sys.modules.keys())")
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
+
+
 @pytest.mark.parametrize("i", range(6))
 def test_the_papers_commands_run_to_the_end(i, tmp_path):
     commands = paper_commands()
