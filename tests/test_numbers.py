@@ -13,6 +13,7 @@ sys.path.insert(0, str(ROOT / "experiments"))
 from definitions import METHODS, RIVALS
 
 import options
+import plot
 import watch
 
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/README.md")}
@@ -125,11 +126,14 @@ def tables(text: str) -> list[list[dict[str, str]]]:
     return found
 
 
-ROWS = [pytest.param(cells, id=f"{page}: {' / '.join(list(cells.values())[:2])}") for page, text in PAGES.items()
-        for rows in tables(text) for cells in rows if COLUMNS.keys() & cells.keys()]
+def rows_of(several: bool) -> list:
+    """The rows of results, of one run each or of several seeds."""
+    return [pytest.param(cells, id=f"{page}: {' / '.join(list(cells.values())[:2])}") for page, text in PAGES.items()
+            for rows in tables(text) for cells in rows
+            if COLUMNS.keys() & cells.keys() and ("collapsed" in cells) == several]
 
 
-@pytest.mark.parametrize("cells", ROWS)
+@pytest.mark.parametrize("cells", rows_of(several=False))
 def test_a_row_says_what_its_result_says(cells):
     scale, name = result_of(cells)
     assert cells.keys() <= COLUMNS.keys() | {*list(cells)[:1], "trained on", "published: clean / PGD-50"}
@@ -139,12 +143,28 @@ def test_a_row_says_what_its_result_says(cells):
         assert float(cells[title]) == pytest.approx(COLUMNS[title](scale, name), abs=0.05 + 1e-9), title
 
 
+KEYS = {"training images under that attack": "train_robust_acc", "clean test images": "test_acc",
+        "test images under FGSM": "fgsm_acc", "test images under PGD-10": "test_robust_acc"}
+
+
+@pytest.mark.parametrize("cells", rows_of(several=True))
+def test_a_row_of_several_seeds_has_their_mean_and_deviation(cells):
+    name = stem(cells["trained on"])
+    seeds = sorted(key for key in RESULTS if key.startswith(f"cpu-short/{name}_seed="))
+    epochs = [RESULTS[seed]["epochs"] for seed in seeds]
+    assert {len(run) for run in epochs} == {5} and len(epochs) > 1
+    assert cells["collapsed"] == f"{sum(any(watch.collapsed(run)) for run in epochs)} of {len(epochs)}"
+    for title in KEYS.keys() & cells.keys():
+        assert cells[title] == plot.mean([run[-1][KEYS[title]] for run in epochs]), title
+    assert cells["PGD-10, each seed"] == ", ".join(f"{100 * run[-1]['test_robust_acc']:.1f}" for run in epochs)
+
+
 def test_the_minutes_of_a_run_are_those_of_the_results():
     rows, = (rows for rows in tables(PAGES["experiments/README.md"]) if "scale, processor" in rows[0])
     found: dict[tuple[str, str], list[float]] = {}
     for name, result in RESULTS.items():
         words = re.split("_|/", name)
-        if len(result["epochs"]) == 15 and words[2] in ("fgsm", "zerograd", "multigrad", "pgd"):
+        if len(result["epochs"]) == {"cpu-short": 5}.get(words[0], 15) and words[2] in ("fgsm", "zerograd", "multigrad", "pgd"):
             seconds = sum(epoch["train_time"] + epoch["test_time"] for epoch in result["epochs"])
             maker = re.match(r"AMD|Intel", result["starts"][0]["device"])[0]
             method = {"multigrad": "MultiGrad", "pgd": "PGD-10"}.get(words[2], "FGSM or ZeroGrad")
