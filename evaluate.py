@@ -1,10 +1,10 @@
-"""Evaluate networks: clean, under PGD in its forms, and under AutoAttack.
+"""Evaluate networks on clean images, and under FGSM, PGD, CW and AutoAttack.
 
     python evaluate.py runs/zerograd --attacks=clean,pgd-50-10,autoattack --samples=1000
     python evaluate.py published.pt --data-set=cifar10 --model=WideResNet --epsilons=2,4,8
 
-A run's folder tells of its network, data set and epsilon; for a published file, flags do. What is found is printed as
-a table and kept in evaluation.json, in the run's folder or beside the file.
+A run's folder says which network, data set and epsilon it has; for a published file, give them as flags. The results
+are printed as a table, and added to evaluation.json in the run's folder or beside the file.
 """
 if __name__ == "__main__":  # before what is below: the command line answers without PyTorch
     from options import parse_evaluation

@@ -328,8 +328,8 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     add("--which", choices=("last", "best", "healthy"), default="last", help="which network of a run")
     add = p.add_argument_group("data (default: the run's)").add_argument
     add("--data-set", choices=DATA_SETS, help="on which the network was trained")
-    add("--data-dir", type=path, help="torchvision's root; what is missing is downloaded")
-    add("--dummy", action="store_true", default=None, help="learnable synthetic images instead")
+    add("--data-dir", type=path, help="folder of the data set; if none of its files is there, they are downloaded")
+    add("--dummy", action="store_true", default=None, help="synthetic images that can be learned")
     _model(p)
     p.set_defaults(**dict.fromkeys(("model", "base_width", "width_factor", "shortcut")))  # a run's, or the scripts'
     add = p.add_argument_group("machine").add_argument
@@ -420,8 +420,8 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
 
 def _data(p: Parser) -> None:
     add = p.add_argument_group("data").add_argument
-    add("--data-dir", type=path, help="torchvision's root; what is missing is downloaded")
-    add("--dummy", action="store_true", help="learnable synthetic images instead: no files, no network")
+    add("--data-dir", type=path, help="folder of the data set; if none of its files is there, they are downloaded")
+    add("--dummy", action="store_true", help="synthetic images that can be learned: no files, no download")
     add("--train-samples", type=number(int, 1), metavar="N", help="the first N training images only")
     add("--val-size", type=number(int, 0), default=0, metavar="N",
         help="hold the last N training images out and choose the best checkpoint on them")
@@ -435,7 +435,7 @@ def _model(p: Parser) -> None:
     add("--shortcut", choices=("activated", "raw"), default="activated", help="what the convolutions in PreActResNet's "
         "shortcuts read: the input after BatchNorm and ReLU, or, as in fast_adversarial, before")
     add("--mean", type=triple, metavar="R,G,B", help="what is subtracted from the pixels (default: the data set's)")
-    add("--std", type=triple, metavar="R,G,B", help="what they are divided by (default: the data set's)")
+    add("--std", type=triple, metavar="R,G,B", help="what the difference is divided by (default: the data set's)")
 
 
 def _training(p: Parser) -> None:
@@ -447,18 +447,18 @@ def _training(p: Parser) -> None:
         "PyTorch's")
     add("--lr-max", type=number(float, 0), help="the highest learning rate")
     add("--lr-drop", type=number(float, 0), default=50, help="the epoch of onedrop's drop")
-    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="of everything random")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, help="seed of all random numbers")
     add("--objective", choices=OBJECTIVES, default="ce", help="what is minimized at the perturbed images")
     add("--gradalign-lambda", type=number(float, 0), help="weight of gradalign's term (default: as published for "
         "--epsilon)")
     add("--elle-lambda", type=number(float, 0), help="weight of elle's term (default: as published for --epsilon)")
-    add("--elle-adaptive", action="store_true", help="ELLE-A: the weight falls, and jumps when the term does")
+    add("--elle-adaptive", action="store_true", help="ELLE-A: the weight decays, and is reset when the term jumps")
     add("--aaer-lambdas", type=triple, metavar="L1,L2,L3", help="weights of aaer's terms (default: as published for "
         "--epsilon)")
     add("--trades-beta", type=number(float, 0), default=6.0, help="weight of trades' divergence")
-    add("--nuclear-lambda", type=number(float, 0), default=4.5, help="weight of nuclear's norm, in both places")
+    add("--nuclear-lambda", type=number(float, 0), default=4.5, help="the nuclear norm's weight, in both places")
     add("--logits-lambda", type=number(float, 0), default=10.0, help="weight of the difference between logits")
-    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="of the cross-entropy that is minimized")
+    add("--label-smoothing", type=number(float, 0, 1), default=0.0, help="label smoothing of the training loss")
     add("--ema", type=number(float, 0, 1), default=0.0, metavar="DECAY",
         help="judge a moving average of the network, BatchNorm's statistics included; 0: the network itself")
 
@@ -494,15 +494,15 @@ def _evaluation(p: Parser) -> None:
     add("--test-samples", type=number(int, 1), default=1000, metavar="N", help="test images that an epoch is judged on")
     add("--last-samples", type=number(int, 1), metavar="N", help="likewise after the last epoch (default: all; never "
         "fewer than --test-samples)")
-    add("--full-test", action="store_true", help="every epoch on the whole test set")
+    add("--full-test", action="store_true", help="judge every epoch on the whole test set")
     add("--test-iters", type=number(int, 1), default=10, help="PGD's steps in an epoch's evaluation")
-    add("--test-restarts", type=number(int, 1), default=1, help="its restarts")
+    add("--test-restarts", type=number(int, 1), default=1, help="PGD's restarts there")
     add("--final-iters", type=number(int, 0), default=50, help="PGD's steps in the final evaluation; 0: there is none")
-    add("--final-restarts", type=number(int, 1), default=10, help="its restarts")
-    add("--final-samples", type=number(int, 1), metavar="N", help="only the first N test images in it")
+    add("--final-restarts", type=number(int, 1), default=10, help="PGD's restarts there")
+    add("--final-samples", type=number(int, 1), metavar="N", help="only the first N test images there")
     add("--on-collapse", choices=("warn", "stop", "rollback"), default="warn", help="what to do on catastrophic "
         "overfitting: say so; stop; or, up to three times, go back to the last healthy epoch at half the rate")
-    add("--final-model", choices=("last", "best"), default="last", help="which model the final evaluation is of")
+    add("--final-model", choices=("last", "best"), default="last", help="the model of the final evaluation")
     add("--eval", action="store_true", help="evaluate the resumed model (--final-model=best: the best one), and stop")
 
 
@@ -513,7 +513,7 @@ def _files(p: Parser) -> None:
         help="N: go on from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest complete state, if there is one")
     add("--quiet", action="store_true", help="show warnings and errors alone; the files say the rest")
     add("--tensorboard", action="store_true", help="write the epochs' numbers for TensorBoard, too")
-    add("--allow-changes", action="store_true", help="go on although flags differ from the run's")
+    add("--allow-changes", action="store_true", help="resume although flags differ from the run's")
     add("--chkpt-iters", type=number(int, 1), default=10, help="epochs between model_E.pth files")
     add("--chkpt-steps", type=number(int, 1), metavar="N", help="also save the state every N steps")
 
@@ -523,15 +523,15 @@ def _machine(p: Parser) -> None:
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--amp", action=argparse.BooleanOptionalAction, default=False,
         help="mixed precision in training and in attacks")
-    add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="its lower precision")
-    add("--amp-impl", choices=("native", "apex"), default="native", help="whose: torch.amp or apex.amp")
+    add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="the lower precision of --amp")
+    add("--amp-impl", choices=("native", "apex"), default="native", help="library of --amp: torch.amp or apex.amp")
     add("--tf32", action=argparse.BooleanOptionalAction, default=True,
         help="on CUDA, train with convolutions in TF32, as PyTorch does by default; --no-tf32: in full float32")
     add("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the training step")
     add("--compile-mode", choices=("default", "reduce-overhead", "max-autotune"), default="default",
-        help="torch.compile's; all but the default use CUDA graphs")
-    add("--deterministic", action="store_true", help="on CUDA, too: same seed, same bits; slower")
-    add("--sync-bn", action="store_true", help="under torchrun on CUDA: BatchNorm over all processes")
+        help="mode of torch.compile; all but the default use CUDA graphs")
+    add("--deterministic", action="store_true", help="the same bits from the same seed on CUDA, too; slower")
+    add("--sync-bn", action="store_true", help="under torchrun on CUDA: BatchNorm over the images of all processes")
 
 
 def check(args: argparse.Namespace) -> None:

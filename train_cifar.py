@@ -3,7 +3,7 @@
     python train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --zero-qval=0.35
     python train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=multigrad --multi-samps=3
 
-A try without data, a few minutes on a laptop's CPU:
+A first try, without a data set; it takes a few minutes on a laptop's CPU:
 
     python train_cifar.py --dummy --epochs=3 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --base-width=16 \\
         --final-iters=10 --final-restarts=1

@@ -24,18 +24,17 @@ from utils import UsageError, one_line_errors, say, whole_file
 TRAINING = "train_robust_acc"
 
 NOTES = """
-* Accuracies are in % on test images; after ±, the sample's standard deviation over the seeds, where there are several.
-  The choice of images alone makes a standard error of up to 0.5 with 10,000 of them, and 1.6 with 1,000.
-* The second number of PGD-10-1 and the like counts restarts. An image is robust if it is right at every step; in runs
-  from before the watch (without FGSM's accuracy in their files), PGD-10 after an epoch is judged at its end alone.
-* In the curves, the last epoch is on all test images, the others (but for SVHN) are on a part; the best of these, in a
-  column of its own, is chosen on the test images that it is reported on.
-* Epochs count from 1. Collapsed: the first epoch in which catastrophic overfitting was found (`watch.py`), over
-  several seeds how many of the runs collapsed at some time; "then sound" where the last epoch is sound again. In the
-  figures, a cross marks that epoch, and a band goes from the lowest to the highest of several seeds.
-* Seconds are the median over a run's epochs, beside whatever else the machine did (`--jobs` is of one command: there
-  may have been others); they tell orders of magnitude, benchmarks/speed.py tells ratios. A table whose runs were made
-  on several kinds of machine has none.
+* Accuracies are in %, on test images. With several seeds, you see the mean ± the sample standard deviation. The choice
+  of test images alone gives a standard error of up to 0.5 with 10,000 images, and of 1.6 with 1,000.
+* PGD-10-1 has 10 steps and 1 restart. An image is robust if it is right at every step. In older runs (without
+  `fgsm_acc` in their files), PGD-10 after an epoch is judged at its last step only.
+* The titles of the columns say how many test images the last epoch and the earlier ones are judged on. The best earlier
+  epoch is chosen on the same test images that it is reported on.
+* Epochs count from 1. "collapsed" is the first epoch of catastrophic overfitting (`watch.py`) or, with several seeds,
+  how many runs collapsed in some epoch. "then sound" means that the last epoch was no longer in collapse. In the
+  figures, a cross marks the first epoch in collapse, and a band spans the seeds.
+* Seconds are medians over a run's epochs, on machines that did other work, too. They are orders of magnitude; for
+  ratios, see benchmarks/README.md. A table whose runs come from several kinds of machine has no such column.
 """
 ELSEWHERE = """\
 * What was published elsewhere is from RobustBench's model cards, of other recipes: clean / robust as its authors report
@@ -275,7 +274,7 @@ def write_report(results: Results, out: Path) -> Path:
     notes = NOTES + (ELSEWHERE if results.scale == "paper" else "")
     text = [f"# Results at the scale `{results.scale}`\n\n"
             f"{scale.about[0].upper() + scale.about[1:]}. All runs have these flags: `{shlex.join(common(results))}`.\n"
-            f"What else each has, and where it was made, stands [at the end](#the-runs).\n"
+            f"The list [at the end](#the-runs) has the other flags of each run, and where it was made.\n"
             f"{notes}* Written by `python experiments/report.py --scale={results.scale}`.\n"]
     for name, table in TABLES.items():
         if not measured(table, results):

@@ -1,13 +1,13 @@
-"""Make the runs that tables and figures are built from, as far as they are missing.
+"""Make the runs behind the tables and figures. A run that has a result is skipped.
 
     python experiments/reproduce.py cifar10 quantile --data-dir=../cifar-data
     python experiments/reproduce.py --scale=paper --budget=60         # everything, in order of worth, for an hour
     python experiments/reproduce.py --scale=cpu --list                # what is there, and how long the rest takes
 
-A run's files are in runs/SCALE/NAME; once it is complete, its result is written to experiments/results/SCALE/NAME.json,
-and it is not made again while that is there. A run that was cut off goes on where it was. Ctrl-C, SIGTERM and the end
-of the budget have the runs save their state and stop; a run that fails is named, and the others go on. On several
-GPUs, jobs are dealt out to them; on a CPU, they share its cores.
+A run's files are in runs/SCALE/NAME. When it is complete, its result is written to experiments/results/SCALE/NAME.json,
+and it is not made again. On Ctrl-C, on SIGTERM and when the budget is spent, the runs save their state and stop; the
+same command continues them. If a run fails, its name is printed and the others go on. Jobs are spread over the GPUs, or
+share the cores of a CPU.
 """
 import os
 import shutil
@@ -267,7 +267,7 @@ def main() -> None:
     p.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (default: all, in this order)")
     p.add_argument("--scale", choices=SCALES, help="; ".join(f"{name}: {scale.about}" for name, scale in
                    SCALES.items()) + " (default: paper where there is a GPU, cpu-bf16 where the processor computes in "
-                   "bfloat16, else cpu)")
+                   "bfloat16 and there is a C++ compiler, else cpu)")
     p.add_argument("--seeds", type=number(int, 1, 1000), metavar="N",
                    help="seeds 0 to N-1 of each row (default: the scale's)")
     p.add_argument("--only", metavar="TEXT", default="", help="only the runs with this in their names")
