@@ -18,7 +18,7 @@ from results import Result, read_result
 sys.path.insert(0, str(ROOT))
 import options
 import plot
-from plot import CLEAN, PGD
+from plot import CLEAN, FGSM, PGD
 from utils import UsageError, one_line_errors, say, whole_file
 
 TRAINING = "train_robust_acc"
@@ -110,6 +110,7 @@ def table_text(table: Table, results: Results) -> str:
     best_of = f"best @ earlier epoch, {best_of} images"
     columns: dict[str, Callable[[Result], float]] = {
         f"clean, {images}": last(CLEAN),
+        **({f"FGSM, {images}": last(FGSM)} if all(FGSM in record["epochs"][-1] for record in records) else {}),
         f"PGD-{steps}, {images}": last(PGD),
         f"PGD-{steps}, {best_of}": best,
         f"PGD-{judged['iters']}-{judged['restarts']}, {judged['images']:,} images": final,
