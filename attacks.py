@@ -171,8 +171,8 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
 
     delta = box(D + alpha sign(g)), from the D stored for the image; M <- 0.3 M + g / norm1(g), norm1 over the whole
     batch; D <- box(D + alpha sign(M)). Every `reset` epochs D is random corners of the ball and M is 0. D does not move
-    with an image's crop and flip. g is of the smoothed cross-entropy. (D and M, times the number of entries, are kept
-    in half precision.)
+    with an image's crop and flip. g is of the smoothed cross-entropy. (D and M are kept in half precision, M times the
+    entries of 128 images, so that it is about 1.)
     """
     for name in ("pgi", "pgi momentum"):
         if name not in step.kept or len(step.kept[name]) != step.images:
@@ -183,7 +183,7 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
         d, m = (step.kept[name][step.index].to(x.dtype) for name in ("pgi", "pgi momentum"))
     grad, _ = input_gradient(model, x, y, d, step, smoothing)
     grad = grad * len(y)  # that of the sum: shares of a last batch can differ by an image
-    norm = step.world.sum(grad.abs().sum()) / (len(step.whole) * x[0].numel())
+    norm = step.world.sum(grad.abs().sum()) / (128 * x[0].numel())
     m = 0.3 * m + grad / norm.clamp(min=torch.finfo(grad.dtype).tiny)
     step.store("pgi", box(d + alpha * m.sign(), x, epsilon), step.whole)
     step.store("pgi momentum", m, step.whole)

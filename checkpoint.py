@@ -323,7 +323,8 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
 
     Returns where that is now, if there was anything, and whether the best model is gone.
     """
-    for unfinished in folder.names(r"\.(?!eval).*\.part"):  # of a killed run, not of an evaluation beside
+    # Of a killed run, not of an evaluation or a plot beside.
+    for unfinished in folder.names(r"\.(args|final|healthy|metrics|model_\w+|opt_\d+|output|state)\.\w+\.\d+\.part"):
         (folder.path / unfinished).unlink(missing_ok=True)
     if found is None:
         return folder.set_aside(folder.names(

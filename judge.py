@@ -77,7 +77,7 @@ def judge(path: str, args, device: torch.device, world: World, check: Callable[[
     names = ("data_set", "model", "base_width", "width_factor", "shortcut", "mean", "std", "data_dir", "dummy", "seed")
     epsilon = args.epsilons[0] if args.epsilons and len(args.epsilons) == 1 else None
     opened = checkpoint.open_run(path, args.which, epsilon=epsilon, **{name: getattr(args, name) for name in names})
-    opened.folder.require_writable("RUN_OR_FILE")
+    world.decide(lambda: opened.folder.require_writable("RUN_OR_FILE"))
     world.decide(lambda: checkpoint.evaluations(opened.folder))  # before anything is measured
     run, epsilons = opened.args, args.epsilons or (opened.args.epsilon,)
     for note in opened.notes if world.is_main else ():
@@ -179,9 +179,8 @@ def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, d
     images = Images(job.images.pixels, job.images.labels, torch.contiguous_format)
     model = copy.deepcopy(job.opened.model).to(memory_format=torch.contiguous_format)  # it views tensors as such
     file = job.opened.folder.path / f".{attack}-{epsilon:g}.json"
-    key = {"network": fingerprint(model), "data_set": job.opened.args.data_set, "dummy": job.opened.args.dummy,
-           "attack": attack, "epsilon": epsilon, "images": len(images), "seed": job.opened.args.seed,
-           "batch_size": job.batch_size}
+    key = {"network": fingerprint(model), **parameters(job.opened), "attack": attack, "epsilon": epsilon,
+           "images": len(images), "seed": job.opened.args.seed, "batch_size": job.batch_size}
     state = begun(file, key)
     if not state:
         everything = torch.arange(len(images), device=images.labels.device)

@@ -67,7 +67,7 @@ ATTACKS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "nfgsm": lambda a: dict(alpha=_step(a), k=a.noise_k),
     "sora": lambda a: {},
     "ckpt": lambda a: dict(alpha=_step(a), count=a.ckpt_count),
-    "free": lambda a: {},
+    "free": lambda a: dict(replays=a.free_replays),
     "pgi": lambda a: dict(alpha=_step(a), reset=a.pgi_reset, smoothing=a.label_smoothing),
     "kl": lambda a: dict(alpha=a.pgd_alpha / 255, steps=a.pgd_iters),
     "nuclear": lambda a: dict(alpha=_step(a), weight=a.nuclear_lambda),
@@ -220,11 +220,26 @@ def triple(text: str) -> tuple[float, ...]:
     return values
 
 
+def positive_triple(text: str) -> tuple[float, ...]:
+    """An argparse type: three numbers above 0, with commas between them."""
+    values = triple(text)
+    if min(values) <= 0:
+        raise argparse.ArgumentTypeError(f"must be three numbers above 0, such as 0.25,0.25,0.25, not {text!r}")
+    return values
+
+
 def path(text: str) -> str:
     """An argparse type: a path, in which ~ is the home folder; an empty one is most likely an unset variable."""
     if not text:
         raise argparse.ArgumentTypeError("must be a path, and is empty")
     return os.path.expanduser(text)
+
+
+def figure_path(text: str) -> str:
+    """An argparse type: the path of a figure, whose name ends with a format that plots can be in."""
+    if not text.lower().endswith((".png", ".pdf", ".svg")):
+        raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg, not {text}")
+    return path(text)
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -353,8 +368,8 @@ def attack_names(text: str) -> tuple[str, ...]:
 
 
 def radii(text: str) -> tuple[float, ...]:
-    """An argparse type: numbers from 0 to 255, with commas between them."""
-    return tuple(dict.fromkeys(number(float, 0, 255)(value) for value in text.split(",")))
+    """An argparse type: as `in_255ths`, with commas between them."""
+    return tuple(dict.fromkeys(map(in_255ths, text.split(","))))
 
 
 class Reader:
@@ -435,7 +450,8 @@ def _model(p: Parser) -> None:
     add("--shortcut", choices=("activated", "raw"), default="activated", help="what the convolutions in PreActResNet's "
         "shortcuts read: the input after BatchNorm and ReLU, or, as in fast_adversarial, before")
     add("--mean", type=triple, metavar="R,G,B", help="what is subtracted from the pixels (default: the data set's)")
-    add("--std", type=triple, metavar="R,G,B", help="what the difference is divided by (default: the data set's)")
+    add("--std", type=positive_triple, metavar="R,G,B",
+        help="what the difference is divided by (default: the data set's)")
 
 
 def _training(p: Parser) -> None:

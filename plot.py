@@ -438,12 +438,10 @@ def main() -> None:
     p.add_argument("runs", nargs="+", type=options.path, metavar="RUN", help="a run's folder")
     p.add_argument("--y", default=PGD, metavar="NAME,...", help="what is drawn over the epochs, by its names in "
                    "metrics.jsonl")
-    p.add_argument("--out", type=options.path, metavar="FILE", help="the figure: .png, .pdf or .svg")
+    p.add_argument("--out", type=options.figure_path, metavar="FILE", help="the figure: .png, .pdf or .svg")
     args = p.parse_args()
     with one_line_errors():
         out = Path(args.out) if args.out else None
-        if out and out.suffix.lower() not in (".png", ".pdf", ".svg"):
-            raise UsageError(f"--out must end in .png, .pdf or .svg, not {args.out}")
         groups = named(read_runs(args.runs))
         keys = keys_of(args.y, groups)
         say(table(groups))

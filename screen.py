@@ -126,14 +126,15 @@ def banner(args, model: nn.Module, start: dict[str, Any], images: tuple[int, int
     flags = options.as_flags(options.in_effect(args))
     width = f" of base width {args.base_width}" if args.model != "WideResNet" else f"-34-{args.width_factor}"
     precision = args.amp_dtype if args.amp else "float32"
+    compiled = args.compile and args.objective not in options.EAGER
     return "\n".join([
         f"method   {args.method + ': ' if args.method else ''}{flags}",
         f"data     {args.data_set}{' (synthetic)' if args.dummy else ''}: {train:,} training images, {args.epochs} "
         f"epochs of {steps:,} steps; judged on {f'{held_out:,} validation and ' if held_out else ''}{first:,} test "
         f"images after an epoch, {last:,} after the last",
         f"network  {args.model}{width}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
-        f"{precision}{', compiled' if args.compile else ''}, on {start['device']}, threads: "
-        f"{start['threads']}, processes: {start['processes']}",
+        f"{precision}{', compiled' * compiled}, on {start['device']}, threads: {start['threads']}, "
+        f"processes: {start['processes']}",
         f"folder   {args.fname}"])
 
 

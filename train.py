@@ -73,6 +73,7 @@ class Run:
     test: Images
     screen: Screen = field(default_factory=Screen)
     board: Board | None = None
+    replays: int = 1
 
     @property
     def steps(self) -> int:
@@ -94,7 +95,7 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
     """The run: build it, go on where it was, train epoch by epoch, and evaluate what came out."""
     device = choose_device(args)
     world = World.join(device)
-    folder.require_writable()
+    world.decide(folder.require_writable)
     screen = Screen(world.is_main, args.quiet)
     with world.alike():
         state, layout = build(dataset, args, device, world)
@@ -113,6 +114,8 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
         screen.say(f"{args.fname} is complete: nothing to do")
     else:
         start(run, found, dataset)
+        if state.step == 0 and state.history and state.history[-1].get("collapsed"):
+            on_collapse(run)  # what it asks for may not have been done before the run was cut off
         with screen.progress("training", args.epochs * run.steps, "step", state.epoch * run.steps + state.step) as bar:
             while state.epoch < args.epochs:
                 with saved_if_stopped(run):
@@ -177,20 +180,21 @@ def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world
     if not world.is_main:
         state.sums = torch.zeros_like(state.sums)  # the saved sums are those of all processes
     compiled = args.compile and args.objective not in options.EAGER
-    network = Compiled(model, args.batch_size // world.size, args.compile_mode) if compiled else model
+    share = len(range(world.rank, args.batch_size, world.size))  # of a whole batch
+    network = Compiled(model, share, args.compile_mode) if compiled else model
     forward = network
     if world.size > 1:
         forward = nn.parallel.DistributedDataParallel(network, [world.device] if world.device.type == "cuda" else None)
     board = Board(folder.path / "tensorboard") if args.tensorboard and world.is_main else None
     keywords = options.ATTACKS[args.attack](args)
-    alpha = keywords.pop("alpha", None)
+    alpha, replays = keywords.pop("alpha", None), keywords.pop("replays", 1)
     momentum = partial(schedules.onecycle_momentum, epochs=args.epochs) if args.lr_schedule == "onecycle" else \
         lambda t: 0.9
     return Run(args, state, folder, world, signals, network, forward,
                partial(getattr(attacks, args.attack), **keywords),
                partial(getattr(objectives, args.objective), **options.OBJECTIVES[args.objective](args)), alpha,
                options.SCHEDULES[args.lr_schedule](args, dataset), momentum, Augmentation(**dataset.augmentation),
-               images[0], images[1], images[2], screen or Screen(quiet=True), board)
+               images[0], images[1], images[2], screen or Screen(quiet=True), board, replays)
 
 
 def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
@@ -232,6 +236,9 @@ def notes(run: Run, dataset: options.DataSet, resumed: bool, aside: str | None) 
         yield f"{flag} has no effect with --attack={args.attack}, --objective={args.objective}, --model={args.model}"
     if 0 < args.epsilon < 1:
         yield f"--epsilon={args.epsilon:g} means {args.epsilon:g}/255: did you mean {255 * args.epsilon:.3g}?"
+    if run.world.size > 1 and args.objective in ("nuclear", "aaer"):
+        yield (f"--objective {args.objective} is computed from each process's own images: with {run.world.size} "
+               f"processes its term is another than with one")
     if args.compile and args.objective in options.EAGER:
         yield f"--compile is off: --objective {args.objective} needs what torch.compile cannot give"
 
@@ -244,7 +251,6 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     """
     state, world, batch_size, seed = run.state, run.world, run.args.batch_size, run.args.seed
     device, precision, epsilon = run.train.labels.device, state.precision, run.args.epsilon / 255
-    replays = run.args.free_replays if run.args.attack == "free" else 1
     seed_everything(ORDER, seed, state.epoch)
     order = torch.randperm(len(run.train)).to(device)
     drawn = {name: values.to(device) for name, values in run.augmentation.draw(len(run.train)).items()}
@@ -255,7 +261,7 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
         now = state.epoch + (state.step + 1) / run.steps
         for group in state.optimizer.param_groups:
             group["lr"], group["momentum"] = state.rate * run.schedule(now), run.momentum(now)
-        batch = state.step // replays
+        batch = state.step // run.replays
         whole = range(batch * batch_size, min((batch + 1) * batch_size, len(run.train)))
         share = slice(whole.start + world.rank, whole.stop, world.size)
         x, y = run.train.batch(order[share], run.augmentation, {name: values[share] for name, values in drawn.items()})
@@ -340,7 +346,7 @@ def saved_if_stopped(run: Run) -> Iterator[None]:
     try:
         yield
     except (Stopped, BrokenPipeError) as end:
-        if isinstance(end, Stopped) or run.world.size == 1:
+        if not end.midway if isinstance(end, Stopped) else run.world.size == 1:
             save(run)
         raise
 
@@ -428,8 +434,8 @@ def advised(run: Run, advice: str) -> Iterator[None]:
             raise Failure(f"out of memory: {advice}") from None
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):
             if run.signals.received:  # which the compiler's own processes received, too
-                raise Stopped(run.signals.received, " while compiling; --resume auto goes on from the newest state") \
-                    from None
+                raise Stopped(run.signals.received, " while compiling; --resume auto goes on from the newest state",
+                              midway=True) from None
             raise Failure(f"--compile: {str(error).partition(chr(10))[0]}; use --no-compile") from None
         raise
 
@@ -620,12 +626,15 @@ def evaluate_only(run: Run, found: Found) -> None:
 def rows(args, record: dict[str, Any]) -> list[dict[str, Any]]:
     """What --eval found in the form that evaluate.py records."""
     final = record.get("final", {})
-    found = [("clean", 0.0, record["test_acc"], record["test_images"], None),
-             ("fgsm", args.epsilon, record["fgsm_acc"], record["test_images"], None),
-             (f"pgd-{args.test_iters}-{args.test_restarts}", args.epsilon, record["test_robust_acc"],
-              record["test_images"], None)]
+    n = record["test_images"]
+    found = [("clean", 0.0, None, record["test_acc"], n, None),
+             ("fgsm", args.epsilon, args.epsilon, record["fgsm_acc"], n, None),
+             (f"pgd-{args.test_iters}-{args.test_restarts}", args.epsilon, args.pgd_alpha, record["test_robust_acc"], n,
+              None)]
     if final:
-        found.append((f"pgd-{final['iters']}-{final['restarts']}", args.epsilon, final["robust_acc"], final["images"],
-                      final["seconds"]))
-    return [{**evaluate.row(name, epsilon, round(accuracy * n), n, seconds), "alpha": args.pgd_alpha}
-            for name, epsilon, accuracy, n, seconds in found]
+        found.append((f"pgd-{final['iters']}-{final['restarts']}", args.epsilon, args.pgd_alpha, final["robust_acc"],
+                      final["images"], final["seconds"]))
+    best = final.get("model") == "best"
+    return [{**evaluate.row(name, epsilon, round(accuracy * n), n, seconds), "alpha": alpha,
+             "file": "model_best.pth" if best and i == 3 else record["resumed"]}
+            for i, (name, epsilon, alpha, accuracy, n, seconds) in enumerate(found)]

@@ -24,11 +24,11 @@ class Failure(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked the run to end."""
+    """A signal asked the run to end; `midway`: within a step, so that the state is not one to save."""
 
-    def __init__(self, number: signal.Signals, how: str = ""):
+    def __init__(self, number: signal.Signals, how: str = "", midway: bool = False):
         super().__init__(f"stopped by {number.name}{how}")
-        self.number = number
+        self.number, self.midway = number, midway
 
 
 def seed_everything(*key: int) -> None:

@@ -67,7 +67,8 @@ def main() -> None:
     p.add_argument("--methods", nargs="*", default=list(options.METHODS), choices=list(options.METHODS),
                    help="whose steps are measured")
     p.add_argument("--rounds", type=options.number(int, 1), default=5, help="turns of each")
-    p.add_argument("--steps", type=options.number(int, 1), default=1, help="steps a turn")
+    p.add_argument("--steps", type=options.number(int, 1), default=2,
+                   help="steps a turn (even: every other one of NuAT is different)")
     p.add_argument("--json", type=options.path, help="also write the figures here")
     own, argv = p.parse_known_args()
     args = options.parse(DATASET, argv=argv)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(ROOT))
 from attacks import confident_gradient, quantile_mask, start
-from checkpoint import Folder, open_run, read_records
+from checkpoint import Folder, open_run, read_checkpoint, read_records
 from data import testing
-from options import Parser, number, path
+from options import Parser, figure_path, number, path
 from plot import label_at_the_ends, pyplot, save
 from utils import UsageError, one_line_errors, say, seed_everything
 
@@ -62,11 +62,16 @@ def networks(folder: Folder) -> list[Network]:
         raise UsageError(f"{folder.path / 'metrics.jsonl'} is damaged: move it away, and model_E.pth files are "
                          f"read alone") from None
     for file, of in epochs.items():
-        if of and file.exists():
+        if of and file.exists() and not (file.name == "state.pth" and is_midway(file)):
             found.setdefault(of[-1] + 1, file)
     if not found:
         raise UsageError(f"{folder.path} holds no network of a run: it has no model_E.pth after an epoch E")
     return [Network(epoch, file) for epoch, file in sorted(found.items())]
+
+
+def is_midway(state: Path) -> bool:
+    """Whether a run's state is of an epoch under way."""
+    return bool(read_checkpoint(state)["opt"]["run"]["step"])
 
 
 def diagnose(model: nn.Module, x: Tensor, y: Tensor, points: tuple[Tensor, Tensor], q: float
@@ -161,13 +166,11 @@ def main() -> None:
     p.add_argument("--zero-qval", type=number(float, 0, 1), help="ZeroGrad's q (default: the run's)")
     p.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="of the two points (default: the run's)")
     p.add_argument("--data-dir", type=path, help="torchvision's root (default: the run's)")
-    p.add_argument("--out", type=path, metavar="FILE",
+    p.add_argument("--out", type=figure_path, metavar="FILE",
                    help="the figures: x.png (.pdf, .svg) stands for x_magnitudes.png and x_flips.png")
     args = p.parse_args()
     with one_line_errors():
         out = Path(args.out) if args.out else None
-        if out and out.suffix not in (".png", ".pdf", ".svg"):
-            raise UsageError(f"--out must end in .png, .pdf or .svg, not {args.out}")
         if out:
             pyplot()  # or its absence would be told after all the work
         found, q = measured(Folder(args.run), args)

@@ -185,9 +185,10 @@ def gpus() -> list[str]:
 
 def default_jobs(scale: str) -> int:
     """Runs at once: one a GPU; on a CPU, one a core where they are too narrow to gain from more, else one."""
-    if count := len(gpus()):
+    flags = SCALES[scale].flags.split()
+    if "--device=cpu" not in flags and (count := len(gpus())):
         return count
-    narrow = any(flag in SCALES[scale].flags for flag in ("--base-width=16", "--base-width=4"))
+    narrow = "--base-width=16" in flags or "--base-width=4" in flags
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(cores(), memory // MEMORY)) if narrow else 1
 

@@ -23,8 +23,8 @@ from attacks import box, input_gradient, quantile_mask
 from checkpoint import Folder, open_run
 from data import load
 from options import Parser, number, path
-from plot import pyplot
-from utils import UsageError, one_line_errors, say, whole_file
+from plot import pyplot, save
+from utils import UsageError, one_line_errors, say
 
 
 def class_names(dataset: options.DataSet, args) -> list[str]:
@@ -86,7 +86,7 @@ def main() -> None:
     p.add_argument("--images", type=number(int, 1, 64), default=8, help="how many, from the first on")
     p.add_argument("--zero-qval", type=number(float, 0, 1), default=0.7, help="ZeroGrad's q")
     p.add_argument("--data-dir", type=path, help="torchvision's root (default: the run's)")
-    p.add_argument("--out", type=path, default="sheet.png", help="the picture")
+    p.add_argument("--out", type=options.figure_path, default="sheet.png", help="the figure: .png, .pdf or .svg")
     args = p.parse_args()
     with one_line_errors():
         folder, out = Path(args.run), Path(args.out)
@@ -98,8 +98,7 @@ def main() -> None:
         commits = dict.fromkeys(str(start["commit"])[:12] for start in started["starts"])
         figure.suptitle(f"{folder.resolve().name}, after epoch {run.epochs}, commit {', '.join(commits)}", fontsize=8)
         try:
-            with whole_file(out) as file:
-                figure.savefig(file, format="png", metadata={"Software": None})
+            save(figure, out)
         except OSError as error:
             raise UsageError(f"--out {out} cannot be written ({error.strerror})") from None
         say(str(out))

@@ -324,6 +324,7 @@ def test_scale_and_jobs_are_those_that_the_machine_is_made_for(monkeypatch):
         monkeypatch.setattr(reproduce.shutil, "which", lambda name, found=compiler: found)
         monkeypatch.setattr(reproduce, "MEMORY", 1)
         assert (reproduce.default_scale(), reproduce.default_jobs(scale)) == (scale, jobs)
+        assert reproduce.default_jobs("cpu-short") == 3  # whatever GPUs there are
     assert reproduce.default_jobs("cpu-paper") == 1
     monkeypatch.setattr(reproduce, "MEMORY", 1 << 60)
     assert reproduce.default_jobs("cpu") == 1

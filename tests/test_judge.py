@@ -199,7 +199,7 @@ def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
         assert networks.fingerprint(load_run(source)[0]) == networks.fingerprint(model)
     load_run(run, which="best"), load_run(run, which="healthy")
     status, output, error = judged(run, "--device=cpu", "--samples=48", "--attacks=clean,fgsm,pgd-2-2",
-                                   "--epsilons=4,8")
+                                   "--epsilons=4/255,8")
     assert (status, error) == (0, "") and "| worst case | 8 | 48 |" in output and "where the run has" not in output
     record, = json.loads((run / "evaluation.json").read_text())
     rows = {(row["attack"], row["epsilon"]): row for row in record["attacks"]}
@@ -251,6 +251,7 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
                         ([tmp_path / "empty", "--data-set=svhn"], "holds no model"),
                         ([tmp_path / "alone.pt", "--data-set=cifar10"], "another architecture: at bn.bias"),
                         ([run, "--attacks=pgd-0-3"], "must be of clean"), ([run, "--epsilons=8,x"], "must be a number"),
+                        ([run, "--std=0.5,0,0.5"], "must be three numbers above 0"),
                         ([run, "--model=WideResNet", "--shortcut=raw"], "another architecture")):
         status, _, error = judged(*flags)
         assert status == 2 and told in error and error.count("\n") == 1 and "--resume" not in error, error
@@ -273,6 +274,10 @@ def test_eval_takes_its_flags_from_the_run_and_says_which_ones_win(run, call):
     second = json.loads((run / "evaluation.json").read_text())[1]
     assert second["final"]["epsilon"] == 2 and [row["attack"] for row in second["attacks"]] == [
         "clean", "fgsm", "pgd-2-1", "pgd-1-2"]
+    assert [row["alpha"] for row in second["attacks"]] == [None, 2, 2, 2]
+    assert call("train_cifar.py", *small, "--final-model=best")[0] == 0
+    third = json.loads((run / "evaluation.json").read_text())[2]
+    assert [row["file"] for row in third["attacks"]] == [*["state.pth"] * 3, "model_best.pth"]
 
 
 # AutoAttack
@@ -310,7 +315,8 @@ def job_of(model, folder, n=60, batch_size=16, pixels=None) -> judge.Job:
     with torch.no_grad():
         labels = model(images.batch(slice(None))[0]).float().argmax(dim=1)
     labels[::15] = (labels[::15] + 1) % 10
-    args = SimpleNamespace(seed=7, data_set="own", dummy=False)
+    args = SimpleNamespace(seed=7, data_set="own", dummy=False, model="own", base_width=1, width_factor=1,
+                           shortcut="activated")
     opened = Opened(model, args, DATASETS["train_cifar.py"], "own", Folder(folder), {}, [])
     images = Images(pixels, labels, torch.contiguous_format)
     return judge.Job(opened, images, batch_size, FLOAT32, World(), Screen(), lambda: None)
@@ -358,6 +364,19 @@ def test_a_broken_off_autoattack_goes_on_and_finds_the_same(tmp_path, short):
     job.unfinished.pop().unlink()
     judge.auto_attack(job, "autoattack", EPSILON)  # from the start again: five batches more
     assert sum(rest) == -5
+
+
+def test_another_block_does_not_go_on_with_what_an_autoattack_found(tmp_path, short):
+    """The two kinds of block have the same parameters."""
+    job, checks = job_of(mixed(), tmp_path), []
+    job.check = lambda: checks.append(1)
+    judge.auto_attack(job, "apgd-ce", EPSILON)
+    whole = len(checks)
+    judge.auto_attack(job, "apgd-ce", EPSILON)
+    assert whole and len(checks) == whole
+    job.opened.args.shortcut = "raw"
+    judge.auto_attack(job, "apgd-ce", EPSILON)
+    assert len(checks) == 2 * whole
 
 
 def test_what_leaves_the_ball_breaks_nothing(tmp_path):

@@ -113,14 +113,15 @@ def test_a_run_does_not_go_on_with_another_data_set(tmp_path, call, small_dummy)
 def test_evaluating_leaves_alone_what_a_run_is_writing(tmp_path, call, small_dummy):
     folder = tmp_path / "run"
     assert call("train_cifar.py", *SMALL, "--fname", folder)[0] == 0
-    for name in (".state.pth.123.part", ".evaluation.json.123.part", ".eval.log.123.part"):
+    others = (".evaluation.json.123.part", ".eval.log.123.part", "..autoattack-8.json.123.part",
+              ".curves.png.123.part")
+    for name in (".state.pth.123.part", ".model_best.pth.123.part", *others):
         (folder / name).write_bytes(b"half")
     assert call("train_cifar.py", *SMALL, "--fname", folder, "--resume=auto", "--eval")[0] == 0
     assert (folder / ".state.pth.123.part").exists()
     assert call("train_cifar.py", *SMALL, "--fname", folder)[0] == 0
-    assert not (folder / ".state.pth.123.part").exists()
-    for name in (".evaluation.json.123.part", ".eval.log.123.part"):  # nor does a run what an evaluation is writing
-        assert (folder / name).exists()
+    # Nor does a run touch what an evaluation or a plot is writing.
+    assert sorted(path.name for path in folder.glob("*.part")) == sorted(others)
 
 
 def test_a_run_stopped_in_an_evaluation_goes_on(tmp_path, call, small_dummy, monkeypatch):

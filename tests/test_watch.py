@@ -1,13 +1,15 @@
 """The watch: the rule of collapse on curves known beforehand and on every committed one, its signs, what follows."""
 import json
+import signal
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, SmallNet, epochs_of
+from conftest import ROOT, SMALL, SmallNet, assert_same_run, epochs_of
 from test_scripts import one_line
 
 import train
 import watch
+from utils import Stopped
 
 
 def curve(*pairs: tuple[float, float]) -> list[dict]:
@@ -169,6 +171,7 @@ def test_a_run_can_stop_at_its_collapse(tmp_path, call, small_dummy, monkeypatch
     flags = [*FOUR, "--on-collapse=stop", "--fname", tmp_path / "run"]
     status, _, error = call("train_cifar.py", *flags)
     assert status == 1 and error.count("\n") == 1 and "collapsed in epoch 2" in error and "model_healthy.pth" in error
+    assert call("train_cifar.py", *flags, "--resume=auto")[0] == 1
     assert len(epochs_of(tmp_path / "run")) == 2
     assert call("train_cifar.py", *flags, "--on-collapse=warn", "--resume=auto")[0] == 0
     assert len(epochs_of(tmp_path / "run")) == 4
@@ -185,6 +188,23 @@ def test_a_run_can_go_back_with_half_the_learning_rate(tmp_path, call, small_dum
     assert "the learning rate is now 0.125 of the schedule's" in (tmp_path / "run" / "output.log").read_text()
     assert json.loads((tmp_path / "run" / "final.json").read_text())["rollbacks"] == 3
     assert "1 of 4 epochs, first in epoch 3, after 3 rollbacks" in output
+
+
+def test_a_run_that_was_cut_off_at_its_collapse_goes_back_all_the_same(tmp_path, call, small_dummy, monkeypatch):
+    def killed(run):
+        raise Stopped(signal.SIGTERM)
+
+    flags = [*FOUR, "--on-collapse=rollback", "--resume=auto"]
+    for name in ("whole", "part"):
+        fall(monkeypatch, 1)
+        if name == "part":
+            with monkeypatch.context() as patch:
+                patch.setattr(train, "on_collapse", killed)
+                assert call("train_cifar.py", *flags, "--fname", tmp_path / name)[0] == 128 + signal.SIGTERM
+            assert [record["collapsed"] for record in epochs_of(tmp_path / name)] == [False, True]
+        status, output, _ = call("train_cifar.py", *flags, "--fname", tmp_path / name)
+        assert status == 0 and output.count("# went back") == 1
+    assert_same_run(tmp_path / "part", tmp_path / "whole")
 
 
 def test_a_run_goes_back_to_no_state_of_epochs_long_past(tmp_path, call, small_dummy, monkeypatch):
