@@ -634,7 +634,7 @@ def rows(args, record: dict[str, Any]) -> list[dict[str, Any]]:
     if final:
         found.append((f"pgd-{final['iters']}-{final['restarts']}", args.epsilon, args.pgd_alpha, final["robust_acc"],
                       final["images"], final["seconds"]))
-    best = final.get("model") == "best"
-    return [{**evaluate.row(name, epsilon, round(accuracy * n), n, seconds), "alpha": alpha,
-             "file": "model_best.pth" if best and i == 3 else record["resumed"]}
-            for i, (name, epsilon, alpha, accuracy, n, seconds) in enumerate(found)]
+    files = [record["resumed"]] * 3 + [str(Path(args.fname, "model_best.pth")) if final.get("model") == "best" else
+                                       record["resumed"]]
+    return [{**evaluate.row(name, epsilon, round(accuracy * n), n, seconds), "alpha": alpha, "file": file}
+            for file, (name, epsilon, alpha, accuracy, n, seconds) in zip(files, found)]

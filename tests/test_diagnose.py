@@ -82,14 +82,16 @@ def test_a_run_is_told_of_and_drawn_and_twice_the_same(run, told, tmp_path):
 
 
 def test_networks_are_those_of_every_epoch_and_the_last_best_and_healthy_ones_of_others(tmp_path):
-    for name in ("model_1", "model_3", "model_best", "model_healthy", "state"):
+    for name in ("model_1", "model_3", "model_best", "model_healthy"):
         (tmp_path / f"{name}.pth").touch()
     records = [f'{{"epoch": {epoch}, "best": {str(epoch in (0, 2)).lower()}, "collapsed": {str(epoch > 3).lower()}}}\n'
                for epoch in range(5)]
     (tmp_path / "metrics.jsonl").write_text("".join(records))
-    networks = diagnose.networks(diagnose.Folder(tmp_path))
-    assert [(each.epoch, each.file.stem) for each in networks] == [
-        (2, "model_1"), (3, "model_best"), (4, "model_3"), (5, "state")]
+    for step, last in ((7, []), (0, [(5, "state")])):  # an epoch under way is none of those on record
+        torch.save({"opt": {"run": {"step": step}}}, tmp_path / "state.pth")
+        networks = diagnose.networks(diagnose.Folder(tmp_path))
+        assert [(each.epoch, each.file.stem) for each in networks] == [
+            (2, "model_1"), (3, "model_best"), (4, "model_3"), *last]
 
 
 def test_mistakes_are_one_line(run, told, tmp_path, monkeypatch):

@@ -277,7 +277,7 @@ def test_eval_takes_its_flags_from_the_run_and_says_which_ones_win(run, call):
     assert [row["alpha"] for row in second["attacks"]] == [None, 2, 2, 2]
     assert call("train_cifar.py", *small, "--final-model=best")[0] == 0
     third = json.loads((run / "evaluation.json").read_text())[2]
-    assert [row["file"] for row in third["attacks"]] == [*["state.pth"] * 3, "model_best.pth"]
+    assert [row["file"] for row in third["attacks"]] == [*[str(run / "state.pth")] * 3, str(run / "model_best.pth")]
 
 
 # AutoAttack
