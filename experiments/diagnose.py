@@ -71,7 +71,7 @@ def networks(folder: Folder) -> list[Network]:
 
 def is_midway(state: Path) -> bool:
     """Whether a run's state is of an epoch under way."""
-    return bool(read_checkpoint(state)["opt"]["run"]["step"])
+    return bool(read_checkpoint(state).get("opt", {}).get("run", {}).get("step"))
 
 
 def diagnose(model: nn.Module, x: Tensor, y: Tensor, points: tuple[Tensor, Tensor], q: float
