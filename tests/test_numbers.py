@@ -66,6 +66,11 @@ def stem(method: str, data_set: str = "cifar10", epsilon: int = 8, rest: str = "
     return "_".join([data_set, *flags.replace("--attack=", "").replace("--", "").split()]) + rest
 
 
+def seeds(method: str) -> list[list[dict]]:
+    """The epochs of a method's short runs, seed by seed."""
+    return [result["epochs"] for key, result in RESULTS.items() if key.startswith(f"cpu-short/{stem(method)}_seed=")]
+
+
 ZERO, ZEROGRAD, MULTI, PGD10 = (stem(name) for name in (
     "FGSM, zero initialization", "ZeroGrad, q = 0.35", "MultiGrad", "PGD-10"))
 
@@ -112,6 +117,8 @@ COLUMNS: dict[str, Callable[[str, str], float]] = {
 }
 
 
+EACH = "short runs: PGD-10, each seed"
+
 # CIFAR-10, epsilon 8/255, from FastAT_Benchmark's benchmark_data.json.
 PUBLISHED = {"FGSM, zero initialization": "69.17 / 42.49", "FGSM-RS": "77.66 / 48.27",
              "ZeroGrad, q = 0.35": "75.85 / 51.06", "N-FGSM": "78.59 / 53.07", "PGD-10": "82.36 / 54.17"}
@@ -136,9 +143,12 @@ def rows_of(several: bool) -> list:
 @pytest.mark.parametrize("cells", rows_of(several=False))
 def test_a_row_says_what_its_result_says(cells):
     scale, name = result_of(cells)
-    assert cells.keys() <= COLUMNS.keys() | {*list(cells)[:1], "trained on", "published: clean / PGD-50"}
+    assert cells.keys() <= COLUMNS.keys() | {*list(cells)[:1], "trained on", "published: clean / PGD-50", EACH}
     published = PUBLISHED.get(next(iter(cells.values())).removesuffix(", in bfloat16"))
     assert cells.get("published: clean / PGD-50", "") in ("", published)
+    if cells.get(EACH):
+        assert cells[EACH] == ", ".join(f"{100 * run[-1]['test_robust_acc']:.1f}"
+                                        for run in seeds(next(iter(cells.values())).removesuffix(", in bfloat16")))
     for title in COLUMNS.keys() & cells.keys():
         assert float(cells[title]) == pytest.approx(COLUMNS[title](scale, name), abs=0.05 + 1e-9), title
 
@@ -149,9 +159,7 @@ KEYS = {"training images under that attack": "train_robust_acc", "clean test ima
 
 @pytest.mark.parametrize("cells", rows_of(several=True))
 def test_a_row_of_several_seeds_has_their_mean_and_deviation(cells):
-    name = stem(cells["trained on"])
-    seeds = sorted(key for key in RESULTS if key.startswith(f"cpu-short/{name}_seed="))
-    epochs = [RESULTS[seed]["epochs"] for seed in seeds]
+    epochs = seeds(cells["trained on"])
     assert {len(run) for run in epochs} == {5} and len(epochs) > 1
     assert cells["collapsed"] == f"{sum(any(watch.collapsed(run)) for run in epochs)} of {len(epochs)}"
     for title in KEYS.keys() & cells.keys():
@@ -199,7 +207,18 @@ SHORT = {name.removeprefix("short/").removesuffix("_seed=0"): result["epochs"][-
          for name, result in RESULTS.items() if name.startswith("short/")}
 LOSS = {name: 100 * (epoch["fgsm_acc"] - epoch["test_robust_acc"]) for name, epoch in SHORT.items()}
 STEEP = ("fgsm", "fgsm-rs", "zerograd")
+LUCK = [epochs[-1] for epochs in seeds("ZeroGrad, q = 0.35")]
 SENTENCES: dict[str, list[tuple[str, list]]] = {"README.md": [], "experiments/README.md": [
+    *[(f"{words}, {the} has #% {fgsm}and #%{pgd10}, and {cosine} mean cosine of #",
+       [100 * LUCK[seed]["fgsm_acc"], 100 * LUCK[seed]["test_robust_acc"], LUCK[seed]["alignment"]])
+      for seed, words, the, fgsm, pgd10, cosine in (
+          (0, "With seed 0", "the network", "under FGSM ", " under PGD-10",
+           "at two points of the ball its gradients have a"),
+          (1, "With seed 1", "it", "", "", "a"))],
+    ("its training accuracy is #%, against #% with seed 1", [100 * each["train_robust_acc"] for each in LUCK[:2]]),
+    ("MultiGrad and N-FGSM lose less than #% from FGSM to PGD-10", [below(*(
+        100 * (epochs[-1]["fgsm_acc"] - epochs[-1]["test_robust_acc"])
+        for name in ("FGSM-RS", "ZeroGrad, q = 0.7", "MultiGrad", "N-FGSM") for epochs in seeds(name)))]),
     ("Most lose less than #% from FGSM to PGD-10", [below(*(
         loss for name, loss in LOSS.items() if name not in (*STEEP, "gradalign")))]),
     ("FGSM-RS and ZeroGrad (q = 0.35) lose #% to #%", [above(*(LOSS[name] for name in STEEP)),
