@@ -67,7 +67,7 @@ ATTACKS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "nfgsm": lambda a: dict(alpha=_step(a), k=a.noise_k),
     "sora": lambda a: {},
     "ckpt": lambda a: dict(alpha=_step(a), count=a.ckpt_count),
-    "free": lambda a: dict(replays=a.free_replays),
+    "free": lambda a: {},
     "pgi": lambda a: dict(alpha=_step(a), reset=a.pgi_reset, smoothing=a.label_smoothing),
     "kl": lambda a: dict(alpha=a.pgd_alpha / 255, steps=a.pgd_iters),
     "nuclear": lambda a: dict(alpha=_step(a), weight=a.nuclear_lambda),

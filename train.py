@@ -73,7 +73,6 @@ class Run:
     test: Images
     screen: Screen = field(default_factory=Screen)
     board: Board | None = None
-    replays: int = 1
 
     @property
     def steps(self) -> int:
@@ -187,14 +186,14 @@ def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world
         forward = nn.parallel.DistributedDataParallel(network, [world.device] if world.device.type == "cuda" else None)
     board = Board(folder.path / "tensorboard") if args.tensorboard and world.is_main else None
     keywords = options.ATTACKS[args.attack](args)
-    alpha, replays = keywords.pop("alpha", None), keywords.pop("replays", 1)
+    alpha = keywords.pop("alpha", None)
     momentum = partial(schedules.onecycle_momentum, epochs=args.epochs) if args.lr_schedule == "onecycle" else \
         lambda t: 0.9
     return Run(args, state, folder, world, signals, network, forward,
                partial(getattr(attacks, args.attack), **keywords),
                partial(getattr(objectives, args.objective), **options.OBJECTIVES[args.objective](args)), alpha,
                options.SCHEDULES[args.lr_schedule](args, dataset), momentum, Augmentation(**dataset.augmentation),
-               images[0], images[1], images[2], screen or Screen(quiet=True), board, replays)
+               images[0], images[1], images[2], screen or Screen(quiet=True), board)
 
 
 def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
@@ -251,6 +250,7 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     """
     state, world, batch_size, seed = run.state, run.world, run.args.batch_size, run.args.seed
     device, precision, epsilon = run.train.labels.device, state.precision, run.args.epsilon / 255
+    replays = run.args.free_replays if run.args.attack == "free" else 1
     seed_everything(ORDER, seed, state.epoch)
     order = torch.randperm(len(run.train)).to(device)
     drawn = {name: values.to(device) for name, values in run.augmentation.draw(len(run.train)).items()}
@@ -261,7 +261,7 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
         now = state.epoch + (state.step + 1) / run.steps
         for group in state.optimizer.param_groups:
             group["lr"], group["momentum"] = state.rate * run.schedule(now), run.momentum(now)
-        batch = state.step // run.replays
+        batch = state.step // replays
         whole = range(batch * batch_size, min((batch + 1) * batch_size, len(run.train)))
         share = slice(whole.start + world.rank, whole.stop, world.size)
         x, y = run.train.batch(order[share], run.augmentation, {name: values[share] for name, values in drawn.items()})
