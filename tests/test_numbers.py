@@ -163,7 +163,7 @@ def test_a_row_of_several_seeds_has_their_mean_and_deviation(cells):
     assert {len(run) for run in epochs} == {5}
     assert cells["collapsed"] == f"{sum(any(watch.collapsed(run)) for run in epochs)} of {len(epochs)}"
     for title in KEYS.keys() & cells.keys():
-        assert cells[title] == plot.mean([run[-1][KEYS[title]] for run in epochs]), title
+        assert cells[title] == plot.mean([100 * run[-1][KEYS[title]] for run in epochs], 1), title
     assert cells["PGD-10, each seed"] == ", ".join(f"{100 * run[-1]['test_robust_acc']:.1f}" for run in epochs)
 
 
