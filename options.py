@@ -99,6 +99,7 @@ MODELS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
 # Objectives that compare with the start of the attack, the attacks that have none, and objectives that torch.compile
 # cannot take: they need a second derivative, or a graph twice.
 WITH_START, WITHOUT_START = ("gradalign", "aaer", "logits"), ("none", "free", "kl", "nuclear")
+OF_THE_BATCH = ("nuclear", "aaer")  # no mean over images: a process's share has another term than the whole batch
 EAGER = ("gradalign", "logits")
 
 

@@ -235,7 +235,7 @@ def notes(run: Run, dataset: options.DataSet, resumed: bool, aside: str | None) 
         yield f"{flag} has no effect with --attack={args.attack}, --objective={args.objective}, --model={args.model}"
     if 0 < args.epsilon < 1:
         yield f"--epsilon={args.epsilon:g} means {args.epsilon:g}/255: did you mean {255 * args.epsilon:.3g}?"
-    if run.world.size > 1 and args.objective in ("nuclear", "aaer"):
+    if run.world.size > 1 and args.objective in options.OF_THE_BATCH:
         yield (f"--objective {args.objective} is computed from each process's own images: with {run.world.size} "
                f"processes its term is another than with one")
     if args.compile and args.objective in options.EAGER:
@@ -345,8 +345,12 @@ def saved_if_stopped(run: Run) -> Iterator[None]:
     first one's alone, and the others would wait: the last epoch is saved already."""
     try:
         yield
-    except (Stopped, BrokenPipeError) as end:
-        if not end.midway if isinstance(end, Stopped) else run.world.size == 1:
+    except Stopped as stop:
+        if not stop.midway:
+            save(run)
+        raise
+    except BrokenPipeError:
+        if run.world.size == 1:
             save(run)
         raise
 
@@ -625,16 +629,15 @@ def evaluate_only(run: Run, found: Found) -> None:
 
 def rows(args, record: dict[str, Any]) -> list[dict[str, Any]]:
     """What --eval found in the form that evaluate.py records."""
-    final = record.get("final", {})
-    n = record["test_images"]
-    found = [("clean", 0.0, None, record["test_acc"], n, None),
-             ("fgsm", args.epsilon, args.epsilon, record["fgsm_acc"], n, None),
-             (f"pgd-{args.test_iters}-{args.test_restarts}", args.epsilon, args.pgd_alpha, record["test_robust_acc"], n,
-              None)]
-    if final:
-        found.append((f"pgd-{final['iters']}-{final['restarts']}", args.epsilon, args.pgd_alpha, final["robust_acc"],
-                      final["images"], final["seconds"]))
-    files = [record["resumed"]] * 3 + [str(Path(args.fname, "model_best.pth")) if final.get("model") == "best" else
-                                       record["resumed"]]
-    return [{**evaluate.row(name, epsilon, round(accuracy * n), n, seconds), "alpha": alpha, "file": file}
-            for file, (name, epsilon, alpha, accuracy, n, seconds) in zip(files, found)]
+    def row(name: str, epsilon: float, alpha: float | None, accuracy: float, images: int = record["test_images"],
+            seconds: float | None = None, file: str = record["resumed"]) -> dict[str, Any]:
+        return {**evaluate.row(name, epsilon, round(accuracy * images), images, seconds), "alpha": alpha, "file": file}
+
+    pgd = f"pgd-{args.test_iters}-{args.test_restarts}"
+    found = [row("clean", 0.0, None, record["test_acc"]), row("fgsm", args.epsilon, args.epsilon, record["fgsm_acc"]),
+             row(pgd, args.epsilon, args.pgd_alpha, record["test_robust_acc"])]
+    if final := record.get("final"):
+        file = str(Path(args.fname, "model_best.pth")) if final["model"] == "best" else record["resumed"]
+        found.append(row(f"pgd-{final['iters']}-{final['restarts']}", args.epsilon, args.pgd_alpha,
+                         final["robust_acc"], final["images"], final["seconds"], file))
+    return found
