@@ -42,7 +42,7 @@ SCALES = {
                        "evaluation on 1,000 images", "--device=cpu --amp --compile --final-samples=1000", (0,)),
     "smoke": Scale("seconds a run on synthetic images: only to see that everything works",
                    "--dummy --device=cpu --base-width=4 --epochs=2 --batch-size=32 --train-samples=96 --test-iters=2 "
-                   "--final-iters=2 --final-restarts=1 --final-samples=64", (0,)),
+                   "--test-samples=64 --last-samples=64 --final-iters=2 --final-restarts=1 --final-samples=64", (0,)),
 }
 
 

@@ -11,9 +11,11 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
+from processes import IMAGES, ROOT, SIDE
 from torch import nn
 
 import data
+import networks
 import options
 import train
 import train_cifar
@@ -23,7 +25,6 @@ import train_svhn
 # Where the suite runs in a shell's background, SIGINT is ignored, here and in what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-ROOT = Path(__file__).resolve().parent.parent
 DATASETS = {"train_cifar.py": train_cifar.DATASET, "train_cifar100.py": train_cifar100.DATASET,
             "train_svhn.py": train_svhn.DATASET}
 
@@ -31,8 +32,8 @@ DATASETS = {"train_cifar.py": train_cifar.DATASET, "train_cifar100.py": train_ci
 SMALL = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=32", "--train-samples=80", "--epochs=2",
          "--test-iters=2", "--final-iters=2", "--final-restarts=2", "--final-samples=48"]
 TINY = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=8", "--train-samples=8", "--epochs=2",
-        "--test-iters=1", "--final-iters=1", "--final-restarts=1", "--final-samples=1", "--chkpt-iters=1",
-        "--attack=fgsm"]
+        "--test-iters=1", "--test-samples=8", "--last-samples=8", "--final-iters=1", "--final-restarts=1",
+        "--final-samples=1", "--chkpt-iters=1", "--attack=fgsm"]
 
 
 class SmallNet(nn.Module):
@@ -48,10 +49,43 @@ class SmallNet(nn.Module):
         return self.linear(torch.tanh(self.bn(self.conv(x))).square().mean(dim=(2, 3)))
 
 
+def linear_network(dataset: options.DataSet, args) -> nn.Module:
+    """The network that the arguments name, with weights written down here, under which it is linear.
+
+    Each logit is a whole multiple of each mean colour of a few pixels, since no ReLU meets a negative number. So
+    rounding decides neither a class nor a gradient's sign, and counts are the same on every processor. Training with
+    --lr-max=0 leaves the network as it is, BatchNorm's running statistics included.
+    """
+    network = networks.new_network(dataset, args)
+    colours = torch.eye(network.conv1.out_channels, 3)
+    classes = torch.arange(dataset.classes).view(-1, 1) * torch.tensor([3, 5, 1]) % 11 - 5.0
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+        for layer in network.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.fill_(1), layer.bias.fill_(4)
+                layer.momentum = 0.0
+            elif isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1):
+                layer.weight[:3, :3, 0, 0] = torch.eye(3)
+        network.conv1.weight[:, :, 1, 1] = colours
+        network.linear.weight[:, :3] = classes
+        network.linear.bias.copy_(-16 * classes.sum(dim=1))  # four BatchNorm layers on the way add 4 each
+    return network
+
+
 @pytest.fixture
 def small_dummy(monkeypatch):
-    """Few synthetic images, for runs inside the test's own process."""
-    monkeypatch.setattr(data, "DUMMY_SIZES", {True: 96, False: 64})
+    """Few and small synthetic images, for runs inside the test's own process."""
+    monkeypatch.setattr(data, "DUMMY_SIZES", IMAGES)
+    monkeypatch.setattr(data, "DUMMY_SIDE", SIDE)
+
+
+@pytest.fixture
+def first_is_best(monkeypatch):
+    """Have the first epoch score highest, whatever the weights: a run resumed after that epoch keeps its best model."""
+    measure = train.measure
+    monkeypatch.setattr(train, "measure", lambda run: {**measure(run), "score": 1 / (1 + run.state.epoch)})
 
 
 @pytest.fixture

@@ -7,8 +7,6 @@ import http.server
 import io
 import json
 import pickle
-import subprocess
-import sys
 import tarfile
 import threading
 import time
@@ -19,10 +17,11 @@ import scipy.io
 import torch
 import torchvision.datasets.utils
 import torchvision.transforms.functional as TF
-from conftest import DATASETS, ROOT, SMALL, epochs_of
+from conftest import DATASETS, SMALL, epochs_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import Started
 from torchvision import datasets
 
 import data
@@ -274,38 +273,38 @@ def test_svhn_whose_second_file_does_not_arrive_leaves_no_first_one(tmp_path, mo
 
 def test_of_two_processes_that_lack_the_same_files_one_downloads_and_one_waits(tmp_path, monkeypatch):
     content, go = archived(tmp_path, monkeypatch), threading.Event()
-    program = """if True:
-        import json, sys
-        from torchvision import datasets
-        import data
-        for name, value in json.loads(sys.argv[1]).items():
-            setattr(datasets.CIFAR10, name, value)
-        print("begins", flush=True)
-        print(len(data.read_torchvision("CIFAR10", sys.argv[2])[0][0]))"""
+    (tmp_path / "program.py").write_text("""
+import json, sys
+from torchvision import datasets
+import data
+for name, value in json.loads(sys.argv[1]).items():
+    setattr(datasets.CIFAR10, name, value)
+open(sys.argv[3], "w").close()
+print(len(data.read_torchvision("CIFAR10", sys.argv[2])[0][0]))
+""")
 
     def answer(handler):
         assert go.wait(120)
         sending(content)(handler)
 
-    def begun():
-        process = subprocess.Popen([sys.executable, "-c", program, json.dumps(attributes), str(tmp_path / "data")],
-                                   cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        assert process.stdout.readline() == "begins\n"
+    def begun(name):
+        process = Started(tmp_path / "program.py", json.dumps(attributes), tmp_path / "data", tmp_path / name)
+        process.wait_for(tmp_path / name)
         return process
 
     with serving(answer) as (address, asked):
         attributes = {name: getattr(datasets.CIFAR10, name) for name in ("train_list", "test_list", "meta", "tgz_md5")}
         attributes["url"] = f"{address}/cifar-10-python.tar.gz"
-        first = begun()
+        first = begun("first")
         while not asked:
             time.sleep(0.01)
-        second = begun()
+        second = begun("second")
         time.sleep(1)
-        assert len(asked) == 1 and second.poll() is None
+        assert len(asked) == 1 and second.running
         go.set()
         for process in (first, second):
-            output, error = process.communicate(timeout=120)
-            assert (process.returncode, output) == (0, "30\n"), error
+            done = process.finish(timeout=120)
+            assert (done.returncode, done.stdout) == (0, "30\n"), done.stderr
         assert len(asked) == 2  # torchvision first asks where the address leads to
 
 

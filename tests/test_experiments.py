@@ -8,12 +8,12 @@ import signal
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from conftest import DATASETS, ROOT, script
+from processes import Started, forked
 
 import options
 from checkpoint import Folder
@@ -27,7 +27,7 @@ from results import read_result, write_result
 
 
 def run_tables(tmp_path, *flags: str) -> subprocess.CompletedProcess:
-    return script("experiments/reproduce.py", *flags, *places(tmp_path))
+    return forked("experiments/reproduce.py", *flags, *places(tmp_path))
 
 
 def places(tmp_path) -> list[str]:
@@ -94,11 +94,11 @@ def test_the_runner_makes_what_is_missing_and_makes_it_again_with_the_same_bits(
     shutil.rmtree(tmp_path / "runs/smoke/cifar10_zerograd_zero-qval=0_seed=0")  # one run anew, one result from its run
     assert run_tables(tmp_path, *flags).returncode == 0
     assert results_of(tmp_path) == first
-    made = script("experiments/report.py", "--scale=smoke", "--results", tmp_path / "results", "--out",
+    made = forked("experiments/report.py", "--scale=smoke", "--results", tmp_path / "results", "--out",
                   tmp_path / "report")
     assert made.returncode == 0 and "`train_cifar.py --seed=1`" in (tmp_path / "report/smoke.md").read_text()
     run = tmp_path / "runs/smoke/cifar10_zerograd_zero-qval=0_seed=0"
-    drawn = script("experiments/sheet.py", run, "--images=2", "--out", tmp_path / "sheet.png")
+    drawn = forked("experiments/sheet.py", run, "--images=2", "--out", tmp_path / "sheet.png")
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "sheet.png").read_bytes().startswith(b"\x89PNG")
 
@@ -127,15 +127,13 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
     (folders[0] / "state.pth").unlink()
     (folders[0] / "console.log").unlink()
     for sign in ("console.log", "args.json"):  # before and after a run looks out for signals
-        started = subprocess.Popen([sys.executable, ROOT / "experiments/reproduce.py", "quantile",
-                                    "--only=zero-qval=0.", *places(tmp_path)], text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE)
-        wait_for(folders[0] / sign)
+        started = Started("experiments/reproduce.py", "quantile", "--only=zero-qval=0.", *places(tmp_path))
+        started.wait_for(folders[0] / sign)
         started.send_signal(signal.SIGINT)
-        output, error = started.communicate(timeout=120)
-        assert started.returncode == 130, error
-        assert "stopped by SIGINT: 0 runs made, 2 left" in output and "failed:" not in error + output
-        assert "Traceback" not in error
+        done = started.finish(timeout=120)
+        assert done.returncode == 130, done.stderr
+        assert "stopped by SIGINT: 0 runs made, 2 left" in done.stdout and "failed:" not in done.stderr + done.stdout
+        assert "Traceback" not in done.stderr
     other = Folder(folders[0])
     other.lock()  # no run goes on behind the runner's back
     other.release()
@@ -156,13 +154,6 @@ def test_a_run_that_another_runner_was_quicker_to_start_is_no_failure(tmp_path):
         runner.finish(reproduce.Job(run, 0, SimpleNamespace(returncode=2)))
     quicker.release()
     assert runner.elsewhere == runs[:1] and runner.failed == runs[1:]
-
-
-def wait_for(path) -> None:
-    until = time.monotonic() + 120
-    while not path.exists():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 def test_a_spent_budget_stops_the_runner(tmp_path):

@@ -3,17 +3,19 @@ import argparse
 import json
 import math
 import os
+import random
 import shutil
 import signal
-import subprocess
 import sys
 import threading
+import time
 import zipfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, assert_same, assert_same_run, epochs_of
+from conftest import SMALL, assert_same, assert_same_run, epochs_of
+from processes import Started, forked
 from test_scripts import one_line
 
 import checkpoint
@@ -161,7 +163,7 @@ def test_auto_starts_where_there_is_nothing_and_is_done_where_all_is_there(tmp_p
     assert status == 0 and "PGD-3-2" in output and len(epochs_of(tmp_path / "run")) == 3
 
 
-def test_auto_falls_back_to_the_newest_complete_pair(tmp_path, call, small_dummy):
+def test_auto_falls_back_to_the_newest_complete_pair(tmp_path, call, small_dummy, first_is_best):
     for name in ("whole", "part"):
         assert call("train_cifar.py", *THREE, "--fname", tmp_path / name)[0] == 0
     part = tmp_path / "part"
@@ -425,19 +427,21 @@ def test_an_evaluation_with_other_columns_has_a_header_of_its_own(tmp_path, call
 
 def test_evaluations_beside_one_another_are_all_kept(tmp_path):
     """Also where each process has a folder of its own for temporary files."""
-    program = ("import sys\n"
-               "from checkpoint import TITLES, Folder, add_evaluation\n"
-               "record = {title.lower().replace(' ', '_'): 0.0 for title in TITLES}\n"
-               "names = 'iters', 'seconds', 'clean_loss', 'clean_acc', 'robust_loss', 'robust_acc'\n"
-               "record['final'] = dict.fromkeys(names, 0.0)\n"
-               "for i in range(15):\n"
-               "    add_evaluation(Folder(sys.argv[1]), {**record, 'epoch': int(sys.argv[2]) + i})\n")
+    (tmp_path / "program.py").write_text("""
+import sys
+from checkpoint import TITLES, Folder, add_evaluation
+record = {title.lower().replace(" ", "_"): 0.0 for title in TITLES}
+names = "iters", "seconds", "clean_loss", "clean_acc", "robust_loss", "robust_acc"
+record["final"] = dict.fromkeys(names, 0.0)
+for i in range(15):
+    add_evaluation(Folder(sys.argv[1]), {**record, "epoch": int(sys.argv[2]) + i})
+""")
     processes = []
     for first in ("0", "100"):
         (tmp_path / first).mkdir()
-        processes.append(subprocess.Popen([sys.executable, "-c", program, tmp_path, first], cwd=ROOT,
-                                          env={**os.environ, "TMPDIR": str(tmp_path / first)}))
-    assert [process.wait(timeout=100) for process in processes] == [0, 0]
+        processes.append(Started(tmp_path / "program.py", tmp_path, first,
+                                 env={**os.environ, "TMPDIR": str(tmp_path / first)}))
+    assert [process.finish(timeout=100).returncode for process in processes] == [0, 0]
     assert sorted(record["epoch"] for record in evaluations_of(tmp_path)) == [*range(15), *range(100, 115)]
     header, *lines = (tmp_path / "eval.log").read_text().splitlines()
     assert header.startswith("Epoch") and len(lines) == 60
@@ -475,7 +479,8 @@ def make_old(folder) -> None:
     (folder / ".lock").unlink()
 
 
-def test_a_folder_of_the_format_without_a_past_goes_on_to_the_same_bits(tmp_path, call, small_dummy, monkeypatch):
+def test_a_folder_of_the_format_without_a_past_goes_on_to_the_same_bits(tmp_path, call, small_dummy, first_is_best,
+                                                                        monkeypatch):
     whole, flags = tmp_path / "whole", THREE
     assert call("train_cifar.py", *flags, "--fname", whole)[0] == 0
     for at in (3, 5):  # at the end of the first epoch, inside the second
@@ -507,7 +512,7 @@ def test_a_folder_of_the_format_without_a_past_goes_on_to_the_same_bits(tmp_path
     assert (part / "earlier_1" / "final.json").exists() and len(files(part / "earlier_1")) >= 8
 
 
-def test_a_damaged_log_is_written_anew_where_the_state_has_it_else_named(tmp_path, call, small_dummy):
+def test_a_damaged_log_is_written_anew_where_the_state_has_it_else_named(tmp_path, call, small_dummy, first_is_best):
     whole, part, flags = tmp_path / "whole", tmp_path / "part", [*THREE, "--epochs=2", "--fname"]
     assert call("train_cifar.py", *flags, whole)[0] == 0
     damages = (("metrics.jsonl", "{"), ("metrics.jsonl", "[1]"), ("args.json", "[]"), ("final.json", ""),
@@ -590,16 +595,14 @@ def test_an_optimizer_that_is_no_match_is_told_of_and_one_that_never_stepped_is_
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_real_signal_saves_the_state_first(number, tmp_path):
-    flags = [*SMALL, "--attack=fgsm", "--epochs=300", "--fname", str(tmp_path / "run")]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train_cifar.py"), *flags], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    epoch = next(int(line.split("/")[0]) - 1 for line in process.stdout if "/300  lr " in line)
-    process.send_signal(number)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert error == f"train_cifar.py: stopped by {number.name}; --resume auto goes on from here\n"
+    run = Started("train_cifar.py", *SMALL, "--attack=fgsm", "--epochs=300", "--fname", tmp_path / "run")
+    run.wait_for(tmp_path / "run" / "metrics.jsonl")
+    run.send_signal(number)
+    done = run.finish(timeout=60)
+    assert done.returncode == 128 + number
+    assert done.stderr == f"train_cifar.py: stopped by {number.name}; --resume auto goes on from here\n"
     progress = torch.load(tmp_path / "run" / "state.pth", weights_only=True)["opt"]["run"]
-    assert (progress["epoch"], progress["step"]) > (epoch, 0)
+    assert (progress["epoch"], progress["step"]) > (0, 0)
     assert len(epochs_of(tmp_path / "run")) == progress["epoch"]
 
 
@@ -640,66 +643,29 @@ def test_a_thread_can_train_too(tmp_path, call, small_dummy):
     assert ended[0][0] == 0 and ended[0][2] == "" and len(epochs_of(tmp_path / "run")) == 2
 
 
-KILLER = """
-import os, random, shutil, signal, sys, time
-import options, train_cifar
-from train import main
-
-folder, *flags = sys.argv[1:]
-
-def begin(name):
-    pid = os.fork()  # spares every run the import of PyTorch
-    if pid:
-        return pid
-    try:
-        sys.stdout = open(os.devnull, "w")
-        main(train_cifar.DATASET, options.parse(train_cifar.DATASET, argv=[*flags, "--fname", f"{folder}/{name}"]))
-    except SystemExit as end:
-        os._exit(end.code or 0)
-    except BaseException as error:
-        print(repr(error), file=sys.stderr, flush=True)
-        os._exit(1)
-    os._exit(0)
-
-began = time.monotonic()
-assert os.waitpid(begin("whole"), 0)[1] == 0
-whole = time.monotonic() - began
-kills = finished = 0
-while kills < 12 or not finished:
-    child = begin(f"part_{finished}")
-    # After the last kill the last run is let through.
-    deadline = time.monotonic() + (random.uniform(0, 0.8) * whole if kills < 12 else 1e9)
-    while True:
-        pid, status = os.waitpid(child, os.WNOHANG)
-        if pid:
-            assert status == 0, status
-            finished += 1
-            break
-        if time.monotonic() > deadline:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            kills += 1
-            break
-        time.sleep(0.002)
-print(kills, finished)
-"""
-
-
 @pytest.mark.slow
 def test_runs_killed_at_random_moments_end_with_the_bits_of_an_unbroken_one(tmp_path):
     """SIGKILL, again and again at moments that differ from day to day; each run that gets through is compared."""
-    flags = [*SMALL, "--epochs=4", "--chkpt-iters=2", "--chkpt-steps=2", "--train-samples=320", "--attack=zerograd",
-             "--lr-schedule=cyclic", "--final-samples=16", "--resume=auto"]
-    done = subprocess.run([sys.executable, "-c", KILLER, str(tmp_path), *flags], capture_output=True, text=True,
-                          cwd=ROOT, timeout=500)
-    assert done.returncode == 0, done.stderr
-    kills, finished = map(int, done.stdout.split())
-    assert kills == 12 and finished >= 1
+    flags = [*SMALL, "--epochs=4", "--chkpt-iters=2", "--chkpt-steps=2", "--batch-size=16", "--train-samples=96",
+             "--attack=zerograd", "--lr-schedule=cyclic", "--test-iters=1", "--final-samples=16", "--resume=auto"]
+    began = time.monotonic()
+    assert forked("train_cifar.py", *flags, "--fname", tmp_path / "whole").returncode == 0
+    whole = time.monotonic() - began
+    kills = finished = 0
+    while kills < 20 or not finished:
+        run = Started("train_cifar.py", *flags, "--fname", tmp_path / f"part_{finished}")
+        run.process.join(random.uniform(0, 0.8) * whole if kills < 20 else 280)  # the last run is left alone
+        if run.running:
+            run.send_signal(signal.SIGKILL)
+            kills += run.finish().returncode == -signal.SIGKILL
+            continue
+        done = run.finish()
+        assert done.returncode == 0, done.stderr
+        finished += 1
     for i in range(finished):
         part = tmp_path / f"part_{i}"
         assert_same_run(part, tmp_path / "whole")
-        records = [json.loads(line)["epoch"] for line in (part / "metrics.jsonl").read_text().splitlines()]
-        assert records == [0, 1, 2, 3] and not list(part.glob(".*.part"))
+        assert [record["epoch"] for record in epochs_of(part)] == [0, 1, 2, 3] and not list(part.glob(".*.part"))
     assert any("# resumed" in (tmp_path / f"part_{i}" / "output.log").read_text() for i in range(finished))
 
 

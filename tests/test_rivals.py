@@ -8,20 +8,18 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import warnings
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import DATASETS, ROOT, SMALL, SmallNet, assert_same_run
+from conftest import DATASETS, SMALL, SmallNet, assert_same_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import forked, together
 from torch import nn
 
 import attacks
@@ -1192,7 +1190,6 @@ def test_a_run_of_resnet18_in_the_recipe(tmp_path, call, small_dummy):
 
 
 PROGRAM = """
-import os
 import sys
 import torch
 from torch import nn
@@ -1203,7 +1200,7 @@ from machine import CPU, World
 from utils import StopSignals
 
 folder, world = sys.argv[1], World.join(CPU)
-data.DUMMY_SIZES = {True: 32, False: 16}
+data.DUMMY_SIZES, data.DUMMY_SIDE = {True: 32, False: 16}, 32
 dataset, draws = train_svhn.DATASET, 0
 methods = [name for name in options.METHODS]
 
@@ -1258,7 +1255,6 @@ for mode in ("eval", "train"):
         torch.save({"model": state.model.state_dict(), "kept": state.kept, "losses": losses},
                    f"{folder}/{mode} {method} {world.rank} of {world.size}.pt")
 world.leave()
-os._exit(0)  # threads of PyTorch's that are still there can abort the interpreter's own way out
 """
 
 
@@ -1268,10 +1264,8 @@ def test_two_processes_keep_the_same_and_take_the_steps_of_one(tmp_path):
     every image: what is kept is the same in both processes and, as the weights, what one process comes to. Then an
     epoch with BatchNorm in train mode: weights and what is kept are the same in both."""
     (tmp_path / "program.py").write_text(PROGRAM)
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]):
-        done = subprocess.run([sys.executable, *launcher, tmp_path / "program.py", tmp_path], capture_output=True,
-                              text=True, env=env, cwd=tmp_path, timeout=280)
+    for run in (forked, together):
+        done = run(tmp_path / "program.py", tmp_path)
         assert done.returncode == 0, done.stderr
 
     def result(mode, method, process):

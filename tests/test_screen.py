@@ -3,18 +3,21 @@ import fcntl
 import os
 import pty
 import re
+import select
 import struct
 import subprocess
-import sys
 import termios
+from collections.abc import Callable
 
 import pytest
-from conftest import ROOT, SMALL
+from conftest import ROOT, SMALL, linear_network
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import Started
 from test_distributed import TORCHRUN
 
 import screen
+import train
 from options import DATA_SETS, data_set, parse
 from screen import Screen, clock, duration, epoch_line
 
@@ -54,7 +57,7 @@ def test_times_are_told_as_one_says_them(seconds):
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
-def test_the_banner_names_the_numbers_in_effect(name, call, tmp_path):
+def test_the_banner_names_the_numbers_in_effect(name, call, tmp_path, small_dummy):
     flags = [*SMALL, "--epochs=1", "--method=zerograd", "--zero-qval=0.25", "--epsilon=6", "--fname", tmp_path / "run"]
     status, output, _ = call(f"{DATA_SETS[name]}.py", *flags)
     assert status == 0
@@ -68,46 +71,53 @@ def test_the_banner_names_the_numbers_in_effect(name, call, tmp_path):
     assert "python evaluate.py" in output and "python plot.py" in output
 
 
-def test_quiet_leaves_nothing_but_errors(call, tmp_path):
-    status, output, error = call("train_cifar.py", *FLAGS, "--quiet", "--fname", tmp_path / "run")
+def test_quiet_leaves_nothing_but_errors(call, tmp_path, small_dummy, monkeypatch):
+    monkeypatch.setattr(train, "new_network", linear_network)  # one that surely does not collapse: quiet runs say that
+    status, output, error = call("train_cifar.py", *FLAGS, "--lr-max=0", "--quiet", "--fname", tmp_path / "run")
     assert (status, output, error) == (0, "", "")
     assert (tmp_path / "run" / "final.json").exists()
     assert call("train_cifar.py", *FLAGS, "--fname", tmp_path / "run", "--resume=1", "--epsilon=7")[2].count("\n") == 1
 
 
-def on_a_terminal(command: list[str], columns: int = 160, **options) -> str:
-    """What the command shows on a terminal of its own."""
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    with subprocess.Popen(command, stdout=follower, stderr=follower, cwd=ROOT, **options) as process:
-        os.close(follower)
+class Terminal:
+    """A terminal for one process: `name` is its file, `shown()` all that it shows until the process ends."""
+
+    def __init__(self, columns: int = 160):
+        self.leader, self.follower = pty.openpty()
+        self.name = os.ttyname(self.follower)
+        fcntl.ioctl(self.follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+
+    def shown(self, running: Callable[[], bool]) -> str:
         shown = b""
-        while True:
-            try:
-                part = os.read(leader, 65536)
-            except OSError:  # the other end is closed
-                break
-            shown += part
-            if not part:
-                break
-    os.close(leader)
-    assert process.returncode == 0, shown.decode()
-    return shown.decode()
+        while select.select([self.leader], [], [], 0.2)[0] or running():
+            if select.select([self.leader], [], [], 0)[0]:
+                shown += os.read(self.leader, 65536)
+        os.close(self.follower), os.close(self.leader)
+        return shown.decode()
+
+
+def on_a_terminal(name, *flags, columns: int = 160) -> str:
+    """What the script shows on a terminal of its own."""
+    terminal = Terminal(columns)
+    process = Started(name, *flags, terminal=terminal.name)
+    shown = terminal.shown(lambda: process.running)
+    assert process.finish().returncode == 0, shown
+    return shown
 
 
 def test_a_terminal_shows_a_bar_over_everything_that_takes_time(tmp_path):
-    shown = on_a_terminal([sys.executable, "train_cifar.py", *FLAGS, "--final-restarts=2", "--fname",
-                           str(tmp_path / "run")])
+    shown = on_a_terminal("train_cifar.py", *FLAGS, "--final-restarts=2", "--fname", tmp_path / "run")
     for bar in (r"reading CIFAR-10", r"training, epoch 2: .*loss=\d\.\d+, train=\d+\.\d", r"PGD-\d+: ", r"FGSM: ",
                 r"PGD-\d+, restart 2/2, \d+\.\d% still robust: .*48/48"):
         assert re.search(bar, shown), bar
 
 
-def test_a_terminal_without_columns_shows_lines():
-    wait = "import screen; screen.MINUTES = 0\nwith screen.Screen().progress('waiting', 2, 'step') as bar: bar.update()"
-    command = [sys.executable, "-c", wait]
-    assert "# waiting: 1 of 2 steps, some time left" in on_a_terminal(command, columns=0)
-    assert "0%|" in on_a_terminal(command) and "1 of 2" not in on_a_terminal(command)
+def test_a_terminal_without_columns_shows_lines(tmp_path):
+    wait = tmp_path / "wait.py"
+    wait.write_text("import screen\nscreen.MINUTES = 0\n"
+                    "with screen.Screen().progress('waiting', 2, 'step') as bar:\n    bar.update()\n")
+    assert "# waiting: 1 of 2 steps, some time left" in on_a_terminal(wait, columns=0)
+    assert "0%|" in on_a_terminal(wait) and "1 of 2" not in on_a_terminal(wait)
 
 
 def test_off_a_terminal_a_long_wait_says_a_line_now_and_then(monkeypatch, capsys):
@@ -124,7 +134,11 @@ def test_off_a_terminal_a_long_wait_says_a_line_now_and_then(monkeypatch, capsys
 
 @pytest.mark.slow
 def test_under_torchrun_one_bar_is_shown_and_ends_full(tmp_path):
-    shown = on_a_terminal([*TORCHRUN, "train_cifar.py", *FLAGS, "--epochs=1", "--final-restarts=2", "--fname",
-                           str(tmp_path / "run")])
+    terminal = Terminal()
+    with subprocess.Popen([*TORCHRUN, "train_cifar.py", *FLAGS, "--epochs=1", "--test-samples=48", "--last-samples=48",
+                           "--final-restarts=2", "--fname", str(tmp_path / "run")], cwd=ROOT,
+                          stdout=terminal.follower, stderr=terminal.follower) as process:
+        shown = terminal.shown(lambda: process.poll() is None)
+    assert process.returncode == 0, shown
     assert re.search(r"PGD-\d+, restart 2/2, \d+\.\d% still robust: +100%.*48/48", shown)
     assert shown.count("final evaluation of the last model") == 1

@@ -4,14 +4,14 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATASETS, ROOT, SMALL, SmallNet, assert_same_run, epochs_of, script
+from conftest import DATASETS, ROOT, SIDE, SMALL, SmallNet, assert_same_run, epochs_of, script
+from processes import forked
 from test_data import write_cifar10, write_svhn
 
 import attacks
@@ -23,7 +23,7 @@ import preactresnet
 import train
 import watch
 from machine import Precision
-from preactresnet import PreActBlock, PreActResNet, PreActResNet18
+from preactresnet import PreActResNet18
 from utils import UsageError
 
 # Each script's defaults as published.
@@ -103,7 +103,7 @@ def test_the_papers_commands_run_to_the_end(i, tmp_path):
     commands = paper_commands()
     assert len(commands) == 6
     name, *flags = shlex.split(commands[i])
-    done = script(name, *flags, *SMALL, cwd=tmp_path)
+    done = forked(name, *flags, *SMALL, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / PUBLISHED[name]["fname"]
     assert sorted(path.name for path in folder.iterdir()) == [
@@ -125,7 +125,7 @@ def test_the_papers_commands_run_to_the_end(i, tmp_path):
             assert float(cells[title]) == pytest.approx(record[title.lower().replace(" ", "_")], abs=0.06)
         assert record["train_images"] == 80 and 0 < record["defence_mean"] <= 8.0001
     svhn = name == "train_svhn.py"
-    assert [record["test_images"] for record in epochs_of(folder)] == [512, 512]
+    assert [record["test_images"] for record in epochs_of(folder)] == [64, 64]
     assert [record.get("val_images") for record in epochs_of(folder)] == ([2, 2] if svhn else [None, None])
     network = PreActResNet18(base_width=4, num_classes=DATASETS[name].classes)
     network.load_state_dict(torch.load(folder / "model_1.pth", weights_only=True))
@@ -150,11 +150,12 @@ def test_an_epoch_is_judged_on_the_first_images_and_the_last_one_or_every_one_on
             assert torch.equal(images.pixels, test.pixels[:size]) and torch.equal(images.labels, test.labels[:size])
 
 
-def test_dummy_images_are_learnt(tmp_path, call):
-    status, _, _ = call("train_cifar.py", "--dummy", "--device=cpu", "--base-width=8", "--epochs=4", "--batch-size=32",
-                        "--train-samples=768", "--lr-schedule=cyclic", "--lr-max=0.2", "--attack=zerograd",
-                        "--test-iters=1", "--final-iters=5", "--final-restarts=1", "--final-samples=100", "--fname",
-                        tmp_path / "run")
+def test_dummy_images_are_learnt(tmp_path, call, small_dummy, monkeypatch):
+    """With this epsilon, any seed ends with 100% in both accuracies."""
+    monkeypatch.setattr(data, "DUMMY_SIZES", {True: 768, False: 64})
+    flags = [*SMALL, "--train-samples=768", "--base-width=16", "--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.2",
+             "--attack=zerograd", "--epsilon=2", "--test-iters=1", "--final-iters=5"]
+    status, _, _ = call("train_cifar.py", *flags, "--fname", tmp_path / "run")
     final = json.loads((tmp_path / "run" / "final.json").read_text())
     assert status == 0 and final["clean_acc"] > 0.8 and 0.4 < final["robust_acc"] <= final["clean_acc"]
 
@@ -354,22 +355,6 @@ def test_a_precision_that_is_slower_here_is_told_of(tmp_path, call, small_dummy,
     assert "times as slow" not in call("train_cifar.py", *flags)[1]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
-def test_compiled_training_is_near_to_eager(tmp_path, call, small_dummy, monkeypatch):
-    monkeypatch.setattr(preactresnet, "PreActResNet18", lambda num_classes, **kwargs: PreActResNet(
-        PreActBlock, (1, 1, 1, 1), num_classes, **kwargs))  # compiles in half the time
-    flags = [*SMALL, "--epochs=1", "--train-samples=64", "--attack=zerograd", "--final-samples=16",
-             "--base-width=16"]
-    for name in ("--compile", "--no-compile"):
-        mode = "--compile-mode=reduce-overhead"  # on a CPU, the default under another name
-        assert call("train_cifar.py", *flags, name, mode, "--fname", tmp_path / name)[0] == 0
-    compiled, eager = (epochs_of(tmp_path / name)[0] for name in ("--compile", "--no-compile"))
-    for key in ("train_robust_loss", "test_loss", "test_robust_loss", "defence_mean"):
-        assert compiled[key] == pytest.approx(eager[key], rel=0.02), key
-    assert json.loads((tmp_path / "--compile" / "final.json").read_text())["images"] == 16
-
-
 @pytest.mark.parametrize("attack, batches", [("--attack=fgsm", 1), ("--attack=multigrad", 1),
                                              ("--attack=multigrad --multi-parallel", 3)])
 def test_only_training_steps_on_whole_batches_are_compiled_each_for_one_size(attack, batches, tmp_path, call,
@@ -378,7 +363,7 @@ def test_only_training_steps_on_whole_batches_are_compiled_each_for_one_size(att
     graphs, sizes, compile_function = [], set(), torch.compile
 
     def backend(graph, inputs):
-        sizes.update(len(value) for value in inputs if getattr(value, "shape", ())[1:] == (3, 32, 32))
+        sizes.update(len(value) for value in inputs if getattr(value, "shape", ())[1:] == (3, SIDE, SIDE))
         graphs.append("for all" if any(isinstance(value, torch.SymInt) for value in inputs) else "for one")
         return graph.forward
 
@@ -407,8 +392,16 @@ def test_saving_the_state_waits_for_no_compiler(tmp_path, call, small_dummy, mon
 
 @pytest.mark.slow
 def test_without_a_compiler_compile_ends_in_one_line(tmp_path):
+    (tmp_path / "train_cifar.py").write_text(f"""
+import sys
+sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
+import options, train, train_cifar
+from conftest import SmallNet
+train.new_network = lambda dataset, args: SmallNet(classes=dataset.classes)
+train.main(train_cifar.DATASET, options.parse(train_cifar.DATASET))
+""")
     env = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    done = script("train_cifar.py", *SMALL, "--compile", "--base-width=16", "--fname", tmp_path / "run", env=env)
+    done = script(tmp_path / "train_cifar.py", *SMALL, "--compile", "--fname", tmp_path / "run", env=env)
     assert done.returncode == 1
     assert done.stderr.startswith("train_cifar.py: error: --compile: ") and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.endswith("; use --no-compile\n")

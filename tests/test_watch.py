@@ -4,7 +4,7 @@ import signal
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, SmallNet, assert_same_run, epochs_of
+from conftest import ROOT, SMALL, SmallNet, assert_same_run, epochs_of, linear_network
 from test_scripts import one_line
 
 import train
@@ -125,8 +125,9 @@ def test_abnormal_images_are_those_that_the_attack_made_easier():
     assert (easier.item(), known) == (1, 3) and watch.abnormal(None, after, y)[1] == 0
 
 
-def test_a_run_logs_its_signs_and_its_summary(tmp_path, call, small_dummy):
-    assert call("train_cifar.py", *SMALL, "--attack=fgsm", "--fname", tmp_path / "run")[0] == 0
+def test_a_run_logs_its_signs_and_its_summary(tmp_path, call, small_dummy, monkeypatch):
+    monkeypatch.setattr(train, "new_network", linear_network)  # no attack can mislead one
+    assert call("train_cifar.py", *SMALL, "--attack=fgsm", "--lr-max=0", "--fname", tmp_path / "run")[0] == 0
     for record in epochs_of(tmp_path / "run"):
         assert record["fgsm_acc"] >= 0 and -1 <= record["alignment"] <= 1 and 0 < record["participation"] <= 1
         assert 0 <= record["abnormal"] <= 1 and -1 <= record["train_rise"] <= 1 and record["collapsed"] is False
@@ -140,7 +141,7 @@ def fall(monkeypatch, *epochs: int) -> None:
     measure, left = train.measure, list(epochs)
 
     def found(run):
-        metrics = {**measure(run), "fgsm_acc": 0.7, "test_robust_acc": 0.6}
+        metrics = {**measure(run), "fgsm_acc": 0.7, "test_robust_acc": 0.6, "abnormal": 0.0}
         if run.state.epoch in left:
             left.remove(run.state.epoch)
             metrics |= {"fgsm_acc": 0.9, "test_robust_acc": 0.1}
