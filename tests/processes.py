@@ -85,18 +85,21 @@ def forked(name: str | Path, *flags, timeout: float = 280, **options) -> subproc
     return Started(name, *flags, **options).finish(timeout)
 
 
-def together(name: str | Path, *flags, env: dict[str, str] | None = None, timeout: float = 280,
-             **options) -> subprocess.CompletedProcess:
-    """Run a script in two forked processes, each with the environment that torchrun would give it.
-
-    Returns both outputs joined, and the first exit status that is not 0.
-    """
+def start_together(name: str | Path, *flags, env: dict[str, str] | None = None, **options) -> list[Started]:
+    """Start a script in two forked processes, each with the environment that torchrun would give it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**(os.environ if env is None else env), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    both = [Started(name, *flags, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, **options) for rank in "01"]
-    ends = [process.finish(timeout) for process in both]
+    return [Started(name, *flags, env={**shared, "RANK": rank, "LOCAL_RANK": rank}, **options) for rank in "01"]
+
+
+def together(name: str | Path, *flags, timeout: float = 280, **options) -> subprocess.CompletedProcess:
+    """Run a script in two forked processes and wait for their ends.
+
+    Returns both outputs joined, and the first exit status that is not 0.
+    """
+    ends = [process.finish(timeout) for process in start_together(name, *flags, **options)]
     return subprocess.CompletedProcess(ends[0].args, next((end.returncode for end in ends if end.returncode), 0),
                                        "".join(end.stdout for end in ends), "".join(end.stderr for end in ends))

@@ -5,16 +5,14 @@ import pty
 import re
 import select
 import struct
-import subprocess
 import termios
 from collections.abc import Callable
 
 import pytest
-from conftest import ROOT, SMALL, linear_network
+from conftest import SMALL, linear_network
 from hypothesis import given
 from hypothesis import strategies as st
-from processes import Started
-from test_distributed import TORCHRUN
+from processes import Started, start_together
 
 import screen
 import train
@@ -79,34 +77,23 @@ def test_quiet_leaves_nothing_but_errors(call, tmp_path, small_dummy, monkeypatc
     assert call("train_cifar.py", *FLAGS, "--fname", tmp_path / "run", "--resume=1", "--epsilon=7")[2].count("\n") == 1
 
 
-class Terminal:
-    """A terminal for one process: `name` is its file, `shown()` all that it shows until the process ends."""
-
-    def __init__(self, columns: int = 160):
-        self.leader, self.follower = pty.openpty()
-        self.name = os.ttyname(self.follower)
-        fcntl.ioctl(self.follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-
-    def shown(self, running: Callable[[], bool]) -> str:
-        shown = b""
-        while select.select([self.leader], [], [], 0.2)[0] or running():
-            if select.select([self.leader], [], [], 0)[0]:
-                shown += os.read(self.leader, 65536)
-        os.close(self.follower), os.close(self.leader)
-        return shown.decode()
-
-
-def on_a_terminal(name, *flags, columns: int = 160) -> str:
-    """What the script shows on a terminal of its own."""
-    terminal = Terminal(columns)
-    process = Started(name, *flags, terminal=terminal.name)
-    shown = terminal.shown(lambda: process.running)
-    assert process.finish().returncode == 0, shown
-    return shown
+def on_a_terminal(start: Callable[..., Started | list[Started]], name, *flags, columns: int = 160) -> str:
+    """What the script shows on a terminal of its own, started by `start` in one process or in several."""
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+    started = start(name, *flags, terminal=os.ttyname(follower))
+    processes = started if isinstance(started, list) else [started]
+    shown = b""
+    while any(process.running for process in processes) or select.select([leader], [], [], 0)[0]:
+        if select.select([leader], [], [], 0.1)[0]:
+            shown += os.read(leader, 65536)
+    os.close(follower), os.close(leader)
+    assert [process.finish().returncode for process in processes] == [0] * len(processes), shown.decode()
+    return shown.decode()
 
 
 def test_a_terminal_shows_a_bar_over_everything_that_takes_time(tmp_path):
-    shown = on_a_terminal("train_cifar.py", *FLAGS, "--final-restarts=2", "--fname", tmp_path / "run")
+    shown = on_a_terminal(Started, "train_cifar.py", *FLAGS, "--final-restarts=2", "--fname", tmp_path / "run")
     for bar in (r"reading CIFAR-10", r"training, epoch 2: .*loss=\d\.\d+, train=\d+\.\d", r"PGD-\d+: ", r"FGSM: ",
                 r"PGD-\d+, restart 2/2, \d+\.\d% still robust: .*48/48"):
         assert re.search(bar, shown), bar
@@ -116,8 +103,8 @@ def test_a_terminal_without_columns_shows_lines(tmp_path):
     wait = tmp_path / "wait.py"
     wait.write_text("import screen\nscreen.MINUTES = 0\n"
                     "with screen.Screen().progress('waiting', 2, 'step') as bar:\n    bar.update()\n")
-    assert "# waiting: 1 of 2 steps, some time left" in on_a_terminal(wait, columns=0)
-    assert "0%|" in on_a_terminal(wait) and "1 of 2" not in on_a_terminal(wait)
+    assert "# waiting: 1 of 2 steps, some time left" in on_a_terminal(Started, wait, columns=0)
+    assert "0%|" in on_a_terminal(Started, wait) and "1 of 2" not in on_a_terminal(Started, wait)
 
 
 def test_off_a_terminal_a_long_wait_says_a_line_now_and_then(monkeypatch, capsys):
@@ -132,13 +119,8 @@ def test_off_a_terminal_a_long_wait_says_a_line_now_and_then(monkeypatch, capsys
     assert lines[2].startswith("# epoch 0: 100 of 100 steps")  # never more than there are
 
 
-@pytest.mark.slow
-def test_under_torchrun_one_bar_is_shown_and_ends_full(tmp_path):
-    terminal = Terminal()
-    with subprocess.Popen([*TORCHRUN, "train_cifar.py", *FLAGS, "--epochs=1", "--test-samples=48", "--last-samples=48",
-                           "--final-restarts=2", "--fname", str(tmp_path / "run")], cwd=ROOT,
-                          stdout=terminal.follower, stderr=terminal.follower) as process:
-        shown = terminal.shown(lambda: process.poll() is None)
-    assert process.returncode == 0, shown
+def test_of_two_processes_one_shows_a_bar_which_ends_full(tmp_path):
+    shown = on_a_terminal(start_together, "train_cifar.py", *FLAGS, "--epochs=1", "--final-restarts=2", "--fname",
+                          tmp_path / "run")
     assert re.search(r"PGD-\d+, restart 2/2, \d+\.\d% still robust: +100%.*48/48", shown)
     assert shown.count("final evaluation of the last model") == 1
