@@ -17,6 +17,7 @@ from torch import nn
 import data
 import networks
 import options
+import preactresnet
 import train
 import train_cifar
 import train_cifar100
@@ -79,6 +80,13 @@ def small_dummy(monkeypatch):
     """Few and small synthetic images, for runs inside the test's own process."""
     monkeypatch.setattr(data, "DUMMY_SIZES", IMAGES)
     monkeypatch.setattr(data, "DUMMY_SIDE", SIDE)
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Have PreActResNet18 be of one block a stage, for tests of what happens around a network."""
+    monkeypatch.setattr(preactresnet, "PreActResNet18", lambda num_classes, **rest: preactresnet.PreActResNet(
+        preactresnet.PreActBlock, (1, 1, 1, 1), num_classes, **rest))
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import train
 import watch
 from utils import Stopped
 
+pytestmark = pytest.mark.usefixtures("shallow")
+
 
 def curve(*pairs: tuple[float, float]) -> list[dict]:
     return [{"epoch": i, "fgsm_acc": fgsm, "test_robust_acc": pgd} for i, (fgsm, pgd) in enumerate(pairs)]
