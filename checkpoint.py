@@ -318,14 +318,18 @@ def require_same_run(before: dict, args) -> None:
                              f"repeat its flags, take another --fname, or add --allow-changes")
 
 
+def remove_unfinished(folder: Folder) -> None:
+    """Remove files that a killed run had begun to write, and none of an evaluation or a plot under way."""
+    for name in folder.names(r"\.(args|final|healthy|metrics|model_\w+|opt_\d+|output|state)\.\w+\.\d+\.part"):
+        (folder.path / name).unlink(missing_ok=True)
+
+
 def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str | None, bool]:
     """Set aside what is of no run, or of epochs that are about to be made again.
 
     Returns where that is now, if there was anything, and whether the best model is gone.
     """
-    # Of a killed run, not of an evaluation or a plot beside.
-    for unfinished in folder.names(r"\.(args|final|healthy|metrics|model_\w+|opt_\d+|output|state)\.\w+\.\d+\.part"):
-        (folder.path / unfinished).unlink(missing_ok=True)
+    remove_unfinished(folder)
     if found is None:
         return folder.set_aside(folder.names(
             r"(output|eval)\.log|metrics\.jsonl|(args|final|eval|evaluation)\.json|tensorboard|"

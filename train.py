@@ -109,7 +109,8 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
         evaluate_only(run, found)
     elif found and state.epoch == args.epochs and world.decide(lambda: is_complete(run)):
         if world.is_main and state.final and not (folder.path / "final.json").exists():
-            checkpoint.render(folder, state, args)  # a kill came between the state and its logs
+            checkpoint.remove_unfinished(folder)  # a kill came between the state and its logs
+            checkpoint.render(folder, state, args)
         screen.say(f"{args.fname} is complete: nothing to do")
     else:
         start(run, found, dataset)
