@@ -47,10 +47,10 @@ train.between_steps = between_steps_changed
 
 
 def test_two_processes_train_about_as_well_as_one(tmp_path):
-    """With this epsilon, any seed ends with 100% of the test images and 95 to 98% of the training images right."""
+    """With this epsilon, each of three seeds ended with 100% of the test images right, and 91 to 96% in training."""
     learnable = program(tmp_path / "learnable.py", "data.DUMMY_SIZES[True] = 768")
     flags = [*SMALL, "--train-samples=768", "--batch-size=64", "--epochs=5", "--lr-schedule=cyclic", "--lr-max=0.2",
-             "--base-width=16", "--epsilon=2", "--attack=multigrad", "--multi-parallel"]
+             "--base-width=8", "--epsilon=1", "--attack=multigrad", "--multi-samps=2", "--multi-parallel"]
     for name, run in (("one", forked), ("two", together)):
         done = run(learnable, *flags, "--fname", tmp_path / name)
         assert done.returncode == 0, done.stderr

@@ -297,7 +297,7 @@ def short(monkeypatch):
 
         def __init__(self, *args, **keywords):
             super().__init__(*args, **keywords)
-            self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 5
+            self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 3
             self.square.n_queries = self.queries
 
     monkeypatch.setattr(judge, "library", lambda: SimpleNamespace(AutoAttack=Short))

@@ -151,9 +151,9 @@ def test_an_epoch_is_judged_on_the_first_images_and_the_last_one_or_every_one_on
 
 
 def test_dummy_images_are_learnt(tmp_path, call, small_dummy, monkeypatch):
-    """With this epsilon, any seed ends with 100% in both accuracies."""
+    """With this epsilon, each of four seeds ended with 98% or more, and with 90% or more under PGD."""
     monkeypatch.setattr(data, "DUMMY_SIZES", {True: 768, False: 64})
-    flags = [*SMALL, "--train-samples=768", "--base-width=16", "--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.2",
+    flags = [*SMALL, "--train-samples=768", "--base-width=8", "--epochs=4", "--lr-schedule=cyclic", "--lr-max=0.2",
              "--attack=zerograd", "--epsilon=2", "--test-iters=1", "--final-iters=5"]
     status, _, _ = call("train_cifar.py", *flags, "--fname", tmp_path / "run")
     final = json.loads((tmp_path / "run" / "final.json").read_text())
