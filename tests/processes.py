@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch._dynamo", "torchvision", "scipy.stats"])
 
-
 # The size of synthetic data sets in tests: training images, test images, pixels on a side.
 IMAGES, SIDE = {True: 96, False: 64}, 16
 
