@@ -276,13 +276,13 @@ def _with_past(training: dict, folder: Folder, epoch: int | None) -> dict:
             run = {**run, "history": history, "starts": starts,
                    "final": final if final.get("epoch") == epoch - 1 else None}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--resume: {folder.path / log} is damaged ({error}): mend it, or move it away") from None
+        raise UsageError(f"--resume: {folder.path / log} is damaged ({error}): repair it, or move it away") from None
     return {**training, "run": run if best.exists() else {**run, "best": -1.0}}
 
 
 def resume(state: State, found: Found, args) -> list[str]:
-    """Bring `state` to where the checkpoint is; returns what there is to say of the file. Raises UsageError where it
-    does not fit this run."""
+    """Load the checkpoint into `state`. Returns notes to print. Raises UsageError if the checkpoint does not fit the
+    run."""
     notes = load_network(state.judged, found.model, found.source)
     if state.ema:
         state.model.load_state_dict(state.judged.state_dict())
@@ -397,7 +397,7 @@ def evaluations(folder: Folder) -> list[dict[str, Any]]:
             raise ValueError
         return records
     except ValueError:
-        raise UsageError(f"{path} is damaged: mend it, or move it away") from None
+        raise UsageError(f"{path} is damaged: repair it, or move it away") from None
 
 
 def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
@@ -494,7 +494,7 @@ NUMPY_SCALARS: list = [np.dtype, type(np.dtype("float64")), *(
 
 class Opened(NamedTuple):
     """A network in eval mode, the arguments and the data set of its run, what it was read from, the folder of that, the
-    run's own flags, and what there is to say of all this."""
+    run's own flags, and notes to print."""
 
     model: nn.Module
     args: Any

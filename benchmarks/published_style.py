@@ -3,7 +3,7 @@
 Same network, batch and attacks as ours. What makes it slow is kept: float32 in PyTorch's default layout, backward
 passes through every parameter in an attack, a further forward pass after FGSM and PGD (which moves BatchNorm once
 more), images augmented one at a time in float64 (by two processes, beside the step), two reads of a number from the
-device a step, and an evaluation that goes on with images already broken (and judges the perturbation of the highest
+device a step, and an evaluation that attacks broken images further (and judges the perturbation of the highest
 loss alone).
 """
 import numpy as np
