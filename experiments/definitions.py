@@ -27,14 +27,15 @@ class Scale:
 
 
 SMALL = "--base-width=16 --epochs=15 --final-iters=10 --final-restarts=1 --final-samples=1000"
+SHORT = f"--device=cpu {SMALL} --epochs=5 --train-samples=20000 --last-samples=1000 --final-iters=50"
 SCALES = {
     "paper": Scale("the paper's commands, in bfloat16, for a GPU", "--amp", (0, 1, 2)),
     "cpu": Scale("a quarter of the network's width and 15 epochs, where a table does not say otherwise, for CPUs; the "
                  "whole training set", f"--device=cpu {SMALL}", (0,)),
     "cpu-short": Scale("a quarter of the network's width, 20,000 training images and 5 epochs, so that a CPU can "
-                       "afford several seeds",
-                       f"--device=cpu {SMALL} --epochs=5 --train-samples=20000 --last-samples=1000 --final-iters=50",
-                       (0, 1, 2)),
+                       "afford several seeds", SHORT, (0, 1, 2)),
+    "cpu-short-bf16": Scale("the scale cpu-short in bfloat16 and compiled, for CPUs with AVX-512 BF16, better AMX; "
+                            "needs a C++ compiler", f"{SHORT} --amp --compile", (0, 1, 2)),
     "cpu-bf16": Scale("the scale cpu in bfloat16 and compiled, for CPUs with AVX-512 BF16, better AMX; needs a C++ "
                       "compiler",
                       f"--device=cpu --amp --compile {SMALL}", (0,)),

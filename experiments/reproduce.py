@@ -38,8 +38,8 @@ GRACE = 120  # seconds that a run has to save its state and stop
 MEMORY = 2 << 30  # bytes that a run on a CPU may need
 
 # Minutes for each of the `passes` of a run, and for the rest of it, where no result tells: a guess.
-ROUGH = {"paper": (0.012, 8.0), "cpu": (3.5, 5.0), "cpu-short": (1.3, 2.0), "cpu-bf16": (1.3, 3.0),
-         "cpu-paper": (2.0, 60.0), "smoke": (0.01, 0.1)}
+ROUGH = {"paper": (0.012, 8.0), "cpu": (3.5, 5.0), "cpu-short": (1.3, 2.0), "cpu-short-bf16": (0.3, 1.0),
+         "cpu-bf16": (1.3, 3.0), "cpu-paper": (2.0, 60.0), "smoke": (0.01, 0.1)}
 
 
 @dataclass
