@@ -21,7 +21,7 @@ class Board:
         self.drawn: list[dict[str, Any]] = []
 
     def draw(self, history: list[dict[str, Any]]) -> None:
-        """Add the epochs that are not drawn yet, or, after a start or a rollback, draw all of them anew."""
+        """Add the epochs that are not drawn yet, or, after a start, draw all of them anew."""
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         if self.writer is None or self.drawn != history[:len(self.drawn)]:

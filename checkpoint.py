@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from filelock import BaseFileLock
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -51,9 +50,9 @@ class State:
     """All that a run is at a moment: the network, its optimizer, and how far it has come.
 
     ema: the average of the network's weights, if one is kept; kept: the method's own, by name; epoch, step: the next
-    step; best: the highest score of an epoch so far; seconds: those of this epoch; rate: what the learning rate is
-    multiplied by, halved by every rollback; first_fault: this epoch's first step that was not finite; history: a record
-    for each epoch; starts: one for each time that the run was started; final: that of the final evaluation.
+    step; best: the highest score of an epoch so far; seconds: those of this epoch; first_fault: this epoch's first step
+    that was not finite; history: a record for each epoch; starts: one for each time that the run was started; final:
+    that of the final evaluation.
 
     sums: this epoch's, this process's share: loss, correct images, images, mean abs(delta); images that the attack made
     easier, images where that is known; in the first half, correct images, images.
@@ -68,14 +67,13 @@ class State:
     step: int = 0
     best: float = -1.0
     seconds: float = 0.0
-    rate: float = 1.0
     sums: Tensor = field(default_factory=lambda: torch.zeros(8, dtype=torch.float64))
     first_fault: Tensor = field(default_factory=lambda: torch.tensor(math.inf))
     history: list[dict] = field(default_factory=list)
     starts: list[dict] = field(default_factory=list)
     final: dict | None = None
 
-    PLAIN = ("epoch", "step", "best", "seconds", "rate", "sums", "first_fault", "history", "starts", "final")
+    PLAIN = ("epoch", "step", "best", "seconds", "sums", "first_fault", "history", "starts", "final")
 
     @property
     def judged(self) -> nn.Module:
@@ -113,9 +111,13 @@ class State:
                 self.optimizer.state[parameter]["momentum_buffer"].copy_(momentum)
             self.optimizer.param_groups[0]["lr"] = float(saved["param_groups"][0]["lr"])
             self.precision.load_state_dict(run.get("precision", {}))
+            if run.get("rate", 1.0) != 1.0:
+                raise UsageError(f"--resume: {source} was rolled back by --on-collapse=rollback, which is no longer "
+                                 f"supported: finish this run with the version that began it, or train anew")
+            if "args" in run and "history" not in run:
+                raise UsageError(f"--resume: {source} is of an older version, which these scripts no longer read")
             for name in self.PLAIN:
                 setattr(self, name, run.get(name, getattr(self, name)))
-            self.sums = F.pad(self.sums, (0, 8 - len(self.sums)))  # older files have the first four
             self.kept = {name: value.to(parameters[0].device) for name, value in run.get("kept", {}).items()}
             if self.ema and "raw" in run:
                 self.model.load_state_dict(run["raw"])
@@ -235,8 +237,7 @@ def _state(folder: Folder) -> Found:
     saved = read_checkpoint(folder.path / "state.pth")
     if not all(isinstance(saved.get(part), dict) for part in ("model", "opt")):
         raise UsageError(f"--resume: {folder.path / 'state.pth'} holds no training state")
-    training = _with_past(saved["opt"], folder, None)
-    return Found(saved["model"], training, None, str(folder.path / "state.pth"))
+    return Found(saved["model"], _scored(saved["opt"], folder), None, str(folder.path / "state.pth"))
 
 
 def _pair(folder: Folder, epoch: int, evaluation: bool = False) -> Found:
@@ -244,8 +245,7 @@ def _pair(folder: Folder, epoch: int, evaluation: bool = False) -> Found:
     if evaluation and not optimizer.exists():  # where it is, it tells of which data set the run was
         return _lone(folder, epoch)
     network = read_checkpoint(model)
-    training = _with_past(read_checkpoint(optimizer), folder, epoch + 1)
-    return Found(network, training, epoch + 1, f"{model} and {optimizer.name}")
+    return Found(network, _scored(read_checkpoint(optimizer), folder), epoch + 1, f"{model} and {optimizer.name}")
 
 
 def _lone(folder: Folder, epoch: int | str) -> Found:
@@ -253,31 +253,17 @@ def _lone(folder: Folder, epoch: int | str) -> Found:
     return Found(read_checkpoint(path), None, epoch + 1 if isinstance(epoch, int) else None, str(path))
 
 
-def _with_past(training: dict, folder: Folder, epoch: int | None) -> dict:
-    """What `State.training` gave, and what older files have in the logs beside them; published ones, in the best model.
-
-    A best score is worth nothing without the model that had it.
-    """
-    def logged(name: str) -> dict:
-        path = folder.path / name
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-    run, best, log = training.get("run"), folder.file("model", "best"), ""
+def _scored(training: dict, folder: Folder) -> dict:
+    """What `State.training` gave. The published scripts keep the best score in the best model's file; without that
+    file, there is no best score."""
+    run, best = training.get("run", {}), folder.file("model", "best")
+    if not best.exists():
+        return {**training, "run": {**run, "best": -1.0}}
     try:
-        if run is None:
-            run = {"best": float(read_checkpoint(best).get("test_robust_acc", -1.0)) if best.exists() else -1.0}
-        elif "history" not in run:
-            epoch = run["epoch"] if epoch is None else epoch
-            log = "metrics.jsonl"
-            history = [record for record in read_records(folder) if record["epoch"] < epoch]
-            started = logged(log := "args.json")
-            starts = [{"epoch": 0, "step": 0, **start} for start in started.get("starts", [])]
-            final = logged(log := "final.json")
-            run = {**run, "history": history, "starts": starts,
-                   "final": final if final.get("epoch") == epoch - 1 else None}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--resume: {folder.path / log} is damaged ({error}): repair it, or move it away") from None
-    return {**training, "run": run if best.exists() else {**run, "best": -1.0}}
+        return training if run else {
+            **training, "run": {"best": float(read_checkpoint(best).get("test_robust_acc", -1.0))}}
+    except (ValueError, TypeError):
+        raise UsageError(f"--resume: {best} is damaged: move it away") from None
 
 
 def resume(state: State, found: Found, args) -> list[str]:
@@ -294,6 +280,9 @@ def resume(state: State, found: Found, args) -> list[str]:
         state.final = None
     if args.eval:
         return notes
+    if before.get("on_collapse") == "rollback":
+        notes.append("--on-collapse=rollback is no longer supported: the run continues with --on-collapse="
+                     f"{args.on_collapse}")
     if state.epoch > args.epochs:
         raise UsageError(f"--resume: {found.source} has {state.epoch} epochs behind it, more than --epochs "
                          f"{args.epochs}")
@@ -320,7 +309,7 @@ def require_same_run(before: dict, args) -> None:
 
 def remove_unfinished(folder: Folder) -> None:
     """Remove files that a killed run had begun to write, and none of an evaluation or a plot under way."""
-    for name in folder.names(r"\.(args|final|healthy|metrics|model_\w+|opt_\d+|output|state)\.\w+\.\d+\.part"):
+    for name in folder.names(r"\.(args|final|metrics|model_\w+|opt_\d+|output|state)\.\w+\.\d+\.part"):
         (folder.path / name).unlink(missing_ok=True)
 
 
@@ -332,15 +321,15 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
     remove_unfinished(folder)
     if found is None:
         return folder.set_aside(folder.names(
-            r"(output|eval)\.log|metrics\.jsonl|(args|final|eval|evaluation)\.json|tensorboard|"
-            r"(state|healthy|final)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
+            r"(output|eval)\.log|metrics\.jsonl|(args|final|evaluation)\.json|tensorboard|"
+            r"(state|final)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
     if found.epoch is None:  # the run goes on from its newest state
         other_final = state.final is None and (folder.path / "final.json").exists()
         other_best = ["model_best.pth"] if state.best == -1 else []  # by other measure, if there is one
         return folder.set_aside((["final.json", "output.log"] if other_final else []) + other_best), False
     later = [f"{name}_{epoch}.pth" for name in ("model", "opt") for epoch in folder.epochs(name)
              if epoch >= state.epoch]
-    later += ["state.pth", "final.json", "final.pth", "healthy.pth", "model_healthy.pth"]
+    later += ["state.pth", "final.json", "final.pth", "model_healthy.pth"]
     try:
         made = [record["epoch"] for record in read_records(folder)]
         best = max((record["epoch"] for record in read_records(folder) if record.get("best")), default=-1)
@@ -406,8 +395,6 @@ def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
     held = lock(folder.path / ".evaluation.lock")
     try:
         records = evaluations(folder)
-        if not records and "epoch" in record:  # what another version left
-            folder.set_aside(["eval.log", "eval.json"])
         records.append(record)
         lines: list[str] = []
         above = ""
@@ -441,9 +428,8 @@ def log_line(record: dict[str, Any], validated: bool) -> str:
 
 
 def resumed_line(start: dict[str, Any]) -> str:
-    what = "went back, to go on" if start.get("rollback") else "resumed"
     epochs, steps = (f"{start[name]} {name}{'s' * (start[name] != 1)}" for name in ("epoch", "step"))
-    return f"# {what} after {epochs}{f' and {steps}' if start['step'] else ''}, from {start['source']}"
+    return f"# resumed after {epochs}{f' and {steps}' if start['step'] else ''}, from {start['source']}"
 
 
 def final_line(final: dict[str, Any]) -> str:

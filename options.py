@@ -517,8 +517,8 @@ def _evaluation(p: Parser) -> None:
     add("--final-iters", type=number(int, 0), default=50, help="PGD's steps in the final evaluation; 0: there is none")
     add("--final-restarts", type=number(int, 1), default=10, help="PGD's restarts there")
     add("--final-samples", type=number(int, 1), metavar="N", help="only the first N test images there")
-    add("--on-collapse", choices=("warn", "stop", "rollback"), default="warn", help="what to do on catastrophic "
-        "overfitting: say so; stop; or, up to three times, go back to the last healthy epoch at half the rate")
+    add("--on-collapse", choices=("warn", "stop"), default="warn", help="on catastrophic overfitting, print a warning "
+        "and continue, or stop the run with exit status 1")
     add("--final-model", choices=("last", "best"), default="last", help="the model of the final evaluation")
     add("--eval", action="store_true", help="evaluate the resumed model (--final-model=best: the best one), and stop")
 

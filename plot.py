@@ -203,11 +203,9 @@ def collapse(runs: Iterable[list[dict[str, Any]]]) -> str:
     runs = list(runs)
     states = [collapsed(epochs) for epochs in runs]
     first = [state.index(True) + 1 for state in states if any(state)]
-    back = sum(epochs[-1].get("rollbacks", 0) for epochs in runs)
-    rollbacks = f", {back} rollback{'s' * (back > 1)}" * (back > 0)
     if len(states) > 1:
-        return f"{len(first)} of {len(states)}" + (f", epoch {span(first)}" if first else "") + rollbacks
-    return (f"epoch {first[0]}{'' if states[0][-1] else ', then sound'}" if first else "no") + rollbacks
+        return f"{len(first)} of {len(states)}" + (f", epoch {span(first)}" if first else "")
+    return f"epoch {first[0]}{'' if states[0][-1] else ', then sound'}" if first else "no"
 
 
 def row(title: str, runs: list[Run]) -> list[str]:

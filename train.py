@@ -115,7 +115,7 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
     else:
         start(run, found, dataset)
         if state.step == 0 and state.history and state.history[-1].get("collapsed"):
-            on_collapse(run)  # what it asks for may not have been done before the run was cut off
+            on_collapse(run)  # the run may have been killed between saving this epoch and stopping
         with screen.progress("training", args.epochs * run.steps, "step", state.epoch * run.steps + state.step) as bar:
             while state.epoch < args.epochs:
                 with saved_if_stopped(run):
@@ -204,9 +204,7 @@ def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
 
     def prepare() -> tuple[str | None, bool]:
         folder.lock()
-        made_ready = checkpoint.make_ready(folder, state, found)
-        keep_healthy(run)
-        return made_ready
+        return checkpoint.make_ready(folder, state, found)
 
     aside, best_is_gone = world.decide(prepare)
     if best_is_gone:
@@ -261,7 +259,7 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     while state.step < run.steps:
         now = state.epoch + (state.step + 1) / run.steps
         for group in state.optimizer.param_groups:
-            group["lr"], group["momentum"] = state.rate * run.schedule(now), run.momentum(now)
+            group["lr"], group["momentum"] = run.schedule(now), run.momentum(now)
         batch = state.step // replays
         whole = range(batch * batch_size, min((batch + 1) * batch_size, len(run.train)))
         share = slice(whole.start + world.rank, whole.stop, world.size)
@@ -298,7 +296,7 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     loss, correct, n, magnitude, easier, known, first_correct, first_n = world.sum(state.sums).tolist()
     state.seconds = time.perf_counter() - began
     rise = (correct - first_correct) / (n - first_n) - first_correct / first_n if first_n and n > first_n else None
-    return {"train_time": state.seconds, "lr": state.rate * run.schedule(state.epoch + 1),
+    return {"train_time": state.seconds, "lr": run.schedule(state.epoch + 1),
             "train_robust_loss": loss / n, "train_robust_acc": correct / n, "defence_mean": 255 * magnitude / n,
             "train_images": int(n), "train_rise": rise, "abnormal": easier / known if known else None}
 
@@ -451,8 +449,7 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
     if not math.isfinite(measured["test_loss"] + measured["test_robust_loss"]):
         raise not_finite(run, state.step - 1)
     score = measured.pop("score")
-    record = {"epoch": state.epoch, **trained, **measured, "best": score > state.best,
-              "rollbacks": sum(start.get("rollback", False) for start in state.starts)}
+    record = {"epoch": state.epoch, **trained, **measured, "best": score > state.best}
     state.best = max(state.best, score)
     state.history.append(record)
     record["collapsed"] = watch.collapsed(state.history)[-1]
@@ -466,45 +463,18 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
             checkpoint.save(run.folder.file("model", state.epoch - 1), state.judged.state_dict())
             checkpoint.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
     save(run)
-    if run.world.is_main:
-        keep_healthy(run)
     run.screen.say(epoch_line(record, state.history, args.epochs))  # last: standard output may be closed
     if record["collapsed"]:
         run.screen.warn(watch.line(record))
 
 
-def keep_healthy(run: Run) -> None:
-    """Keep the state to go back to, if --on-collapse may ask for it; else none, for it would be of epochs long past."""
-    state, path = run.state, run.folder.path / "healthy.pth"
-    if run.args.on_collapse != "rollback":
-        path.unlink(missing_ok=True)
-    elif state.step == 0 and state.history and not state.history[-1].get("collapsed"):
-        checkpoint.save(path, {"model": state.judged.state_dict(), "opt": state.training(run.args, state.sums)})
-
-
 def on_collapse(run: Run) -> None:
-    """Stop, or go back to the last healthy state with half the learning rate, if --on-collapse asks for it."""
-    args, state, path = run.args, run.state, run.folder.path / "healthy.pth"
-    epoch = state.epoch  # the one that just ended, counted from 1
-    if args.on_collapse == "stop":
+    """Stop the run if --on-collapse=stop asks for it."""
+    if run.args.on_collapse == "stop":
         healthy = run.folder.file("model", "healthy")
-        raise Failure(f"collapsed in epoch {epoch}; {f'the last healthy network is in {healthy}; ' * healthy.exists()}"
-                      f"--resume auto --on-collapse=warn goes on all the same")
-    if args.on_collapse == "warn" or state.rate <= 1 / 8:
-        return
-    if not run.world.decide(path.exists):
-        return run.screen.warn("--on-collapse=rollback: no epoch was sound, so there is none to go back to")
-    saved = run.world.decide(lambda: checkpoint.read_checkpoint(path))
-    rate, starts = state.rate / 2, state.starts
-    checkpoint.resume(state, Found(saved["model"], saved["opt"], None, path.name), args)
-    if not run.world.is_main:
-        state.sums = torch.zeros_like(state.sums)
-    state.rate = rate
-    state.starts = [*starts, {**describe(run.world.device, run.world.size), "epoch": state.epoch, "step": 0,
-                              "rollback": True, "source": f"{path.name}: collapsed in epoch {epoch}; the learning rate "
-                                                          f"is now {rate:g} of the schedule's"}]
-    save(run)
-    run.screen.say(checkpoint.resumed_line(state.starts[-1]))
+        where = f"the last healthy network is in {healthy}; " if healthy.exists() else ""
+        raise Failure(f"collapsed in epoch {run.state.epoch}; {where}to continue anyway: --resume=auto "
+                      f"--on-collapse=warn")
 
 
 def save(run: Run) -> None:

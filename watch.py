@@ -54,17 +54,13 @@ def summary_line(history: list[dict[str, Any]]) -> str:
         return "no epoch is on record"
     said = "no catastrophic overfitting" if first is None else \
         f"catastrophic overfitting in {found['collapsed_epochs']} of {len(history)} epochs, first in epoch {first + 1}"
-    if found["rollbacks"]:
-        said += f", after {found['rollbacks']} rollback{'s' * (found['rollbacks'] > 1)}"
     return f"{said}; under PGD {100 * best:.1f}% at best, {100 * last:.1f}% at last"
 
 
 def summary(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a whole run: the first epoch in collapse, how many were, how often it was taken back, PGD's accuracy in the
-    best and the last epoch."""
+    """Of a whole run: the first epoch in collapse, how many were, PGD's accuracy in the best and the last epoch."""
     states, robust = collapsed(history), [record["test_robust_acc"] for record in history]
     return {"collapse_epoch": states.index(True) if any(states) else None, "collapsed_epochs": sum(states),
-            "rollbacks": history[-1].get("rollbacks", 0) if history else 0,
             "best_robust_acc": max(robust, default=None), "last_robust_acc": robust[-1] if robust else None}
 
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import TINY, epochs_of
 from test_scripts import one_line
 
-from board import SCALARS, Board
+from board import SCALARS
 
 pytest.importorskip("tensorboard")
 
@@ -35,18 +35,6 @@ def test_tensorboard_shows_the_epochs_also_after_a_resume_and_of_the_last_run_al
     assert "accuracy/validation" in read(tmp_path / "tensorboard")
     assert call("train_cifar.py", *flags, "--epochs=1")[0] == 0
     assert agrees(tmp_path) and agrees(tmp_path / "earlier_2")  # in the first is the final evaluation after one epoch
-
-
-def test_what_a_rollback_took_back_is_no_longer_shown(tmp_path):
-    board = Board(tmp_path / "own")
-    sound, fallen, again = ({"epoch": epoch, "test_acc": accuracy} for epoch, accuracy in ((0, .5), (1, .1), (1, .6)))
-    board.draw([sound])
-    board.draw([sound, fallen])
-    assert read(tmp_path / "own")["accuracy/clean"][1] == pytest.approx(.1)
-    board.draw([sound])
-    assert read(tmp_path / "own")["accuracy/clean"] == {0: .5}
-    board.draw([sound, again])
-    assert read(tmp_path / "own") == {"accuracy/clean": {0: .5, 1: pytest.approx(.6)}}
 
 
 def test_without_the_package_one_line_says_so_before_anything_is_written(tmp_path, call, monkeypatch):

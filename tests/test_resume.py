@@ -462,59 +462,18 @@ def test_a_network_alone_is_evaluated_and_named(tmp_path, call, small_dummy):
         assert found["resumed"] == str(lone / name) and found["final"]["robust_loss"] == final["robust_loss"]
 
 
-def make_old(folder) -> None:
-    """Make of a run's files what commit 108504c would have left: checkpoints that know nothing of the past."""
-    def old(training: dict) -> dict:
-        known = ("epoch", "step", "seconds", "best", "sums", "first_fault", "precision")
-        args = {name: value for name, value in training["run"]["args"].items() if name != "objective"}
-        args |= {"compile": None, "tf32": False}
-        return {**training, "run": {**{name: training["run"][name] for name in known}, "args": args}}
-
-    for path in [*folder.glob("opt_*.pth"), folder / "state.pth"]:
-        saved = torch.load(path, weights_only=True)
-        torch.save({**saved, "opt": old(saved["opt"])} if "opt" in saved else old(saved), path)
-    started = json.loads((folder / "args.json").read_text())
-    for start in started["starts"]:
-        for name in ("epoch", "step", "source", "aside"):
-            del start[name]
-    (folder / "args.json").write_text(json.dumps(started))
-    (folder / ".lock").unlink()
+def test_a_state_of_an_older_format_is_refused(tmp_path, call, small_dummy):
+    flags = [*SMALL, "--epochs=1", "--resume=auto", "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags)[0] == 0
+    state = torch.load(tmp_path / "run" / "state.pth", weights_only=True)
+    del state["opt"]["run"]["history"]
+    torch.save(state, tmp_path / "run" / "state.pth")
+    before = files(tmp_path / "run")
+    one_line(call("train_cifar.py", *flags, "--epochs=2"), "state.pth is of an older version")
+    assert files(tmp_path / "run") == before
 
 
-def test_a_folder_of_the_format_without_a_past_goes_on_to_the_same_bits(tmp_path, call, small_dummy, first_is_best,
-                                                                        monkeypatch):
-    whole, flags = tmp_path / "whole", THREE
-    assert call("train_cifar.py", *flags, "--fname", whole)[0] == 0
-    for at in (3, 5):  # at the end of the first epoch, inside the second
-        part = tmp_path / f"stopped_{at}"
-        with monkeypatch.context() as patch:
-            interrupt(patch, at)
-            assert call("train_cifar.py", *flags, "--fname", part)[0] == 143
-        make_old(part)
-        if at == 5:  # the old scripts wrote the logs first: a kill in between left a line too many
-            for name, line in (("metrics.jsonl", json.dumps({"epoch": 1, "best": True})), ("output.log", "1\tcut")):
-                (part / name).write_text((part / name).read_text() + line + "\n")
-        assert call("train_cifar.py", *flags, "--fname", part, "--eval", "--resume=auto")[0] == 0
-        assert evaluations_of(part)[0]["epoch"] == (at - 1) // 3
-        assert call("train_cifar.py", *flags, "--fname", part, "--resume=auto")[0] == 0
-        assert_same_run(part, whole)
-        starts = json.loads((part / "args.json").read_text())["starts"]
-        assert [(start["epoch"], start["step"]) for start in starts] == [(0, 0), ((at - 1) // 3, (at - 1) % 3 + 1)]
-    part = tmp_path / "ended"
-    shutil.copytree(whole, part)
-    make_old(part)
-    before = files(part)
-    status, output, _ = call("train_cifar.py", *flags, "--fname", part, "--resume=auto")
-    assert status == 0 and "complete" in output and {**files(part), ".lock": b""} == {**before, ".lock": b""}
-    assert call("train_cifar.py", *flags, "--fname", part, "--eval", "--resume=3")[0] == 0
-    final = json.loads((part / "final.json").read_text())
-    assert evaluations_of(part)[0]["final"]["robust_loss"] == final["robust_loss"]
-    assert call("train_cifar.py", *flags, "--fname", part, "--resume=1")[0] == 0
-    assert_same_run(part, whole)
-    assert (part / "earlier_1" / "final.json").exists() and len(files(part / "earlier_1")) >= 8
-
-
-def test_a_damaged_log_is_written_anew_where_the_state_has_it_else_named(tmp_path, call, small_dummy, first_is_best):
+def test_a_damaged_log_is_written_anew_from_the_state(tmp_path, call, small_dummy, first_is_best):
     whole, part, flags = tmp_path / "whole", tmp_path / "part", [*THREE, "--epochs=2", "--fname"]
     assert call("train_cifar.py", *flags, whole)[0] == 0
     damages = (("metrics.jsonl", "{"), ("metrics.jsonl", "[1]"), ("args.json", "[]"), ("final.json", ""),
@@ -531,15 +490,6 @@ def test_a_damaged_log_is_written_anew_where_the_state_has_it_else_named(tmp_pat
         else:
             assert_same_run(part, whole)
         shutil.rmtree(part)
-    make_old(whole)
-    for name, text in damages[:-1]:
-        kept = (whole / name).read_text()
-        (whole / name).write_text(text)
-        before = files(whole)
-        for resume in ("--resume=1", "--resume=auto"):
-            one_line(call("train_cifar.py", *flags, whole, resume), f"{name} is damaged")
-        assert {**files(whole), ".lock": b""} == {**before, ".lock": b""}
-        (whole / name).write_text(kept)
 
 
 def publish(whole, part, epoch: int, score: float, numpy_name: str) -> None:

@@ -1,15 +1,13 @@
 """The watch: the rule of collapse on curves known beforehand and on every committed one, its signs, what follows."""
 import json
-import signal
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, SmallNet, assert_same_run, epochs_of, linear_network
+from conftest import ROOT, SMALL, SmallNet, epochs_of, linear_network
 from test_scripts import one_line
 
 import train
 import watch
-from utils import Stopped
 
 pytestmark = pytest.mark.usefixtures("shallow")
 
@@ -57,8 +55,6 @@ def test_a_whole_run_is_summed_up_in_a_line():
         "catastrophic overfitting in 2 of 5 epochs, first in epoch 3; under PGD 41.2% at best, 30.0% at last"
     assert watch.summary_line(fell[:2]) == "no catastrophic overfitting; under PGD 41.2% at best, 41.2% at last"
     assert watch.summary_line([]) == "no epoch is on record"
-    fell[0]["rollbacks"], fell[1]["rollbacks"] = 0, 2
-    assert watch.summary_line(fell[:2]).startswith("no catastrophic overfitting, after 2 rollbacks; under PGD")
 
 
 # Of every committed run that fell, the epochs (from 1) in which the rule says that it is in collapse.
@@ -180,48 +176,18 @@ def test_a_run_can_stop_at_its_collapse(tmp_path, call, small_dummy, monkeypatch
     assert len(epochs_of(tmp_path / "run")) == 4
 
 
-def test_a_run_can_go_back_with_half_the_learning_rate(tmp_path, call, small_dummy, monkeypatch):
-    fall(monkeypatch, 1, 1, 2, 2)
-    status, output, _ = call("train_cifar.py", *FOUR, "--on-collapse=rollback", "--fname", tmp_path / "run")
-    assert status == 0 and output.count("# went back") == 3  # the fourth time it goes on
-    records = epochs_of(tmp_path / "run")
-    assert [record["epoch"] for record in records] == [0, 1, 2, 3]
-    assert [record["lr"] for record in records] == pytest.approx([0.1, 0.025, 0.0125, 0.0125])
-    assert [record["collapsed"] for record in records] == [False, False, True, False]
-    assert "the learning rate is now 0.125 of the schedule's" in (tmp_path / "run" / "output.log").read_text()
-    assert json.loads((tmp_path / "run" / "final.json").read_text())["rollbacks"] == 3
-    assert "1 of 4 epochs, first in epoch 3, after 3 rollbacks" in output
-
-
-def test_a_run_that_was_cut_off_at_its_collapse_goes_back_all_the_same(tmp_path, call, small_dummy, monkeypatch):
-    def killed(run):
-        raise Stopped(signal.SIGTERM)
-
-    flags = [*FOUR, "--on-collapse=rollback", "--resume=auto"]
-    for name in ("whole", "part"):
-        fall(monkeypatch, 1)
-        if name == "part":
-            with monkeypatch.context() as patch:
-                patch.setattr(train, "on_collapse", killed)
-                assert call("train_cifar.py", *flags, "--fname", tmp_path / name)[0] == 128 + signal.SIGTERM
-            assert [record["collapsed"] for record in epochs_of(tmp_path / name)] == [False, True]
-        status, output, _ = call("train_cifar.py", *flags, "--fname", tmp_path / name)
-        assert status == 0 and output.count("# went back") == 1
-    assert_same_run(tmp_path / "part", tmp_path / "whole")
-
-
-def test_a_run_goes_back_to_no_state_of_epochs_long_past(tmp_path, call, small_dummy, monkeypatch):
-    """Where it was never sound, it says so; a state is kept from the first start with --on-collapse=rollback on."""
-    fall(monkeypatch, 0, 3)
-    flags = [*FOUR, "--fname", tmp_path / "run"]
-    status, output, _ = call("train_cifar.py", *flags, "--epochs=1", "--on-collapse=rollback")
-    assert status == 0 and output.count("no epoch was sound") == 1 and not (tmp_path / "run" / "healthy.pth").exists()
-    for epochs, more, there in (2, "rollback", True), (3, "warn", False):
-        go_on = [*flags, f"--epochs={epochs}", "--resume=auto", "--allow-changes", f"--on-collapse={more}"]
-        assert call("train_cifar.py", *go_on)[0] == 0
-        assert (tmp_path / "run" / "healthy.pth").exists() == there
-    status, output, _ = call("train_cifar.py", *flags, "--resume=auto", "--allow-changes", "--on-collapse=rollback")
-    assert status == 0 and "# went back, to go on after 3 epochs" in output
+def test_a_run_that_asked_for_the_former_rollback_continues_as_warn_and_one_rolled_back_is_refused(
+        tmp_path, call, small_dummy):
+    flags = [*FOUR, "--fname", tmp_path / "run", "--resume=auto", "--allow-changes"]
+    assert call("train_cifar.py", *flags, "--epochs=1")[0] == 0
+    state = torch.load(tmp_path / "run" / "state.pth", weights_only=True)
+    state["opt"]["run"]["args"]["on_collapse"], state["opt"]["run"]["rate"] = "rollback", 1.0
+    torch.save(state, tmp_path / "run" / "state.pth")
+    status, output, _ = call("train_cifar.py", *flags, "--epochs=2")
+    assert status == 0 and "--on-collapse=rollback is no longer supported: the run continues" in output
+    state["opt"]["run"]["rate"] = 0.5
+    torch.save(state, tmp_path / "run" / "state.pth")
+    one_line(call("train_cifar.py", *flags, "--epochs=3"), "was rolled back by --on-collapse=rollback")
 
 
 def test_an_unknown_answer_to_a_collapse_is_refused(tmp_path, call):
