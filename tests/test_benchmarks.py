@@ -6,15 +6,13 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from conftest import ROOT
-from torch import nn
 
 PEERS = [name for name, package in (("torchattacks", "torchattacks"), ("art", "adversarial-robustness-toolbox"))
          if any(importlib.metadata.distributions(name=package))]
 PEER = ["--peer"] if PEERS else []
 SMALL = {"speed.py": ["--attacks", "fgsm", "--eval-images=8", "--eval-iters=1", "--eval-restarts=1", *PEER],
-         "methods.py": ["--methods", "fgsm"], "convolutions.py": []}
+         "methods.py": ["--methods", "fgsm"]}
 
 
 @pytest.mark.parametrize("name, closed", [*((name, False) for name in SMALL), ("methods.py", True)])
@@ -32,21 +30,8 @@ def test_a_benchmark_writes_what_it_measured(name, closed, tmp_path):
         peers = found["step"]["fgsm"]["peers"]
         assert [peer.split()[0] for peer in peers] == PEERS and all(ratio > 0 for ratio in peers.values())
         assert 0 < found["start_up_seconds"]["--help"] < found["start_up_seconds"]["first step"]
-    if name == "convolutions.py":
-        assert sum(each["count"] for each in found["layers"]) == 3 * 20  # three passes of each convolution
-        assert all(each["as_product"] or each["stride"] == 2 for each in found["layers"])
     if name == "methods.py":
         assert found["methods"]["fgsm-rs"]["ratio"] == 1 and found["methods"]["fgsm"]["ratio"] > 0
-
-
-@pytest.mark.parametrize("kernel, stride, size", [(3, 1, 8), (3, 2, 8), (1, 2, 8), (3, 1, 4)])
-def test_a_convolution_and_its_matrix_product_are_the_same(kernel, stride, size, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    layer = nn.Conv2d(3, 5, kernel, stride, kernel // 2, bias=False).double()
-    x = torch.randn(2, 3, size, size, dtype=torch.float64).to(memory_format=torch.channels_last)
-    both = importlib.import_module("convolutions").ways(layer, x)
-    for ours, product in (ways for ways in both.values() if ways[1]):
-        torch.testing.assert_close(product(), ours(), rtol=1e-12, atol=1e-12)
 
 
 def test_a_peer_that_is_not_installed_is_told_of(call_main, monkeypatch):
