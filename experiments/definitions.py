@@ -27,18 +27,22 @@ class Scale:
 
 
 SMALL = "--base-width=16 --epochs=15 --final-iters=10 --final-restarts=1 --final-samples=1000"
-SHORT = f"--device=cpu {SMALL} --epochs=5 --train-samples=20000 --last-samples=1000 --final-iters=50"
+CPU = f"--device=cpu {SMALL}"
+CPU_SHORT = f"{CPU} --epochs=5 --train-samples=20000 --last-samples=1000 --final-iters=50"
+SHORT = "--base-width=16 --epochs=2 --train-samples=20000 --last-samples=1000 --final-iters=0"
 SCALES = {
     "paper": Scale("the paper's commands, in bfloat16, for a GPU", "--amp", (0, 1, 2)),
     "cpu": Scale("a quarter of the network's width and 15 epochs, where a table does not say otherwise, for CPUs; the "
-                 "whole training set", f"--device=cpu {SMALL}", (0,)),
+                 "whole training set", CPU, (0,)),
     "cpu-short": Scale("a quarter of the network's width, 20,000 training images and 5 epochs, so that a CPU can "
-                       "afford several seeds", SHORT, (0, 1, 2)),
+                       "afford several seeds", CPU_SHORT, (0, 1, 2)),
     "cpu-short-bf16": Scale("the scale cpu-short in bfloat16 and compiled, for CPUs with AVX-512 BF16, better AMX; "
-                            "needs a C++ compiler", f"{SHORT} --amp --compile", (0, 1, 2)),
+                            "needs a C++ compiler", f"{CPU_SHORT} --amp --compile", (0, 1, 2)),
+    "short": Scale("a quarter of the network's width, 20,000 training images and 2 epochs, to see every method work; "
+                   "no final evaluation", SHORT, (0,)),
+    "seeds": Scale("the scale cpu with two seeds, for ZeroGrad with q = 0.35 alone", CPU, (0, 1)),
     "cpu-bf16": Scale("the scale cpu in bfloat16 and compiled, for CPUs with AVX-512 BF16, better AMX; needs a C++ "
-                      "compiler",
-                      f"--device=cpu --amp --compile {SMALL}", (0,)),
+                      "compiler", f"--device=cpu --amp --compile {SMALL}", (0,)),
     "cpu-paper": Scale("the paper's commands at full width, in bfloat16 and compiled, for CPUs with AMX; the final "
                        "evaluation on 1,000 images", "--device=cpu --amp --compile --final-samples=1000", (0,)),
     "smoke": Scale("seconds a run on synthetic images: only to see that everything works",
@@ -49,13 +53,17 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Row:
-    """What a row is called, a cell for each column; its data set and flags; others' figures; where it is run."""
+    """One run, or several seeds of it: a cell for each column, data set, flags, others' figures, scales.
+
+    `attacks`: what evaluate.py then attacks the last network with.
+    """
 
     cells: tuple[str, ...]
     dataset: str
     flags: str
     published: str = ""
-    scales: tuple[str, ...] = tuple(SCALES)
+    scales: tuple[str, ...] = tuple(name for name in SCALES if name not in ("short", "seeds"))
+    attacks: str = ""
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,9 @@ RIVALS = {
     "Free": "--method=free", "ckpt": "--method=ckpt", "FGSM-MEP": "--method=pgi", "NuAT": "--method=nuat",
     "GradAlign": "--method=gradalign", "ELLE": "--method=elle", "ELLE-A": "--method=elle-a",
 }
+# Every --method, in the order of the README's table; GradAlign also with ten times its published weight.
+BY_NAME = ("fgsm", "fgsm-rs", "zerograd", "multigrad", "n-fgsm", "rs-aaer", "n-aaer", "gradalign",
+           "gradalign --gradalign-lambda=2", "elle", "elle-a", "ckpt", "pgi", "nuat", "sora", "free", "trades", "pgd")
 ZEROGRAD = METHODS["ZeroGrad, q = 0.35"]
 
 # RobustBench's model cards, of runs by other recipes: clean / robust as its authors report it / under AutoAttack.
@@ -155,6 +166,14 @@ TABLES = {
     "collapse": _what_decides(8),
     "collapse12": _what_decides(12),
     "from_zero": _from_zero(),
+    "methods": Table("CIFAR-10, epsilon 8/255: every `--method`", ("`--method`",), tuple(
+        Row((f"`{name}`",), "cifar10", f"--method={name}", scales=("short",)) for name in BY_NAME)),
+    "attacks": Table("CIFAR-10, epsilon 8/255: two networks under many attacks, after 5 epochs", ("trained on",), tuple(
+        Row((name,), "cifar10", f"--method={method} --epochs=5", scales=("short",),
+            attacks="clean,fgsm,pgd-10-1,pgd-50-10,cw,autoattack")
+        for name, method in (("N-FGSM", "n-fgsm"), ("FGSM, zero initialization", "fgsm")))),
+    "seeds": Table("CIFAR-10, epsilon 8/255: ZeroGrad with q = 0.35 again", ("trained on",), (
+        Row(("ZeroGrad, q = 0.35",), "cifar10", ZEROGRAD, scales=("seeds",)),)),
 }
 
 
@@ -166,6 +185,7 @@ class Experiment:
     dataset: str
     flags: str
     seed: int
+    attacks: str = ""
 
     @classmethod
     def of(cls, row: Row, scale: str, seed: int) -> "Experiment":
@@ -175,7 +195,8 @@ class Experiment:
         def holds(flag: str) -> bool:
             return flag in given or (flag == "--no-amp" and "--amp" not in given)
 
-        return cls(scale, row.dataset, " ".join(flag for flag in row.flags.split() if not holds(flag)), seed)
+        flags = " ".join(flag for flag in row.flags.split() if not holds(flag))
+        return cls(scale, row.dataset, flags, seed, row.attacks)
 
     @property
     def name(self) -> str:
@@ -188,6 +209,11 @@ class Experiment:
         script, *flags = DATASETS[self.dataset].split()
         flags += [*SCALES[self.scale].flags.split(), *self.flags.split(), f"--seed={self.seed}"]
         return [script, *{flag.split("=")[0].replace("--no-", "--"): flag for flag in flags}.values()]
+
+    @property
+    def evaluation(self) -> list[str]:
+        """The script and its flags that evaluate the run, without its folder; empty where the run's own suffices."""
+        return ["evaluate.py", f"--attacks={self.attacks}", "--samples=1000"] if self.attacks else []
 
     @property
     def epochs(self) -> int:

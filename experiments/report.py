@@ -51,6 +51,8 @@ class Results:
         seeds = {int(seed) for name in files if (seed := name.rpartition("seed=")[2]).isdecimal()}
         for experiment in experiments(list(TABLES), scale, tuple(sorted(seeds))):
             if experiment.name in files and (result := read_result(folder, experiment)):
+                for record in result["epochs"]:  # today's rule decides: an older run may have logged another's verdict
+                    record.pop("collapsed", None)
                 self.by_name[experiment.name] = result
         self.seeds, self.refused = sorted(seeds), [path for name, path in files.items() if name not in self.by_name]
 
@@ -98,9 +100,16 @@ def size(row: Row) -> float:
 
 
 def table_text(table: Table, results: Results) -> str:
-    """The table in Markdown; accuracies in %, as means over the seeds with their standard deviation."""
+    """The table in Markdown; accuracies in %, as means over the seeds with their standard deviation.
+
+    Where runs were stopped early, each has a row of its own: their last epochs differ.
+    """
     rows = sorted(measured(table, results), key=size)
     found = [results.of(row) for row in rows]
+    missing = len(table.at(results.scale)) - len(rows)
+    if any("stopped" in record for by_seed in found for record in by_seed.values()):  # runs of different length
+        rows, found = zip(*((row, {seed: record}) for row, by_seed in zip(rows, found)
+                            for seed, record in by_seed.items()))
     records = [record for by_seed in found for record in by_seed.values()]
     judged, epoch = records[0]["final"], records[0]["epochs"][-1]
     flags = SCALES[results.scale].flags.split()
@@ -113,13 +122,14 @@ def table_text(table: Table, results: Results) -> str:
         **({f"FGSM, {images}": last(FGSM)} if all(FGSM in record["epochs"][-1] for record in records) else {}),
         f"PGD-{steps}, {images}": last(PGD),
         f"PGD-{steps}, {best_of}": best,
-        f"PGD-{judged['iters']}-{judged['restarts']}, {judged['images']:,} images": final,
     }
-    if judged["model"] == "best":  # the final evaluation is of another network than the columns before it
+    if judged:
+        columns[f"PGD-{judged['iters']}-{judged['restarts']}, {judged['images']:,} images"] = final
+    if judged and judged["model"] == "best":  # the final evaluation is of another network than the columns before it
         attack = list(columns)[-1]
         columns[f"best model: clean, {judged['images']:,} images"] = lambda record: 100 * record["final"]["clean_acc"]
         columns[f"best model: {attack}"] = columns.pop(attack)
-    if len({(start["device"], start["threads"], record["jobs"]) for record in records
+    if len({(start["device"], start["threads"], record.get("jobs")) for record in records
             for start in record["starts"]}) == 1:
         columns["training, s an epoch"] = seconds
     published = any(row.published for row in table.at(results.scale)) and results.scale == "paper"
@@ -127,14 +137,33 @@ def table_text(table: Table, results: Results) -> str:
     lines = [heads, ["---"] * len(heads)]
     for row, by_seed in zip(rows, found):
         found_in = [record["epochs"] for record in by_seed.values()]
-        cells = [plot.mean([value(record) for record in by_seed.values()], 1)
-                 + (f" @ {plot.span([plot.best(epochs[:-1]) for epochs in found_in])}" if value is best else "")
+        earlier = [epochs[:-1] for epochs in found_in if epochs[:-1]]
+        cells = ["-" if value is best and not earlier else plot.mean([value(record) for record in by_seed.values()], 1)
+                 + (f" @ {plot.span(list(map(plot.best, earlier)))}" if value is best else "")
                  for value in columns.values()]
         lines.append([*row.cells, *cells, plot.collapse(found_in), ", ".join(map(str, by_seed))])
         lines[-1] += [row.published] if published else []
-    missing = len(table.at(results.scale)) - len(rows)
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines) + (
+    return markdown(lines) + attacked(table, results) + (
         f"\n{missing} of the {len(rows) + missing} rows of this table are not measured yet.\n" if missing else "")
+
+
+def attacked(table: Table, results: Results) -> str:
+    """What evaluate.py found of the last networks, in Markdown; nothing where the table asks for no attacks."""
+    lines: list[list[str]] = []
+    for row in (row for row in measured(table, results) if row.attacks):
+        names = row.attacks.split(",")
+        lines = lines or [[*table.columns, "seed", *names], ["---"] * (len(table.columns) + 1 + len(names))]
+        for seed, result in results.of(row).items():
+            found = {each["attack"]: each for record in result["evaluations"] for each in record["attacks"]}
+            shares = [[100 * found[name][key] for key in ("accuracy", "low", "high")] for name in names]
+            lines.append([*row.cells, str(seed), *("{:.1f} ({:.1f} to {:.1f})".format(*share) for share in shares)])
+    return "" if not lines else (
+        "\nThe last network under evaluate.py's attacks, with Wilson's 95% intervals (commands: in the results):\n\n"
+        + markdown(lines))
+
+
+def markdown(lines: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def common(results: Results) -> list[str]:
@@ -152,7 +181,8 @@ def run_list(results: Results) -> str:
         commit, machine, version = ("; ".join(dict.fromkeys(str(start[key])[:length] for start in starts))
                                     for key, length in (("commit", 12), ("machine", None), ("torch", None)))
         own = shlex.join(word for word in shlex.split(result["command"])[1:] if word not in told)
-        lines.append(f"| `{own}` | {commit} | {machine} | {result['jobs']} | {version} |\n")
+        ended = f", stopped after epoch {result['stopped']}" if "stopped" in result else ""
+        lines.append(f"| `{own}`{ended} | {commit} | {machine} | {result.get('jobs', '-')} | {version} |\n")
     return "".join(lines)
 
 

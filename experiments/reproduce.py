@@ -4,10 +4,10 @@
     python experiments/reproduce.py --scale=paper --budget=60         # everything, in order of worth, for an hour
     python experiments/reproduce.py --scale=cpu --list                # what is there, and how long the rest takes
 
-A run's files are in runs/SCALE/NAME. When it is complete, its result is written to experiments/results/SCALE/NAME.json,
-and it is not made again. On Ctrl-C, on SIGTERM and when the budget is spent, the runs save their state and stop; the
-same command continues them. If a run fails, its name is printed and the others go on. Jobs are spread over the GPUs, or
-share the cores of a CPU.
+A run's files are in runs/SCALE/NAME. When it is complete, and evaluated where the table asks for evaluate.py's attacks,
+its result is written to experiments/results/SCALE/NAME.json, and it is not made again. On Ctrl-C, on SIGTERM and when
+the budget is spent, the runs save their state and stop; the same command continues them. If a run fails, its name is
+printed and the others go on. Jobs are spread over the GPUs, or share the cores of a CPU.
 """
 import os
 import shutil
@@ -39,16 +39,18 @@ MEMORY = 2 << 30  # bytes that a run on a CPU may need
 
 # Minutes for each of the `passes` of a run, and for the rest of it, where no result tells: a guess.
 ROUGH = {"paper": (0.012, 8.0), "cpu": (3.5, 5.0), "cpu-short": (1.3, 2.0), "cpu-short-bf16": (0.3, 1.0),
-         "cpu-bf16": (1.3, 3.0), "cpu-paper": (2.0, 60.0), "smoke": (0.01, 0.1)}
+         "short": (1.3, 2.0), "seeds": (3.5, 5.0), "cpu-bf16": (1.3, 3.0), "cpu-paper": (2.0, 60.0),
+         "smoke": (0.01, 0.1)}
 
 
 @dataclass
 class Job:
-    """A run under way, in one of the slots."""
+    """A run under way, in one of the slots; or, with `evaluates`, its evaluation by evaluate.py."""
 
     experiment: Experiment
     slot: int
     process: subprocess.Popen
+    evaluates: bool = False
 
 
 class Runner:
@@ -106,8 +108,12 @@ class Runner:
         if read_result(self.args.results, experiment):
             return
         folder = self.folder(experiment)
+        self.launch(experiment, [*experiment.command, f"--fname={folder}", "--resume=auto"])
+
+    def launch(self, experiment: Experiment, words: list[str], evaluates: bool = False) -> None:
+        """Start a script and its flags for a run, in a free slot."""
+        folder, command = self.folder(experiment), [sys.executable, *words]
         slot = min(set(range(self.args.jobs)) - {job.slot for job in self.running})
-        command = [sys.executable, *experiment.command, f"--fname={folder}", "--resume=auto"]
         if self.args.data_dir:
             command.append(f"--data-dir={self.args.data_dir}")
         environment = dict(os.environ)
@@ -123,7 +129,7 @@ class Runner:
                                            stderr=console, start_new_session=True)
         except OSError as error:
             return self.fail(experiment, f"{error.filename}: {error.strerror}")
-        self.running.append(Job(experiment, slot, process))
+        self.running.append(Job(experiment, slot, process, evaluates))
 
     def is_elsewhere(self, experiment: Experiment) -> bool:
         """Whether another process is about this run, to which it is then left."""
@@ -138,7 +144,7 @@ class Runner:
         return False
 
     def finish(self, job: Job) -> None:
-        """Write the result of a run that has ended."""
+        """Evaluate a run that has ended, where that is asked for; then write its result."""
         experiment, status = job.experiment, job.process.returncode
         if self.stop and status in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT,
                                     -signal.SIGKILL):
@@ -147,14 +153,19 @@ class Runner:
             if self.is_elsewhere(experiment):  # another runner's run was in the folder a moment before ours
                 return
             return self.fail(experiment, f"status {status}: {last_line(self.folder(experiment))}")
+        if experiment.evaluation and not job.evaluates:
+            script, *flags = experiment.evaluation
+            return None if self.stop else self.launch(experiment, [script, str(self.folder(experiment)), *flags], True)
         try:
             result = collect(experiment, self.folder(experiment), self.args.jobs)
             write_result(self.args.results, experiment, result)
         except (OSError, ValueError, KeyError) as error:
             return self.fail(experiment, f"its result cannot be read or written ({type(error).__name__}: {error})")
         self.made.append(experiment)
-        say(f"{experiment.name}: clean {result['epochs'][-1]['test_acc']:.1%}, final evaluation "
-            f"{result['final']['robust_acc']:.1%}")
+        last = result["epochs"][-1]
+        say(f"{experiment.name}: clean {last['test_acc']:.1%}, " + (
+            f"final evaluation {result['final']['robust_acc']:.1%}" if result["final"] else
+            f"PGD {last['test_robust_acc']:.1%}"))
 
     def fail(self, experiment: Experiment, why: str) -> None:
         self.failed.append(experiment)
@@ -221,12 +232,13 @@ def passes(experiment: Experiment) -> float:
 def minutes(result: Result) -> float:
     """How long a run took."""
     epochs = sum(record["train_time"] + record.get("test_time", 0) for record in result["epochs"])
-    return (epochs + result["final"].get("seconds", 0)) / 60
+    return (epochs + (result["final"] or {}).get("seconds", 0)) / 60
 
 
 def expected(experiment: Experiment, known: dict[Experiment, Result]) -> tuple[float, bool]:
     """Minutes that a run will take, and whether results tell: those of the same passes, else in proportion."""
-    paces = {other: minutes(result) / passes(other) for other, result in known.items()}
+    paces = {other: minutes(result) / passes(other) * other.epochs / len(result["epochs"])
+             for other, result in known.items()}
     same = [pace for other, pace in paces.items() if passes(other) == passes(experiment)]
     if paces:
         return statistics.median(same or list(paces.values())) * passes(experiment), True

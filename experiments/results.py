@@ -10,7 +10,9 @@ from definitions import ROOT, Experiment
 sys.path.insert(0, str(ROOT))
 from utils import whole_file
 
-Result = dict  # name, command, jobs (runs at once), starts, final (the final evaluation), epochs (one dict each)
+# name, command, jobs (runs at once), starts, final (the final evaluation), epochs (one dict each); and where there is
+# such a thing: evaluations (evaluate.py's), stopped (the epoch after which somebody ended the run for good).
+Result = dict
 MACHINE = ("commit", "device", "threads", "torch", "torchvision", "python")
 NEEDED = ("train_time", "train_robust_acc", "test_acc", "test_robust_acc", "test_images")  # of every epoch
 
@@ -23,10 +25,16 @@ def read_result(results: Path, experiment: Experiment) -> Result | None:
     """The result of `experiment`; None if there is none, or one of another command, or a damaged one."""
     try:
         result = json.loads(result_file(results, experiment).read_text(encoding="utf-8"))
+        stopped = result.get("stopped")
         numbers = [record[name] for record in result["epochs"] for name in NEEDED]
-        numbers += [result["final"][name] for name in ("robust_acc", "iters", "restarts", "images")]
-        whole = result["command"] == _command(experiment) and len(result["epochs"]) == experiment.epochs
-        told = result["jobs"] and result["starts"] and all(set(MACHINE) <= start.keys() for start in result["starts"])
+        if not stopped and "--final-iters=0" not in experiment.command:
+            numbers += [result["final"][name] for name in ("robust_acc", "iters", "restarts", "images")]
+        ours, theirs = ({word for word in command.split() if not (stopped and word.startswith("--final-"))}
+                        for command in (_command(experiment), result["command"]))
+        whole = ours == theirs and len(result["epochs"]) == (stopped or experiment.epochs)
+        attacks = {row["attack"] for record in result.get("evaluations", ()) for row in record["attacks"]}
+        whole = whole and attacks >= set(filter(None, experiment.attacks.split(",")))
+        told = result["starts"] and all(set(MACHINE) <= start.keys() for start in result["starts"])
         return result if whole and told and all(map(math.isfinite, numbers)) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -38,9 +46,10 @@ def collect(experiment: Experiment, folder: Path, jobs: int) -> Result:
         return (folder / name).read_text(encoding="utf-8")
 
     starts = json.loads(text("args.json"))["starts"]
+    final = None if "--final-iters=0" in experiment.command else json.loads(text("final.json"))
+    evaluations = {"evaluations": json.loads(text("evaluation.json"))} if experiment.attacks else {}
     return {"name": experiment.name, "command": _command(experiment), "jobs": jobs,
-            "starts": [{key: start[key] for key in MACHINE} for start in starts],
-            "final": json.loads(text("final.json")),
+            "starts": [{key: start[key] for key in MACHINE} for start in starts], "final": final, **evaluations,
             "epochs": [json.loads(line) for line in text("metrics.jsonl").splitlines()]}
 
 

@@ -19,11 +19,6 @@ import watch
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "experiments/README.md")}
 RESULTS = {f"{path.parent.name}/{path.stem}": json.loads(path.read_text())
            for path in sorted((ROOT / "experiments/results").glob("*/*.json"))}
-RESULTS |= {f"short/{path.stem}_seed=0": json.loads(path.read_text())
-            for path in sorted((ROOT / "experiments/short").glob("*.json"))}
-RESULTS |= {f"seeds/{path.stem}": json.loads(path.read_text())
-            for path in sorted((ROOT / "experiments/seeds").glob("*.json"))}
-JUDGED = {path.stem: json.loads(path.read_text()) for path in (ROOT / "experiments/judged").glob("*.json")}
 
 
 def test_every_result_was_made_at_a_commit_of_this_history():
@@ -32,7 +27,7 @@ def test_every_result_was_made_at_a_commit_of_this_history():
     if git("rev-parse", "--is-shallow-repository").strip() != "false":
         pytest.skip("needs a clone with its whole history")
     history = set(git("rev-list", "HEAD").split())
-    lost = {name for name, result in {**RESULTS, **JUDGED}.items()
+    lost = {name for name, result in RESULTS.items()
             if not {start["commit"].removesuffix("-dirty") for start in result["starts"]} <= history}
     assert not lost
 
@@ -91,7 +86,7 @@ def result_of(cells: dict[str, str]) -> tuple[str, str]:
     """The scale and the result that a row, its cells by their titles, is of."""
     titles, (first, *_) = list(cells), cells.values()
     if titles[0] == "`--method`":
-        return "short", first.strip("`").replace(" --", "_")
+        return "short", f"cifar10_method={first.strip('`').replace(' --', '_')}"
     if titles[0] == "ZeroGrad, q = 0.35, at epsilon 8/255":
         return "cpu", stem("ZeroGrad, q = 0.7" if first.endswith("q = 0.7") else "ZeroGrad, q = 0.35",
                            rest=f"{FROM_ZERO[first]}_epochs=5")
@@ -178,7 +173,7 @@ def test_the_minutes_of_a_run_are_those_of_the_results():
     found: dict[tuple[str, str], list[float]] = {}
     for name, result in RESULTS.items():
         words = re.split("_|/", name)
-        whole = len(result["epochs"]) == {"cpu-short": 5}.get(words[0], 15)
+        whole = len(result["epochs"]) == {"cpu-short": 5, "short": 0}.get(words[0], 15)
         if whole and words[2] in ("fgsm", "zerograd", "multigrad", "pgd"):
             seconds = sum(epoch["train_time"] + epoch["test_time"] for epoch in result["epochs"])
             maker = re.match(r"AMD|Intel", result["starts"][0]["device"])[0]
@@ -209,8 +204,8 @@ def about(*values: float) -> Callable[[float], bool]:
 
 
 ZERO100, BACK = stem("FGSM, zero initialization", "cifar100"), stem("ZeroGrad, q = 0.35", rest="_fgsm-init=zero")
-SHORT = {name.removeprefix("short/").removesuffix("_seed=0"): result["epochs"][-1]
-         for name, result in RESULTS.items() if name.startswith("short/")}
+SHORT = {name.removeprefix("short/cifar10_method=").removesuffix("_seed=0"): result["epochs"][-1]
+         for name, result in RESULTS.items() if name.startswith("short/") and len(result["epochs"]) == 2}
 LOSS = {name: 100 * (epoch["fgsm_acc"] - epoch["test_robust_acc"]) for name, epoch in SHORT.items()}
 STEEP = ("fgsm", "fgsm-rs", "zerograd")
 LUCK = [epochs[-1] for epochs in seeds("ZeroGrad, q = 0.35")]
@@ -231,7 +226,7 @@ SENTENCES: dict[str, list[tuple[str, list]]] = {"README.md": [], "experiments/RE
                                                        below(*(LOSS[name] for name in STEEP))]),
     ("its perturbation made #% of the training images easier", [100 * SHORT["gradalign"]["abnormal"]]),
     ("had #% under PGD-10 after its first epoch with seed 0, and #% with seed 1, where the table's had #%",
-     [100 * RESULTS[f"seeds/zerograd_seed={seed}"]["epochs"][0]["test_robust_acc"] for seed in (0, 1)]
+     [100 * RESULTS[f"seeds/{ZEROGRAD}_seed={seed}"]["epochs"][0]["test_robust_acc"] for seed in (0, 1)]
      + [pgd(ZEROGRAD, 1, "cpu")]),
     ("a standard error of up to #%", [100 * (0.25 / 1000) ** 0.5]),
     ("clean accuracy differs by #% and that under PGD-10 by less than #%",
@@ -297,10 +292,11 @@ ATTACKS = {"clean": "clean", "FGSM": "fgsm", "PGD-10": "pgd-10-1", "PGD-50-10": 
 
 def test_the_judged_networks_are_those_of_the_evaluations():
     rows, = (rows for rows in tables(PAGES["README.md"]) if "CW" in rows[0])
-    assert len(rows) == len(JUDGED) == 2
+    assert len(rows) == 2
     for row in rows:
         name, _, collapsed = next(iter(row.values())).partition(": ")
-        result = JUDGED[{"FGSM, zero initialization": "fgsm"}.get(name, name.lower())]
+        method = {"FGSM, zero initialization": "fgsm"}.get(name, name.lower())
+        result = RESULTS[f"short/cifar10_method={method}_epochs=5_seed=0"]
         found = {each["attack"]: each for record in result["evaluations"] for each in record["attacks"]}
         assert watch.collapsed(result["epochs"])[-1] == bool(collapsed)
         for title, attack in ATTACKS.items():
@@ -331,6 +327,6 @@ def test_the_passes_of_a_method_are_those_that_its_line_in_options_has():
 
 
 def test_every_commit_that_a_page_names_has_results():
-    commits = {start["commit"][:7] for result in (*RESULTS.values(), *JUDGED.values()) for start in result["starts"]}
+    commits = {start["commit"][:7] for result in RESULTS.values() for start in result["starts"]}
     named = set(re.findall(r"\b(?=[a-f]*\d)[0-9a-f]{7}\b", "".join(PAGES.values())))
     assert named <= commits
