@@ -5,22 +5,10 @@
 
 The best checkpoint, on which the final evaluation is run, is chosen on training images.
 """
-from options import DataSet, parse
-
-DATASET = DataSet(
-    name="SVHN",
-    source="SVHN",
-    classes=10,
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-    peak=lambda epochs: epochs * 2 // 5,
-    validate=True,
-    defaults=dict(data_dir="../svhn-data", fname="svhn_model", epochs=15, lr_schedule="cyclic", lr_max=0.01,
-                  zero_qval=0.7, final_model="best"),
-)
+from singlestep.options import SVHN, parse
 
 if __name__ == "__main__":
-    args = parse(DATASET, __doc__)
-    from train import main  # after the command line, which answers without PyTorch
+    args = parse(SVHN, __doc__)
+    from singlestep.train import main  # after the command line, which answers without PyTorch
 
-    main(DATASET, args)
+    main(SVHN, args)

@@ -15,24 +15,24 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from speed import seconds
 
-import options
-import train
-from checkpoint import Folder
-from data import Images
-from machine import World, describe
-from train_cifar import DATASET
-from utils import StopSignals, one_line_errors, whole_file
+from singlestep import options, train
+from singlestep.data import Images
+from singlestep.options import CIFAR10
+from singlestep.run.console import StopSignals, one_line_errors
+from singlestep.run.device import describe
+from singlestep.run.distributed import World
+from singlestep.run.folder import Folder, whole_file
 
 BASE = "fgsm-rs"
 
 
 def steps_of(method: str, argv: list[str], device: torch.device, images: Images) -> train.Run:
     """A run of the method on random images, an epoch of which is the steps to be timed."""
-    args = options.parse(DATASET, argv=[*argv, f"--method={method}"])
-    state, layout = train.build(DATASET, args, device, World(device=device))
+    args = options.parse(CIFAR10, argv=[*argv, f"--method={method}"])
+    state, layout = train.build(CIFAR10, args, device, World(device=device))
     images = images.to(device, layout)
     # An epoch ends with a look at what the network makes of test images: here one.
-    return train.assemble(DATASET, args, state, Folder(args.fname), World(device=device), StopSignals(),
+    return train.assemble(CIFAR10, args, state, Folder(args.fname), World(device=device), StopSignals(),
                           [images, images[:0], images[:1]])
 
 
@@ -71,7 +71,7 @@ def main() -> None:
                    help="steps a turn (even: every other one of NuAT is different)")
     p.add_argument("--json", type=options.path, help="also write the figures here")
     own, argv = p.parse_known_args()
-    args = options.parse(DATASET, argv=argv)
+    args = options.parse(CIFAR10, argv=argv)
     vars(args).update(vars(own))
     with one_line_errors():
         if args.json:

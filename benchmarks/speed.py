@@ -34,15 +34,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import attacks
-import options
-import train
-from checkpoint import Folder
-from data import Images
-from evaluate import PGD, evaluate
-from machine import Precision, World, choose_device, describe, keep_freed_memory
-from train_cifar import DATASET
-from utils import StopSignals, UsageError, one_line_errors, whole_file
+from singlestep import attacks, options, train
+from singlestep.data import Images
+from singlestep.options import CIFAR10
+from singlestep.robustness import PGD, evaluate
+from singlestep.run.console import StopSignals, UsageError, one_line_errors
+from singlestep.run.device import Precision, choose_device, describe, keep_freed_memory
+from singlestep.run.distributed import World
+from singlestep.run.folder import Folder, whole_file
 
 ROOT = Path(__file__).resolve().parent.parent
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
@@ -136,8 +135,8 @@ def art_epoch(model: nn.Module, optimizer, x: Tensor, y: Tensor, batch_size: int
 def start_up(rounds: int, device: torch.device) -> dict[str, float]:
     """Seconds until --help has answered, and until a run on synthetic images is at its first step: the least of the
     rounds."""
-    first_step = ("import sys, options, train, train_cifar; train.train_epoch = lambda *_: sys.exit(); "
-                  "train.main(train_cifar.DATASET, options.parse(train_cifar.DATASET))")
+    first_step = ("import sys; from singlestep import options, train; train.train_epoch = lambda *_: sys.exit(); "
+                  "train.main(options.CIFAR10, options.parse(options.CIFAR10))")
     with tempfile.TemporaryDirectory() as folder:
         commands = {"--help": ["train_cifar.py", "--help"],
                     "first step": ["-c", first_step, "--dummy", "--base-width=16", f"--fname={folder}/run",
@@ -190,7 +189,7 @@ def main() -> None:
     add("--peer", action="store_true", help="measure torchattacks in a plain loop and ART's trainer, too")
     add("--json", type=options.path, help="also write the figures here")
     own, argv = p.parse_known_args()
-    args = options.parse(DATASET, argv=["--lr-max=0.01", *argv])
+    args = options.parse(CIFAR10, argv=["--lr-max=0.01", *argv])
     vars(args).update(vars(own))
     with one_line_errors():
         args.peers = [name for name, package in PEERS.items() if args.peer and installed(package)]
@@ -203,16 +202,16 @@ def main() -> None:
 
 def measure(args) -> None:
     device = choose_device(args)
-    state, layout = train.build(DATASET, args, device, World(device=device))
+    state, layout = train.build(CIFAR10, args, device, World(device=device))
     ours, precision, b = state.model.train(), state.precision, args.batch_size
     steps = args.steps or (20 if device.type == "cuda" else 1)
     pixels, labels = torch.randint(256, (b * steps, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (b * steps,))
     images = Images(pixels, labels).to(device, layout)
     # An epoch ends with a look at what the network makes of test images: here one, as there is nothing of a step in it.
-    run = train.assemble(DATASET, args, state, Folder(args.fname), World(device=device), StopSignals(),
+    run = train.assemble(CIFAR10, args, state, Folder(args.fname), World(device=device), StopSignals(),
                          [images, images[:0], images[:1]])
     their_loader = published.loader(pixels.numpy(), labels.numpy(), b, device)
-    theirs, looped, arts = (train.new_network(DATASET, args).to(device).train() for _ in range(3))
+    theirs, looped, arts = (train.new_network(CIFAR10, args).to(device).train() for _ in range(3))
     optimizers = {model: torch.optim.SGD(model.parameters(), 0.01, momentum=0.9, weight_decay=5e-4)
                   for model in (theirs, looped, arts)}
     result = {**describe(device), "dtype": str(precision.dtype), "tf32": precision.tf32,

@@ -19,12 +19,15 @@ from definitions import ROOT
 from torch import Tensor, nn
 
 sys.path.insert(0, str(ROOT))
-from attacks import confident_gradient, quantile_mask, start
-from checkpoint import Folder, open_run, read_checkpoint, read_records
-from data import testing
-from options import Parser, figure_path, number, path
-from plot import label_at_the_ends, pyplot, save
-from utils import UsageError, one_line_errors, say, seed_everything
+from singlestep.attacks import confident_gradient, quantile_mask, start
+from singlestep.checkpoints import open_run
+from singlestep.data import testing
+from singlestep.figures import label_at_the_ends, pyplot, save
+from singlestep.options import Parser, figure_path, number, path
+from singlestep.run.console import UsageError, one_line_errors, say
+from singlestep.run.device import seed_everything
+from singlestep.run.folder import Folder, read_records
+from singlestep.run.state import read_checkpoint
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 BINS = 10

@@ -16,10 +16,10 @@ from definitions import ROOT, SCALES, TABLES, Experiment, Row, Table, experiment
 from results import Result, read_result
 
 sys.path.insert(0, str(ROOT))
-import options
-import plot
-from plot import CLEAN, FGSM, PGD
-from utils import UsageError, one_line_errors, say, whole_file
+from singlestep import figures, options
+from singlestep.figures import CLEAN, FGSM, PGD
+from singlestep.run.console import UsageError, one_line_errors, say
+from singlestep.run.folder import whole_file
 
 TRAINING = "train_robust_acc"
 
@@ -30,7 +30,7 @@ NOTES = """
   `fgsm_acc` in their files), PGD-10 after an epoch is judged at its last step only.
 * The titles of the columns say how many test images the last epoch and the earlier ones are judged on. The best earlier
   epoch is chosen on the same test images that it is reported on.
-* Epochs count from 1. "collapsed" is the first epoch of catastrophic overfitting (`watch.py`) or, with several seeds,
+* Epochs count from 1. "collapsed" is the first epoch of catastrophic overfitting (`collapse.py`) or, with several seeds,
   how many runs collapsed in some epoch. "then sound" means that the last epoch was no longer in collapse. In the
   figures, a cross marks the first epoch in collapse, and a band spans the seeds.
 * Seconds are medians over a run's epochs, on machines that did other work, too. They are orders of magnitude; for
@@ -138,10 +138,11 @@ def table_text(table: Table, results: Results) -> str:
     for row, by_seed in zip(rows, found):
         found_in = [record["epochs"] for record in by_seed.values()]
         earlier = [epochs[:-1] for epochs in found_in if epochs[:-1]]
-        cells = ["-" if value is best and not earlier else plot.mean([value(record) for record in by_seed.values()], 1)
-                 + (f" @ {plot.span(list(map(plot.best, earlier)))}" if value is best else "")
+        peaks = f" @ {figures.span(list(map(figures.best, earlier)))}" if earlier else ""
+        cells = ["-" if value is best and not earlier else
+                 figures.mean([value(record) for record in by_seed.values()], 1) + (peaks if value is best else "")
                  for value in columns.values()]
-        lines.append([*row.cells, *cells, plot.collapse(found_in), ", ".join(map(str, by_seed))])
+        lines.append([*row.cells, *cells, figures.collapse(found_in), ", ".join(map(str, by_seed))])
         lines[-1] += [row.published] if published else []
     return markdown(lines) + attacked(table, results) + (
         f"\n{missing} of the {len(rows) + missing} rows of this table are not measured yet.\n" if missing else "")
@@ -193,18 +194,18 @@ def measured(table: Table, results: Results) -> list[Row]:
 def over_epochs(axes, table: Table, rows: list[Row], results: Results, key: str) -> None:
     """A panel with a curve for each row."""
     groups = {label(table, row): [record["epochs"] for record in results.of(row).values()] for row in rows}
-    plot.curves(axes, groups, styles(table, rows, results), key)
+    figures.curves(axes, groups, styles(table, rows, results), key)
 
 
-def styles(table: Table, rows: list[Row], results: Results) -> list[plot.Style]:
+def styles(table: Table, rows: list[Row], results: Results) -> list[figures.Style]:
     """One for each row: of its method, in a table of methods."""
     flags = [results.flags(row) for row in rows]
-    own = [style for each in flags if (style := plot.style_of_method(each))]
-    return own if table.columns[-1] == "trained on" and len(own) == len(rows) else plot.styles(flags)
+    own = [style for each in flags if (style := figures.style_of_method(each))]
+    return own if table.columns[-1] == "trained on" and len(own) == len(rows) else figures.styles(flags)
 
 
 def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable[[Result], float], name: str,
-           style: plot.Style) -> None:
+           style: figures.Style) -> None:
     """A line through the means over the seeds, with the standard deviation as bars."""
     values = [[value(record) for record in by_seed.values()] for by_seed in found]
     means = [statistics.mean(v) for v in values]
@@ -221,14 +222,14 @@ def figure_of_epochs(name: str, results: Results) -> Any:
     if len(rows) < 2:
         return None
     above = max(len(label(table, row)) for row in rows) > 24  # long names leave no room beside one another
-    figure, panels = plot.pyplot().subplots(*((2, 1) if above else (1, 2)), figsize=(7, 6) if above else (9.5, 3.4),
+    figure, panels = figures.pyplot().subplots(*((2, 1) if above else (1, 2)), figsize=(7, 6) if above else (9.5, 3.4),
                                             layout="constrained")
     titles = {PGD: "test images under PGD", TRAINING: "training images under the attack trained on"}
     for axes, (key, title) in zip(panels, titles.items()):
         over_epochs(axes, table, rows, results, key)
         axes.set_title(title)
         axes.set_ylabel("accuracy, %")
-    plot.label_at_the_ends(figure)
+    figures.label_at_the_ends(figure)
     return figure
 
 
@@ -236,15 +237,15 @@ def figure_of_quantiles(name: str, results: Results) -> Any:
     rows = sorted(measured(TABLES[name], results), key=size)
     if len(rows) < 2:
         return None
-    figure, axes = plot.pyplot().subplots(figsize=(5.5, 3.4), layout="constrained")
+    figure, axes = figures.pyplot().subplots(figsize=(5.5, 3.4), layout="constrained")
     x, found = [size(row) for row in rows], [results.of(row) for row in rows]
-    points(axes, x, found, last(CLEAN), "clean", plot.Style("#888888", "s"))
-    points(axes, x, found, last(PGD), "PGD, last epoch", plot.METHODS["zerograd"])
-    points(axes, x, found, best, "PGD, best earlier epoch", plot.Style("#0072b2", "v", ":"))
+    points(axes, x, found, last(CLEAN), "clean", figures.Style("#888888", "s"))
+    points(axes, x, found, last(PGD), "PGD, last epoch", figures.METHODS["zerograd"])
+    points(axes, x, found, best, "PGD, best earlier epoch", figures.Style("#0072b2", "v", ":"))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("q, the fraction of each image's gradient that is zeroed")
     axes.set_ylabel("accuracy on test images, %")
-    plot.label_at_the_ends(figure)
+    figures.label_at_the_ends(figure)
     return figure
 
 
@@ -257,7 +258,7 @@ def figure_of_epsilons(name: str, results: Results) -> Any:
     by_method = {method: rows for method, rows in by_method.items() if len(rows) > 1}
     if not by_method:
         return None
-    figure, panels = plot.pyplot().subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    figure, panels = figures.pyplot().subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
     for axes, value, title in zip(panels, (last(CLEAN), last(PGD)), ("clean", "under PGD, last epoch")):
         which = styles(table, [rows[0] for rows in by_method.values()], results)
         for (method, rows), style in zip(by_method.items(), which):
@@ -266,7 +267,7 @@ def figure_of_epsilons(name: str, results: Results) -> Any:
         axes.set_xlabel("epsilon, 1/255")
         axes.set_ylabel("accuracy, %")
         axes.set_title(f"test images, {title}")
-    plot.label_at_the_ends(figure)
+    figures.label_at_the_ends(figure)
     return figure
 
 
@@ -278,14 +279,14 @@ def figure_of_epsilons_over_epochs(name: str, results: Results) -> Any:
     if len(panels) < 2:
         return None
     lines = (len(panels) + 1) // 2
-    figure, grid = plot.pyplot().subplots(lines, 2, figsize=(9.5, 3.4 * lines), sharey=True, layout="constrained")
+    figure, grid = figures.pyplot().subplots(lines, 2, figsize=(9.5, 3.4 * lines), sharey=True, layout="constrained")
     for axes, (epsilon, own) in zip(grid.flat, panels.items()):
         over_epochs(axes, TABLES[name], own, results, PGD)
         axes.set_title(f"epsilon = {epsilon}/255")
         axes.set_ylabel("accuracy under PGD, %")
     for axes in grid.flat[len(panels):]:
         axes.remove()
-    plot.label_at_the_ends(figure, size=7)
+    figures.label_at_the_ends(figure, size=7)
     return figure
 
 
@@ -318,9 +319,9 @@ def write_report(results: Results, out: Path) -> Path:
                 image.unlink(missing_ok=True)
                 image.with_suffix(".pdf").unlink(missing_ok=True)
                 continue
-            plot.save(figure, image)
-            plot.save(figure, image.with_suffix(".pdf"))
-            plot.pyplot().close(figure)
+            figures.save(figure, image)
+            figures.save(figure, image.with_suffix(".pdf"))
+            figures.pyplot().close(figure)
             over = ", over epochs" if draw in (figure_of_epochs, figure_of_epsilons_over_epochs) else ""
             text.append(f"\n![{table.title}{over}]({image.name})\n")
     text.append(f"\n## The runs\n\n{run_list(results)}")

@@ -27,11 +27,11 @@ from results import Result, collect, read_result, write_result
 from tqdm import tqdm
 
 sys.path.insert(0, str(ROOT))
-from checkpoint import Folder
-from machine import cuda_devices
-from options import METHODS, Parser, data_set, number, parse, path
-from plot import method
-from utils import UsageError, one_line_errors, say
+from singlestep.figures import method
+from singlestep.options import METHODS, Parser, data_set, number, parse, path
+from singlestep.run.console import UsageError, one_line_errors, say
+from singlestep.run.device import cuda_devices
+from singlestep.run.folder import Folder
 
 POLL = 0.5  # seconds between two looks at the runs
 GRACE = 120  # seconds that a run has to save its state and stop

@@ -8,7 +8,7 @@ from pathlib import Path
 from definitions import ROOT, Experiment
 
 sys.path.insert(0, str(ROOT))
-from utils import whole_file
+from singlestep.run.folder import whole_file
 
 # name, command, jobs (runs at once), starts, final (the final evaluation), epochs (one dict each); and where there is
 # such a thing: evaluations (evaluate.py's), stopped (the epoch after which somebody ended the run for good).

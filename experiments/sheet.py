@@ -18,13 +18,14 @@ import torchvision
 from definitions import ROOT
 
 sys.path.insert(0, str(ROOT))
-import options
-from attacks import box, input_gradient, quantile_mask
-from checkpoint import Folder, open_run
-from data import load
-from options import Parser, number, path
-from plot import pyplot, save
-from utils import UsageError, one_line_errors, say
+from singlestep import options
+from singlestep.attacks import box, input_gradient, quantile_mask
+from singlestep.checkpoints import open_run
+from singlestep.data import load
+from singlestep.figures import pyplot, save
+from singlestep.options import Parser, number, path
+from singlestep.run.console import UsageError, one_line_errors, say
+from singlestep.run.folder import Folder
 
 
 def class_names(dataset: options.DataSet, args) -> list[str]:

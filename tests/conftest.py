@@ -14,20 +14,12 @@ import torch
 from processes import IMAGES, ROOT, SIDE
 from torch import nn
 
-import data
-import networks
-import options
-import preactresnet
-import train
-import train_cifar
-import train_cifar100
-import train_svhn
+from singlestep import data, networks, options, train
 
 # Where the suite runs in a shell's background, SIGINT is ignored, here and in what the tests start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-DATASETS = {"train_cifar.py": train_cifar.DATASET, "train_cifar100.py": train_cifar100.DATASET,
-            "train_svhn.py": train_svhn.DATASET}
+DATASETS = {"train_cifar.py": options.CIFAR10, "train_cifar100.py": options.CIFAR100, "train_svhn.py": options.SVHN}
 
 # Added to any command, these make it end in seconds; every part of a run still takes place.
 SMALL = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=32", "--train-samples=80", "--epochs=2",
@@ -85,8 +77,8 @@ def small_dummy(monkeypatch):
 @pytest.fixture
 def shallow(monkeypatch):
     """Have PreActResNet18 be of one block a stage, for tests of what happens around a network."""
-    monkeypatch.setattr(preactresnet, "PreActResNet18", lambda num_classes, **rest: preactresnet.PreActResNet(
-        preactresnet.PreActBlock, (1, 1, 1, 1), num_classes, **rest))
+    monkeypatch.setattr(networks, "PreActResNet18", lambda num_classes, **rest: networks.PreActResNet(
+        networks.PreActBlock, (1, 1, 1, 1), num_classes, **rest))
 
 
 @pytest.fixture
@@ -114,7 +106,7 @@ def call(capsys):
 def call_main(capsys, monkeypatch):
     """Run a module's main inside this process: call_main(module, *flags) -> (exit status, output, error output)."""
     def run_main(module, *flags: str):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__.rpartition('.')[2]}.py", *map(str, flags)])
         status = 0
         try:
             module.main()

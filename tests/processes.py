@@ -33,7 +33,7 @@ def run_script(path: str, flags: list[str], folder: str, environment: dict[str, 
     os.environ.update(environment)
     sys.argv = [path, *flags]
     sys.path[:0] = [os.path.dirname(path), str(ROOT)]
-    import data
+    from singlestep import data
 
     data.DUMMY_SIZES, data.DUMMY_SIDE = IMAGES, SIDE
     runpy.run_path(path, run_name="__main__")

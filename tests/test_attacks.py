@@ -12,12 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import attacks
-import objectives
-import options
-import train_cifar
-from attacks import confident_gradient, fgsm, multigrad, pgd, quantile_mask, sign_consensus, zerograd
-from step import Step
+from singlestep import attacks, objectives, options
+from singlestep.attacks import Step, confident_gradient, fgsm, multigrad, pgd, quantile_mask, sign_consensus, zerograd
 
 EPSILON = 8 / 255
 
@@ -384,7 +380,7 @@ def test_a_wrong_argument_is_named(wrong, message):
 
 def test_the_tables_name_functions_and_give_them_their_keywords():
     assert {"multigrad", "zerograd", "fgsm", "pgd"} <= set(options.ATTACKS) and "ce" in options.OBJECTIVES
-    args = options.parse(train_cifar.DATASET, argv=[])
+    args = options.parse(options.CIFAR10, argv=[])
     for module, table, arguments in ((attacks, options.ATTACKS, 4), (objectives, options.OBJECTIVES, 5)):
         for name, keywords in table.items():
             inspect.signature(getattr(module, name)).bind(*[None] * arguments, step=None, **keywords(args))

@@ -6,7 +6,7 @@ import pytest
 from conftest import TINY, epochs_of
 from test_scripts import one_line
 
-from board import SCALARS
+from singlestep.run.folder import SCALARS
 
 pytest.importorskip("tensorboard")
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, assert_same_run, epochs_of, script
 
-from machine import cuda_devices
+from singlestep.run.device import cuda_devices
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800),
               pytest.mark.skipif(cuda_devices() == 0, reason="needs a GPU")]

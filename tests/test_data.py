@@ -24,12 +24,9 @@ from PIL import Image
 from processes import Started
 from torchvision import datasets
 
-import data
-import train_cifar
-import train_cifar100
-import train_svhn
-from data import Augmentation, Images, dummy, read_torchvision
-from utils import UsageError
+from singlestep import data, options
+from singlestep.data import Augmentation, Images, dummy, read_torchvision
+from singlestep.run.console import UsageError
 
 
 def noise_images(n: int, seed: int = 0, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
@@ -74,7 +71,7 @@ def test_augmentation_is_torchvisions_at_any_angle(top, left, flip, angle):
 
 def test_augmentation_parameters_have_the_published_distribution():
     torch.manual_seed(0)
-    drawn = Augmentation(**train_cifar100.DATASET.augmentation).draw(90_000)
+    drawn = Augmentation(**options.CIFAR100.augmentation).draw(90_000)
     for name in ("top", "left"):
         counts = torch.bincount(drawn[name], minlength=9)
         assert len(counts) == 9 and ((counts - 10_000).abs() < 500).all()
@@ -276,7 +273,7 @@ def test_of_two_processes_that_lack_the_same_files_one_downloads_and_one_waits(t
     (tmp_path / "program.py").write_text("""
 import json, sys
 from torchvision import datasets
-import data
+from singlestep import data
 for name, value in json.loads(sys.argv[1]).items():
     setattr(datasets.CIFAR10, name, value)
 open(sys.argv[3], "w").close()
@@ -326,7 +323,7 @@ def test_the_size_of_images_is_that_of_the_data(tmp_path, call, monkeypatch):
     (np.zeros((4, 8, 8, 3), np.uint8), np.full(4, 10)), (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(3, int)),
     (np.zeros((0, 8, 8, 3), np.uint8), np.zeros(0, int)), (np.zeros((4, 8, 8, 3), np.uint8), np.zeros(4))])
 def test_images_and_labels_of_another_kind_are_refused(pixels, labels, tmp_path, call, monkeypatch):
-    source = dataclasses.replace(train_cifar.DATASET, source=lambda data_dir: [(pixels, labels)] * 2)
+    source = dataclasses.replace(options.CIFAR10, source=lambda data_dir: [(pixels, labels)] * 2)
     monkeypatch.setitem(DATASETS, "train_cifar.py", source)
     status, output, error = call("train_cifar.py", "--device=cpu", "--base-width=4", "--fname", tmp_path / "run")
     assert (status, output) == (2, "") and error.count("\n") == 1 and "does not hold CIFAR-10" in error
@@ -351,12 +348,12 @@ def test_training_takes_the_first_images_and_validation_the_last(small_dummy):
         dummy, data_dir, train_samples, val_size = True, "", 50, 20
 
     whole, _ = dummy(10)
-    train, held_out, test = data.load(train_cifar.DATASET, Args)
+    train, held_out, test = data.load(options.CIFAR10, Args)
     assert torch.equal(train.pixels, whole.pixels[:50]) and torch.equal(held_out.pixels, whole.pixels[-20:])
     Args.train_samples, Args.val_size = None, 0
-    train, held_out, test = data.load(train_cifar.DATASET, Args)
+    train, held_out, test = data.load(options.CIFAR10, Args)
     assert (len(train), len(held_out), len(test)) == (96, 0, 64)
-    train, held_out, test = data.load(train_svhn.DATASET, Args)  # a fiftieth of the images that it trains on
+    train, held_out, test = data.load(options.SVHN, Args)  # a fiftieth of the images that it trains on
     assert (len(train), len(held_out)) == (96, 2) and torch.equal(held_out.pixels, train.pixels[:2])
     Args.val_size = 20
-    assert torch.equal(data.load(train_svhn.DATASET, Args)[1].pixels, whole.pixels[-20:])
+    assert torch.equal(data.load(options.SVHN, Args)[1].pixels, whole.pixels[-20:])

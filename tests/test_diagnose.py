@@ -7,7 +7,7 @@ import torch
 from conftest import ROOT, SMALL
 from torch import nn
 
-import train
+from singlestep import train
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import diagnose

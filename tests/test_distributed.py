@@ -13,8 +13,8 @@ from conftest import IMAGES, ROOT, SIDE, SMALL, assert_same_run, epochs_of, line
 from processes import forked, together
 from test_scripts import one_line
 
-import train
-from machine import World
+from singlestep import train
+from singlestep.run.distributed import World
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -27,8 +27,9 @@ def torchrun(name: str, *flags: str, launcher: tuple[str, ...] = (), **options) 
 def program(path, change: str) -> str:
     """train_cifar.py on small synthetic images, after a change to the modules; returns its path."""
     path.write_text(f"import os, signal, sys, threading, time\nsys.path[:0] = {[str(ROOT), str(ROOT / 'tests')]}\n"
-                    f"import data, options, train, train_cifar\ndata.DUMMY_SIZES, data.DUMMY_SIDE = {IMAGES}, {SIDE}\n"
-                    f"{change}\ntrain.main(train_cifar.DATASET, options.parse(train_cifar.DATASET))\n")
+                    "from singlestep import data, options, train\n"
+                    f"data.DUMMY_SIZES, data.DUMMY_SIDE = {IMAGES}, {SIDE}\n"
+                    f"{change}\ntrain.main(options.CIFAR10, options.parse(options.CIFAR10))\n")
     return str(path)
 
 
@@ -86,15 +87,17 @@ GRADIENTS = """
 import argparse, sys, torch
 from functools import partial
 from torch import nn
-from attacks import fgsm
-from checkpoint import Folder, State
-from data import Augmentation, Images
-from evaluate import PGD, evaluate
-from machine import Precision, World
-from objectives import ce
-from preactresnet import PreActResNet18
-from train import Run, train_epoch
-from utils import StopSignals
+from singlestep.attacks import fgsm
+from singlestep.run.folder import Folder
+from singlestep.run.state import State
+from singlestep.data import Augmentation, Images
+from singlestep.robustness import PGD, evaluate
+from singlestep.run.device import Precision
+from singlestep.run.distributed import World
+from singlestep.objectives import ce
+from singlestep.networks import PreActResNet18
+from singlestep.train import Run, train_epoch
+from singlestep.run.console import StopSignals
 
 device = torch.device("cpu")
 world = World.join(device)
@@ -237,7 +240,7 @@ def test_compiled_training_is_near_to_eager_in_one_process_and_in_two(tmp_path):
     images in both, so that the compiler finds its own work again."""
     small = program(tmp_path / "small.py", """
 from torch import nn
-from preactresnet import PreActBlock
+from singlestep.networks import PreActBlock
 train.new_network = lambda dataset, args: nn.Sequential(  # of both kinds of block: a whole network compiles for minutes
     nn.Conv2d(3, 16, 3, padding=1, bias=False), PreActBlock(16, 16, 1), PreActBlock(16, 32, 2), nn.BatchNorm2d(32),
     nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, dataset.classes))

@@ -14,8 +14,7 @@ from conftest import DATASETS, ROOT, SMALL, epochs_of
 from test_data import write_cifar10
 from test_judge import judged, short  # noqa: F401
 
-import attacks
-import options
+from singlestep import attacks, options
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*.md"),
                 *ROOT.glob("benchmarks/*.md")])
@@ -124,10 +123,9 @@ def test_the_example_works_block_by_block(tmp_path, call, judged, short, monkeyp
 
 def test_an_installed_project_has_every_module():
     text = (ROOT / "pyproject.toml").read_text()
-    modules = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True).stdout.split()
-    listed = ast.literal_eval(re.search(r"py-modules = (\[.*?\])", text, re.S)[1])
-    assert set(listed) >= {Path(module).stem for module in modules if "/" not in module}
-    assert all((ROOT / f"{module}.py").exists() for module in listed)
+    listed = ast.literal_eval(re.search(r"^packages = (\[.*?\])", text, re.S | re.M)[1])
+    assert listed == [".".join(path.relative_to(ROOT).parent.parts) for path in sorted(
+        (ROOT / "singlestep").rglob("__init__.py"))]
 
 
 def test_the_files_for_github_and_pre_commit_say_what_is_here():

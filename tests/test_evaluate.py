@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-import evaluate
-from data import Images
-from evaluate import PGD
-from machine import Precision, World
-from utils import seed_everything
+from singlestep import robustness
+from singlestep.data import Images
+from singlestep.robustness import PGD
+from singlestep.run.device import Precision, seed_everything
+from singlestep.run.distributed import World
 
 
 def precision(amp: bool = False, dtype: str = "bfloat16", tf32: bool = True) -> Precision:
@@ -48,7 +48,7 @@ def test_an_evaluation_finds_what_can_be_worked_out_by_hand(batch_size, restarts
     values, labels, right, robust = map(torch.tensor, zip(*GREY))
     pixels = values.byte().view(-1, 1, 1, 1).expand(-1, 32, 32, 3).contiguous()
     done = []
-    found = evaluate.evaluate(Brightness(), Images(pixels, labels), PGD(EPSILON, 2 / 255, 10, restarts), batch_size,
+    found = robustness.evaluate(Brightness(), Images(pixels, labels), PGD(EPSILON, 2 / 255, 10, restarts), batch_size,
                               FLOAT32, progress=done.append)
     assert torch.equal(found.right.bool(), right) and torch.equal(found.robust.bool(), robust)
     assert sum(done) == len(GREY)
@@ -122,7 +122,7 @@ def test_an_image_broken_by_any_restart_is_never_robust():
     robust = torch.stack([held, *each]).all(dim=0)
     assert 0 < robust.sum() < min(right.sum() for right in each)  # no single restart breaks them all
     for batch_size in (3, 7, 40, 64):
-        found = evaluate.evaluate(model, images, PGD(0.15, 0.0, 1, restarts, seed=3), batch_size, FLOAT32)
+        found = robustness.evaluate(model, images, PGD(0.15, 0.0, 1, restarts, seed=3), batch_size, FLOAT32)
         assert torch.equal(found.robust.bool(), robust) and torch.equal(found.right.bool(), held)
 
 
@@ -131,7 +131,7 @@ def test_the_shrinking_batch_finds_what_the_plain_attack_finds(batch_size):
     images, model, attack = wavy_images(), Wavy(), PGD(0.004, 0.001, 5, 3)
     robust, loss = plain_evaluation(model, images, attack.epsilon, attack.alpha, attack.steps, attack.restarts, 0)
     assert 5 < robust.sum() < 35
-    found = evaluate.evaluate(model, images, attack, batch_size, FLOAT32)
+    found = robustness.evaluate(model, images, attack, batch_size, FLOAT32)
     assert torch.equal(found.robust.bool(), robust)
     assert found.metrics()["robust_loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
 
@@ -139,7 +139,8 @@ def test_the_shrinking_batch_finds_what_the_plain_attack_finds(batch_size):
 def test_a_process_that_no_image_is_left_for_finds_nothing(monkeypatch):
     monkeypatch.setattr(World, "_reduced", lambda self, values, operation: values)
     monkeypatch.setattr(World, "broadcast_buffers", lambda self, model: None)
-    found = evaluate.evaluate(Wavy(), wavy_images()[:2], PGD(EPSILON, 2 / 255, 2, 2), 8, FLOAT32, World(rank=4, size=8))
+    found = robustness.evaluate(Wavy(), wavy_images()[:2], PGD(EPSILON, 2 / 255, 2, 2), 8, FLOAT32,
+                                World(rank=4, size=8))
     assert found.metrics() == {"clean_loss": 0, "clean_acc": 0, "robust_loss": 0, "robust_acc": 0, "attack_mean": 0,
                                "no_gradient": 0, "images": 2}
 
@@ -147,11 +148,11 @@ def test_a_process_that_no_image_is_left_for_finds_nothing(monkeypatch):
 def test_the_processes_findings_are_those_of_one(monkeypatch):
     """Each finds something of its own images alone, so that the sum of all is what one process finds."""
     attack, parts = PGD(0.004, 0.001, 5, 2), []
-    alone = evaluate.evaluate(Wavy(), wavy_images(), attack, 8, FLOAT32)
+    alone = robustness.evaluate(Wavy(), wavy_images(), attack, 8, FLOAT32)
     monkeypatch.setattr(World, "_reduced", lambda self, values, operation: values)
     monkeypatch.setattr(World, "broadcast_buffers", lambda self, model: None)
     for rank in range(3):
-        parts.append(vars(evaluate.evaluate(Wavy(), wavy_images(), attack, 8, FLOAT32, World(rank=rank, size=3))))
+        parts.append(vars(robustness.evaluate(Wavy(), wavy_images(), attack, 8, FLOAT32, World(rank=rank, size=3))))
     for name, value in vars(alone).items():
         torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-6, atol=1e-9)
 
@@ -160,11 +161,11 @@ def test_an_attack_goes_on_from_what_another_found_without_a_perturbation():
     """FGSM after PGD finds what FGSM alone finds, without a forward pass of its own on the images themselves."""
     fgsm, passed, model = PGD(0.004, 0.004, 1, 1, init="zero"), [], Wavy()
     model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
-    alone = evaluate.evaluate(model, wavy_images(), fgsm, 8, FLOAT32)
+    alone = robustness.evaluate(model, wavy_images(), fgsm, 8, FLOAT32)
     passes = sum(passed)
-    pgd = evaluate.evaluate(model, wavy_images(), PGD(0.004, 0.001, 5, 2), 8, FLOAT32)
+    pgd = robustness.evaluate(model, wavy_images(), PGD(0.004, 0.001, 5, 2), 8, FLOAT32)
     passed.clear()
-    after = evaluate.evaluate(model, wavy_images(), fgsm, 8, FLOAT32, before=(0, pgd.unperturbed()))
+    after = robustness.evaluate(model, wavy_images(), fgsm, 8, FLOAT32, before=(0, pgd.unperturbed()))
     assert not torch.equal(pgd.robust, alone.robust) and sum(passed) == passes - 40
     for name, value in vars(alone).items():
         assert torch.equal(vars(after)[name], value), name
@@ -174,7 +175,7 @@ def test_the_shrinking_batch_does_less_work():
     images, passed = wavy_images(), []
     model = Wavy()
     model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
-    found = evaluate.evaluate(model, images, PGD(0.3, 0.1, 20, 10), 8, FLOAT32)
+    found = robustness.evaluate(model, images, PGD(0.3, 0.1, 20, 10), 8, FLOAT32)
     assert found.metrics()["robust_acc"] < 0.2
     assert sum(passed) < 0.3 * 20 * 10 * len(images)
     assert sum(size == 8 for size in passed) > 0.5 * len(passed)
@@ -183,7 +184,7 @@ def test_the_shrinking_batch_does_less_work():
 def test_a_lower_precision_is_judged_only_where_there_is_something_to_judge():
     passed, model = [], Wavy()
     model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
-    found = evaluate.evaluate(model, wavy_images(), PGD(1e-4, 1e-4, 6, 2), 8, precision(amp=True))
+    found = robustness.evaluate(model, wavy_images(), PGD(1e-4, 1e-4, 6, 2), 8, precision(amp=True))
     assert found.metrics()["robust_acc"] > 0.5 and min(passed) > 0
 
 
@@ -211,7 +212,7 @@ def test_a_step_of_an_evaluation_waits_for_the_device_three_times_at_most(kind):
 
     with Waits() as waits:
         assert bool(torch.ones(3)[torch.ones(3).bool()].sum()) and waits.count == 2  # it does count
-        evaluate.evaluate(Wavy(), images, PGD(EPSILON, EPSILON / 20, 10, 3), 16, kind, progress=after_step)
+        robustness.evaluate(Wavy(), images, PGD(EPSILON, EPSILON / 20, 10, 3), 16, kind, progress=after_step)
     _, *steps = counts
     assert len(steps) > 5 and sum(steps) <= 3 * len(steps) + 2 * 3  # two before a restart: what is left to attack
     assert statistics.median(steps) <= 3
@@ -236,7 +237,7 @@ def test_attacks_use_the_low_precision_and_accuracy_is_judged_in_float32(dtype):
 
     images = wavy_images(24)
     images.labels.zero_()
-    found = evaluate.evaluate(Net(), images, PGD(EPSILON, EPSILON, 2, 2), 16, low)
+    found = robustness.evaluate(Net(), images, PGD(EPSILON, EPSILON, 2, 2), 16, low)
     assert {kind for kind, attacking in seen if attacking} == {low.dtype}
     assert {kind for kind, attacking in seen if not attacking} == {torch.float32}
     assert found.right.all() and found.robust.all()
@@ -249,7 +250,7 @@ def test_evaluation_leaves_the_model_as_it_was_and_wants_no_gradient_of_it():
     before, wanted = {key: value.clone() for key, value in model.state_dict().items()}, []
     model.register_forward_pre_hook(lambda module, inputs: wanted.append(
         torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())))
-    evaluate.evaluate(model, wavy_images(), PGD(EPSILON, EPSILON, 2, 2), 16, FLOAT32)
+    robustness.evaluate(model, wavy_images(), PGD(EPSILON, EPSILON, 2, 2), 16, FLOAT32)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert len(wanted) > 3 and not any(wanted)
@@ -269,7 +270,7 @@ class Certain(nn.Module):
 
 def test_certainty_hides_no_gradient_and_an_attack_without_one_is_told_of():
     images = Images(torch.full((4, 32, 32, 3), 104, dtype=torch.uint8), torch.tensor([1, 1, 1, 0]))
-    found = evaluate.evaluate(Certain(1e5), images, PGD(EPSILON, 2 / 255, 10, 1), 4, FLOAT32).metrics()
+    found = robustness.evaluate(Certain(1e5), images, PGD(EPSILON, 2 / 255, 10, 1), 4, FLOAT32).metrics()
     assert (found["clean_acc"], found["robust_acc"], found["no_gradient"]) == (0.75, 0, 0)
-    found = evaluate.evaluate(Certain(0.0), images, PGD(EPSILON, 2 / 255, 10, 1), 4, FLOAT32).metrics()
+    found = robustness.evaluate(Certain(0.0), images, PGD(EPSILON, 2 / 255, 10, 1), 4, FLOAT32).metrics()
     assert (found["clean_acc"], found["robust_acc"], found["no_gradient"]) == (0.75, 0.75, 1)

@@ -15,8 +15,8 @@ import pytest
 from conftest import DATASETS, ROOT, script
 from processes import Started, forked
 
-import options
-from checkpoint import Folder
+from singlestep import options
+from singlestep.run.folder import Folder
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import report
@@ -396,7 +396,7 @@ def test_rows_of_one_epsilon_make_no_curve_over_it(tmp_path):
 def test_the_committed_reports_are_those_of_the_committed_results(tmp_path, monkeypatch):
     """Those that git lists: a user's own may lie beside them."""
     for name in ("label_at_the_ends", "save"):  # the text needs no picture
-        monkeypatch.setattr(report.plot, name, lambda *args, **style: None)
+        monkeypatch.setattr(report.figures, name, lambda *args, **style: None)
     listed = subprocess.run(["git", "ls-files", "experiments/results"], cwd=ROOT, text=True, capture_output=True)
     if listed.returncode:
         pytest.skip("this is no git checkout")

@@ -17,12 +17,9 @@ from test_data import write_cifar10, write_svhn
 from test_scripts import one_line
 from torchvision import datasets
 
-import data
-import evaluate
-import options
-import train
-from data import Images
-from machine import Precision, slowdown
+from singlestep import data, options, robustness, train
+from singlestep.data import Images
+from singlestep.run.device import Precision, slowdown
 
 
 def test_a_closed_standard_output_costs_no_epoch(tmp_path):
@@ -259,7 +256,7 @@ def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, small_dumm
         raise error
 
     for module, name, advice in (
-            (evaluate, "evaluate", "an evaluation takes up to 32 images at once: lower --batch-size below that"),
+            (robustness, "evaluate", "an evaluation takes up to 32 images at once: lower --batch-size below that"),
             (train, "train_epoch", "lower --batch-size (now 32)")):
         monkeypatch.setattr(module, name, fail)
         status, _, line = call("train_cifar.py", *SMALL, "--attack=fgsm", "--fname", tmp_path / "run")
@@ -334,8 +331,8 @@ def test_a_surer_network_does_not_look_more_robust(times):
     for scale in (1, times):
         with torch.no_grad():
             model.linear.weight.mul_(scale), model.linear.bias.mul_(scale)
-        attack = evaluate.PGD(1.5 / 255, 0.5 / 255, 10, 1)
-        found.append(evaluate.evaluate(model, images, attack, 32, Precision(args, torch.device("cpu"))))
+        attack = robustness.PGD(1.5 / 255, 0.5 / 255, 10, 1)
+        found.append(robustness.evaluate(model, images, attack, 32, Precision(args, torch.device("cpu"))))
     plain, sure = (verdict.metrics() for verdict in found)
     assert 0.05 < plain["robust_acc"] < 0.95 and sure["no_gradient"] == 0
     assert sure["robust_acc"] == pytest.approx(plain["robust_acc"], abs=0.06)

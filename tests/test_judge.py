@@ -15,24 +15,17 @@ from test_evaluate import FLOAT32
 from test_scripts import one_line
 from torch import nn
 
-import attacks
-import checkpoint
-import data
-import evaluate
-import judge
-import networks
-import options
-import train
-from checkpoint import Folder, Opened, load_run
-from data import Images
-from evaluate import PGD
-from machine import World
-from networks import load_network
-from preactresnet import PreActResNet18
-from resnet import ResNet18
-from screen import Screen
-from utils import Stopped, UsageError
-from wideresnet import WideResNet
+from singlestep import attacks, autoattack, checkpoints, data, evaluation, options, robustness, train
+from singlestep.autoattack import AutoAttack
+from singlestep.checkpoints import Opened, load_network, load_run
+from singlestep.data import Images
+from singlestep.networks import PreActResNet18, ResNet18, WideResNet
+from singlestep.robustness import PGD
+from singlestep.run import folder as folders
+from singlestep.run import state as states
+from singlestep.run.console import Screen, Stopped, UsageError
+from singlestep.run.distributed import World
+from singlestep.run.folder import Folder
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
 
@@ -158,7 +151,7 @@ def test_a_published_file_gives_the_logits_of_its_own_network(form, tmp_path, ca
 
 
 def test_a_deeper_network_and_foreign_constants_are_refused():
-    from preactresnet import PreActResNet34
+    from singlestep.networks import PreActResNet34
     with pytest.raises(UsageError, match=r"another architecture: at layer1\.2"):
         load_network(PreActResNet18(base_width=4), PreActResNet34(base_width=4).state_dict(), "a file")
     with pytest.raises(UsageError, match="make no sense"):
@@ -184,7 +177,7 @@ def judged(capsys):
     def run_main(*flags):
         status = 0
         try:
-            judge.main(options.parse_evaluation(argv=[str(flag) for flag in flags]))
+            evaluation.main(options.parse_evaluation(argv=[str(flag) for flag in flags]))
         except SystemExit as end:
             status = end.code or 0
         return status, *capsys.readouterr()
@@ -200,7 +193,7 @@ def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
     with torch.no_grad():
         assert (model(x).argmax(dim=1) == y).float().mean().item() == pytest.approx(final["clean_acc"])
     for source in (run / "model_1.pth", run / "state.pth"):
-        assert networks.fingerprint(load_run(source)[0]) == networks.fingerprint(model)
+        assert checkpoints.fingerprint(load_run(source)[0]) == checkpoints.fingerprint(model)
     load_run(run, which="best"), load_run(run, which="healthy")
     status, output, error = judged(run, "--device=cpu", "--samples=48", "--attacks=clean,fgsm,pgd-2-2",
                                    "--epsilons=4/255,8")
@@ -227,7 +220,7 @@ def test_flags_win_over_the_runs_and_are_said(run, judged):
 @pytest.mark.parametrize("content", ['[{"a": 1},', "{}", "[1]"])
 def test_damaged_evaluations_are_found_before_anything_is_measured(content, run, judged, call, monkeypatch):
     (run / "evaluation.json").write_text(content)
-    monkeypatch.setattr(judge, "measure", None)
+    monkeypatch.setattr(evaluation, "measure", None)
     monkeypatch.setattr(train, "measure", None)
     one_line(judged(run, "--device=cpu", "--samples=8", "--attacks=clean"), "evaluation.json is damaged")
     one_line(call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run),
@@ -240,7 +233,7 @@ def test_at_a_full_disk_what_was_measured_is_shown_and_autoattacks_work_is_kept(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run / "evaluation.json"))
     flags = [run, "--device=cpu", "--samples=8", "--attacks=clean,apgd-ce"]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "add_evaluation", full)
+        patch.setattr(folders, "add_evaluation", full)
         status, output, error = judged(*flags)
     assert status == 1 and "| clean |" in output and "No space left" in error
     assert (run / ".apgd-ce-4.json").exists()
@@ -300,7 +293,7 @@ def short(monkeypatch):
             self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 3
             self.square.n_queries = self.queries
 
-    monkeypatch.setattr(judge, "library", lambda: SimpleNamespace(AutoAttack=Short))
+    monkeypatch.setattr(autoattack, "library", lambda: SimpleNamespace(AutoAttack=Short))
     return Short
 
 
@@ -311,7 +304,7 @@ def mixed(seed=0):
                          nn.Linear(392, 10)).eval()
 
 
-def job_of(model, folder, n=60, batch_size=16, pixels=None) -> judge.Job:
+def job_of(model, folder, n=60, batch_size=16, pixels=None) -> evaluation.Job:
     """A job on images that the network is mostly right on."""
     torch.manual_seed(1)
     pixels = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8) if pixels is None else pixels
@@ -323,7 +316,7 @@ def job_of(model, folder, n=60, batch_size=16, pixels=None) -> judge.Job:
                            shortcut="activated")
     opened = Opened(model, args, DATASETS["train_cifar.py"], "own", Folder(folder), {}, [])
     images = Images(pixels, labels, torch.contiguous_format)
-    return judge.Job(opened, images, batch_size, FLOAT32, World(), Screen(), lambda: None)
+    return evaluation.Job(opened, images, batch_size, FLOAT32, World(), Screen(), lambda: None)
 
 
 EPSILON = 0.7  # in 1/255: of which about half of the images are broken
@@ -333,19 +326,19 @@ EPSILON = 0.7  # in 1/255: of which about half of the images are broken
 def test_autoattack_finds_what_its_authors_evaluation_finds(batch_size, tmp_path, short):
     model = mixed()
     job = job_of(model, tmp_path, batch_size=batch_size)
-    left, _, more = judge.auto_attack(job, "autoattack", EPSILON)
+    left, _, more = evaluation.auto_attack(job, "autoattack", EPSILON)
     x, y = job.images.batch(slice(None))
     whole = short(model, eps=EPSILON / 255, seed=7, device="cpu", version="standard")
     _, predicted = whole.run_standard_evaluation(x, y, batch_size=batch_size)
     assert torch.equal(left, predicted == y) and 5 < left.sum() < 51
     assert sum(more["parts"].values()) == 56 - left.sum() and list(tmp_path.iterdir()) == job.unfinished
-    alone, _, _ = judge.auto_attack(job, "apgd-ce", EPSILON)
+    alone, _, _ = evaluation.auto_attack(job, "apgd-ce", EPSILON)
     assert alone.sum() == 56 - more["parts"]["apgd-ce"]
 
 
 def test_a_broken_off_autoattack_goes_on_and_finds_the_same(tmp_path, short):
     job = job_of(mixed(), tmp_path)
-    unbroken, _, more = judge.auto_attack(job, "autoattack", EPSILON)
+    unbroken, _, more = evaluation.auto_attack(job, "autoattack", EPSILON)
     job.unfinished.pop().unlink()
     for after in (0, 2, 3):
         checks = []
@@ -357,16 +350,16 @@ def test_a_broken_off_autoattack_goes_on_and_finds_the_same(tmp_path, short):
 
         job.check = check
         with pytest.raises(Stopped):
-            judge.auto_attack(job, "autoattack", EPSILON)
+            evaluation.auto_attack(job, "autoattack", EPSILON)
     rest: list[int] = []
     job.check = lambda: rest.append(1)
-    found, _, again = judge.auto_attack(job, "autoattack", EPSILON)
+    found, _, again = evaluation.auto_attack(job, "autoattack", EPSILON)
     assert torch.equal(found, unbroken) and again == more and list(tmp_path.iterdir()) == job.unfinished
     job.check = lambda: rest.append(-1)
-    judge.auto_attack(job, "autoattack", EPSILON)  # what it found is there until it is recorded
+    evaluation.auto_attack(job, "autoattack", EPSILON)  # what it found is there until it is recorded
     assert -1 not in rest
     job.unfinished.pop().unlink()
-    judge.auto_attack(job, "autoattack", EPSILON)  # from the start again: five batches more
+    evaluation.auto_attack(job, "autoattack", EPSILON)  # from the start again: five batches more
     assert sum(rest) == -5
 
 
@@ -374,12 +367,12 @@ def test_another_block_does_not_go_on_with_what_an_autoattack_found(tmp_path, sh
     """The two kinds of block have the same parameters."""
     job, checks = job_of(mixed(), tmp_path), []
     job.check = lambda: checks.append(1)
-    judge.auto_attack(job, "apgd-ce", EPSILON)
+    evaluation.auto_attack(job, "apgd-ce", EPSILON)
     whole = len(checks)
-    judge.auto_attack(job, "apgd-ce", EPSILON)
+    evaluation.auto_attack(job, "apgd-ce", EPSILON)
     assert whole and len(checks) == whole
     job.opened.args.shortcut = "raw"
-    judge.auto_attack(job, "apgd-ce", EPSILON)
+    evaluation.auto_attack(job, "apgd-ce", EPSILON)
     assert len(checks) == 2 * whole
 
 
@@ -393,7 +386,10 @@ def test_what_leaves_the_ball_breaks_nothing(tmp_path):
             grad, = torch.autograd.grad(F.cross_entropy(job.opened.model(delta), y), delta)
             return (x + far * size * grad.sign()).clamp(0, 1)
 
-        assert judge._broken(job, job.opened.model, x, y, perturb, size).any() == counted
+        attack = AutoAttack(job.opened.model, job.images, ("square",), size, 0, 8, job.precision,
+                            tmp_path / "x.json", {})
+        attack.perturb["square"] = perturb
+        assert attack.breaks("square", x, y).any() == counted
 
 
 # Doubt
@@ -414,10 +410,10 @@ def test_a_quantized_input_is_told_of_and_square_sees_through_it(tmp_path, short
     monkeypatch.setattr(short, "queries", 1000)
     job = job_of(Masked("quantized"), tmp_path, 40, 40)
     for attack in ("pgd-5-1", "square", "apgd-ce"):
-        judge.measure(job, attack, 4.0)
+        evaluation.measure(job, attack, 4.0)
     rows = {row["attack"]: row for row in job.rows}
     assert rows["pgd-5-1"]["no_gradient"] == 1 and rows["square"]["robust"] < rows["apgd-ce"]["robust"]
-    told = " ".join(judge.suspicions(job, (4.0,)))
+    told = " ".join(evaluation.suspicions(job, (4.0,)))
     assert "Square, which needs no gradient" in told and "pgd-5-1 had no gradient to go by for 100%" in told
 
 
@@ -425,8 +421,8 @@ def test_a_quantized_input_is_warned_of_where_autoattack_is_far_under_pgd(tmp_pa
     job = job_of(Masked("quantized"), tmp_path, 40)
     args = options.parse(job.opened.dataset, argv=[])
     monkeypatch.setattr(short, "queries", 1000)
-    monkeypatch.setattr(checkpoint, "open_run", lambda *given, **flags: job.opened._replace(args=args))
-    monkeypatch.setattr(judge, "testing", lambda *given: job.images)
+    monkeypatch.setattr(evaluation, "open_run", lambda *given, **flags: job.opened._replace(args=args))
+    monkeypatch.setattr(evaluation, "testing", lambda *given: job.images)
     status, output, error = judged("own", "--attacks=pgd-10-2,autoattack", "--epsilons=4", "--device=cpu")
     assert (status, error) == (0, "")
     record, = json.loads((tmp_path / "evaluation.json").read_text())
@@ -446,30 +442,30 @@ def test_surer_logits_hide_nothing_from_pgd_and_autoattack(tmp_path, short):
     right = torch.arange(60) % 15 != 0
     assert (~gradient[right].flatten(1).any(dim=1)).float().mean() > 0.7
     for steps, restarts in ((10, 1), (20, 3)):
-        expected = evaluate.evaluate(plain.opened.model, plain.images, PGD(EPSILON / 255, EPSILON / 1020, steps,
+        expected = robustness.evaluate(plain.opened.model, plain.images, PGD(EPSILON / 255, EPSILON / 1020, steps,
                                                                            restarts, 7, loss="cw"), 16, FLOAT32)
-        judge.measure(sure, f"pgd-{steps}-{restarts}", EPSILON)
+        evaluation.measure(sure, f"pgd-{steps}-{restarts}", EPSILON)
         other = sure.left[f"pgd-{steps}-{restarts}", EPSILON] != expected.robust.bool()
         assert other.sum() <= 1  # where float16 rounds two logits to one
-        judge.measure(plain, f"pgd-{steps}-{restarts}", EPSILON)
+        evaluation.measure(plain, f"pgd-{steps}-{restarts}", EPSILON)
         assert sure.rows[-1]["robust"] <= plain.rows[-1]["robust"] and sure.rows[-1]["no_gradient"] == 0
         assert 5 < sure.rows[-1]["robust"] < 51
     for job in (plain, sure):
-        judge.measure(job, "autoattack", EPSILON)
+        evaluation.measure(job, "autoattack", EPSILON)
     assert abs(plain.rows[-1]["robust"] - sure.rows[-1]["robust"]) <= 3
-    assert judge.suspicions(plain, (EPSILON,)) == []
+    assert evaluation.suspicions(plain, (EPSILON,)) == []
 
 
 def test_a_gap_under_pgd_is_told_of(tmp_path):
     job = job_of(mixed(), tmp_path)
-    job.rows = [evaluate.row("pgd-50-10", 8.0, 30, 60), evaluate.row("pgd-2-1", 8.0, 20, 60),
-                {**evaluate.row("autoattack", 8.0, 25, 60), "parts": {"square": 0}}]
-    told, = judge.suspicions(job, (8.0,))
+    job.rows = [robustness.row("pgd-50-10", 8.0, 30, 60), robustness.row("pgd-2-1", 8.0, 20, 60),
+                {**robustness.row("autoattack", 8.0, 25, 60), "parts": {"square": 0}}]
+    told, = evaluation.suspicions(job, (8.0,))
     assert told == "at epsilon 8, AutoAttack is 8.3 points under PGD-50-10: gradients may be masked"
     job.rows[2]["robust"], job.rows[2]["accuracy"] = 26, 26 / 60
-    assert judge.suspicions(job, (8.0,)) == []
+    assert evaluation.suspicions(job, (8.0,)) == []
     job.rows[2]["parts"]["square"] = 1
-    assert "breaks 1 of 60" in judge.suspicions(job, (8.0,))[0]
+    assert "breaks 1 of 60" in evaluation.suspicions(job, (8.0,))[0]
 
 
 @pytest.mark.parametrize("shortcut, other", [("activated", "raw"), ("raw", "activated")])
@@ -490,7 +486,7 @@ def test_statistics_that_do_not_fit_are_told_of(shortcut, other, tmp_path):
             model(train.batch(slice(start, start + 64))[0])
     for wrong, candidate in ((False, model), (True, network(other, mean=MEAN, std=STD)), (True, network(shortcut))):
         candidate.load_state_dict(model.state_dict())
-        told = judge.mismatch(job_of(candidate.eval(), tmp_path, pixels=test.pixels[:256]))
+        told = evaluation.mismatch(job_of(candidate.eval(), tmp_path, pixels=test.pixels[:256]))
         assert len(told) == wrong, told
         assert not wrong or "--mean, --std" in told[0]
 
@@ -498,7 +494,7 @@ def test_statistics_that_do_not_fit_are_told_of(shortcut, other, tmp_path):
 def test_the_interval_is_wilsons():
     for robust, n, low, high in ((4432, 10000, 0.433487, 0.452956), (0, 1000, 0, 0.003827),
                                  (50, 100, 0.403832, 0.596168), (1000, 1000, 0.996173, 1)):
-        row = evaluate.row("clean", 0, robust, n)
+        row = robustness.row("clean", 0, robust, n)
         assert (row["low"], row["high"]) == pytest.approx((low, high), abs=1e-6) and row["accuracy"] == robust / n
 
 
@@ -518,7 +514,7 @@ def test_the_batch_size_changes_no_count(attack, tmp_path):
     found = []
     for batch_size in (1, 7, 512):
         job = job_of(Double(mixed()), tmp_path, 12, batch_size)
-        judge.measure(job, attack, EPSILON)
+        evaluation.measure(job, attack, EPSILON)
         found.append(job.left[attack, EPSILON])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and 0 < found[0].sum() < 11
 
@@ -559,7 +555,7 @@ def test_counts_are_those_of_robustbench_and_torchattacks(tmp_path):
     job = job_of(mixed(), tmp_path, 120, 40)
     x, y = job.images.batch(slice(None))
     for attack, epsilon in (("clean", 0.0), ("pgd-10-1", EPSILON), ("pgd-50-1", EPSILON)):
-        judge.measure(job, attack, epsilon)
+        evaluation.measure(job, attack, epsilon)
     clean, *ours = (row["robust"] for row in job.rows)
     assert round(120 * robustbench.clean_accuracy(job.opened.model, x, y)) == clean
     for steps, count in zip((10, 50), ours):
@@ -581,7 +577,7 @@ def test_counts_are_those_of_robustbench_and_torchattacks(tmp_path):
 def test_a_final_evaluation_goes_on_at_its_restart_and_finds_the_same(tmp_path, call, small_dummy, monkeypatch):
     flags = [*SMALL, "--final-restarts=4", "--epsilon=2"]
     call("train_cifar.py", *flags, "--fname", tmp_path / "whole")
-    saved, save = [], checkpoint.save
+    saved, save = [], states.save
 
     def stopping(path, content):
         save(path, content)
@@ -591,11 +587,11 @@ def test_a_final_evaluation_goes_on_at_its_restart_and_finds_the_same(tmp_path, 
                 raise Stopped(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save", stopping)
+        patch.setattr(states, "save", stopping)
         assert call("train_cifar.py", *flags, "--fname", tmp_path / "run")[0] == 143
     assert not (tmp_path / "run" / "final.json").exists()
-    restarts, restart = [], evaluate._restart
-    monkeypatch.setattr(evaluate, "_restart", lambda *args: (restarts.append(args[4]), restart(*args))[1])
+    restarts, restart = [], robustness._restart
+    monkeypatch.setattr(robustness, "_restart", lambda *args: (restarts.append(args[4]), restart(*args))[1])
     assert call("train_cifar.py", *flags, "--fname", tmp_path / "run", "--resume=auto")[0] == 0
     assert restarts == [2, 3] and not (tmp_path / "run" / "final.pth").exists()
     whole, broken = (json.loads((tmp_path / name / "final.json").read_text()) for name in ("whole", "run"))

@@ -4,13 +4,9 @@ import torch
 import torchvision
 from torch import nn
 
-import options
-import preactresnet
-import train
-import train_cifar
-from machine import memory_format
-from preactresnet import PreActResNet18
-from wideresnet import WideResNet
+from singlestep import networks, options, train
+from singlestep.networks import PreActResNet18, WideResNet
+from singlestep.run.device import memory_format
 
 
 @pytest.mark.parametrize("depth", [18, 34, 50, 101, 152])
@@ -19,7 +15,7 @@ def test_preactresnets_have_the_convolutions_of_the_resnets_of_their_depth(depth
         return sorted(m.weight.shape for m in network.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 3)
 
     with torch.device("meta"):
-        network = getattr(preactresnet, f"PreActResNet{depth}")()
+        network = getattr(networks, f"PreActResNet{depth}")()
         assert sizes(network) == sizes(getattr(torchvision.models, f"resnet{depth}")())
     if depth == 18:
         assert sum(p.numel() for p in network.parameters()) == 11_172_170
@@ -31,7 +27,7 @@ def test_wideresnet_34_10_has_its_known_size():
 
 
 @pytest.mark.parametrize("build", [
-    lambda **k: PreActResNet18(base_width=4, **k), lambda **k: preactresnet.PreActResNet50(base_width=4, **k),
+    lambda **k: PreActResNet18(base_width=4, **k), lambda **k: networks.PreActResNet50(base_width=4, **k),
     lambda **k: WideResNet(10, 1, **k)])
 def test_networks_take_images_of_any_size_to_logits_of_any_number_of_classes(build):
     network = build(num_classes=7)
@@ -52,9 +48,9 @@ def test_normalization_is_the_first_layer_and_adds_no_key(build):
 
 @pytest.mark.parametrize("name", options.MODELS)
 def test_every_network_of_the_command_line_is_built_as_wide_as_asked(name):
-    args = options.parse(train_cifar.DATASET, argv=[f"--model={name}", "--base-width=3", "--width-factor=2"])
+    args = options.parse(options.CIFAR10, argv=[f"--model={name}", "--base-width=3", "--width-factor=2"])
     with torch.device("meta"):
-        network = train.new_network(train_cifar.DATASET, args)
+        network = train.new_network(options.CIFAR10, args)
     stem = network.block1.layer[0].conv1 if name == "WideResNet" else network.conv1
     assert stem.out_channels == (32 if name == "WideResNet" else 3)
     convolutions = sum(isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3) for m in network.modules())
@@ -76,10 +72,10 @@ def test_the_names_are_those_of_published_checkpoints():
 def test_a_blocks_shortcut_convolution_reads_the_activated_input_and_an_identity_the_raw_one():
     torch.manual_seed(0)
     x = torch.randn(2, 4, 8, 8)
-    block = preactresnet.PreActBlock(4, 8, 2).eval()
+    block = networks.PreActBlock(4, 8, 2).eval()
     nn.init.zeros_(block.conv2.weight)
     torch.testing.assert_close(block(x), block.shortcut(torch.relu(block.bn1(x))))
-    block = preactresnet.PreActBlock(4, 4, 1).eval()
+    block = networks.PreActBlock(4, 4, 1).eval()
     nn.init.zeros_(block.conv2.weight)
     assert torch.equal(block(x), x)
 
@@ -87,9 +83,9 @@ def test_a_blocks_shortcut_convolution_reads_the_activated_input_and_an_identity
 def test_channels_last_is_left_where_onednn_fails_in_it():
     cpu, last = torch.device("cpu"), torch.channels_last
     with torch.device("meta"):
-        networks = {PreActResNet18(base_width=8): torch.contiguous_format, PreActResNet18(base_width=16): last,
-                    preactresnet.PreActResNet50(base_width=8): last, WideResNet(10, 1): last}
-    for network, layout in networks.items():
+        layouts = {PreActResNet18(base_width=8): torch.contiguous_format, PreActResNet18(base_width=16): last,
+                   networks.PreActResNet50(base_width=8): last, WideResNet(10, 1): last}
+    for network, layout in layouts.items():
         assert memory_format(network, cpu) is layout
         assert memory_format(network, torch.device("cuda")) is last
 
@@ -97,4 +93,4 @@ def test_channels_last_is_left_where_onednn_fails_in_it():
 def test_the_number_of_classes_can_be_given_by_position():
     """As with the published networks."""
     with torch.device("meta"):
-        assert preactresnet.PreActResNet18(7).linear.out_features == 7
+        assert networks.PreActResNet18(7).linear.out_features == 7

@@ -31,9 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(ROOT / "experiments"))
 from definitions import RIVALS
 
-import options
-import plot
-import watch
+from singlestep import collapse, figures, options
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", ROOT / "experiments/README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -190,12 +188,12 @@ def each_seed(cells: dict[str, str]) -> str:
 
 
 def mean(values: Callable[..., Tensor], scale: str = "") -> Callable[[dict[str, str]], str]:
-    return lambda cells: plot.mean(values(runs_of_a_row(cells, scale)).tolist(), 1)
+    return lambda cells: figures.mean(values(runs_of_a_row(cells, scale)).tolist(), 1)
 
 
 def collapses(cells: dict[str, str]) -> str:
     runs = runs_of_a_row(cells)
-    return f"{sum(any(watch.collapsed(RESULTS[run]['epochs'])) for run in runs)} of {len(runs)}"
+    return f"{sum(any(collapse.collapsed(RESULTS[run]['epochs'])) for run in runs)} of {len(runs)}"
 
 
 COLUMNS: dict[str, Callable[[dict[str, str]], str]] = {
@@ -233,7 +231,7 @@ def test_every_method_of_several_seeds_has_its_row_and_the_collapse_is_that_of_t
     rows = [cells for row in ROWS for cells in row.values if "collapsed" in cells]
     assert {run for cells in rows for run in runs_of_a_row(cells)} == set(matching(RESULTS, "cpu-short/*"))
     zerograd = short_runs("ZeroGrad, q = 0.35")
-    assert [watch.collapsed(RESULTS[run]["epochs"])[-1] for run in zerograd] == [False, False, True]
+    assert [collapse.collapsed(RESULTS[run]["epochs"])[-1] for run in zerograd] == [False, False, True]
 
 
 def test_the_minutes_of_a_run_are_those_of_the_results():
@@ -266,7 +264,7 @@ def test_the_attacked_networks_have_the_accuracies_of_their_evaluations():
         result = RESULTS[{"FGSM, zero initialization": "short/cifar10_method=fgsm_epochs=5_seed=0",
                           "N-FGSM": "short/cifar10_method=n-fgsm_epochs=5_seed=0"}[name]]
         found = {each["attack"]: each for record in result["evaluations"] for each in record["attacks"]}
-        assert watch.collapsed(result["epochs"])[-1] == bool(collapsed)
+        assert collapse.collapsed(result["epochs"])[-1] == bool(collapsed)
         for title, attack in attacks.items():
             assert found[attack]["n"] == 1000 and f"{100 * found[attack]['accuracy']:.1f}" == row[title], (name, title)
 

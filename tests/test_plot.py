@@ -12,9 +12,8 @@ from conftest import DATASETS, ROOT, script
 from hypothesis import given
 from hypothesis import strategies as st
 
-import options
-import plot
-from utils import UsageError
+from singlestep import figures, options
+from singlestep.run.console import UsageError
 
 sys.path.insert(0, str(ROOT / "experiments"))
 from definitions import METHODS, RIVALS
@@ -37,14 +36,14 @@ def write_run(folder: Path, *flags: str, pgd=(0.3, 0.4), fgsm=None, final=0.35, 
     return folder
 
 
-def groups_of(*folders: Path) -> dict[str, list[plot.Run]]:
-    return plot.named([plot.read_run(folder) for folder in folders])
+def groups_of(*folders: Path) -> dict[str, list[figures.Run]]:
+    return figures.named([figures.read_run(folder) for folder in folders])
 
 
 @pytest.fixture
 def call_plot(call_main):
     """plot.py within this process: call_plot(*flags) -> (exit status, output, error output)."""
-    return partial(call_main, plot)
+    return partial(call_main, figures)
 
 
 def test_a_sweep_becomes_a_table_and_a_figure(tmp_path):
@@ -77,10 +76,10 @@ def test_runs_that_differ_in_the_seed_alone_become_a_band(tmp_path):
     write_run(tmp_path / "pgd", "--attack=pgd", pgd=(0.4, 0.5))
     groups = groups_of(*sorted(tmp_path.iterdir()))
     assert {name: len(runs) for name, runs in groups.items()} == {"multigrad": 3, "pgd": 1}
-    row = plot.row("multigrad", groups["multigrad"])
+    row = figures.row("multigrad", groups["multigrad"])
     assert row == ["multigrad (3 seeds)", "2", "40.0 ± 20.0", "46.7 ± 37.9", "20.0 ± 10.0", "40.0 ± 0.0 @ 1",
                    "1 of 3, epoch 2", "20.0 ± 10.0 PGD-50-10"]
-    axes, = plot.draw(groups, [plot.PGD]).axes
+    axes, = figures.draw(groups, [figures.PGD]).axes
     means = {line.get_label(): list(line.get_ydata()) for line in axes.lines if not line.get_label().startswith("_")}
     assert means["multigrad"] == pytest.approx([40, 20]) and means["pgd"] == pytest.approx([40, 50])
     assert list(next(iter(axes.lines)).get_xdata()) == [1, 2]
@@ -122,37 +121,37 @@ def test_a_run_from_before_the_newest_flags_still_has_its_place(tmp_path):
         del record["collapsed"], record["fgsm_acc"]
     (old / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     groups = groups_of(old, write_run(tmp_path / "new", "--attack=pgd"))
-    assert list(groups) == ["fgsm", "pgd"] and plot.row("", groups["fgsm"])[-2] == "epoch 2"
+    assert list(groups) == ["fgsm", "pgd"] and figures.row("", groups["fgsm"])[-2] == "epoch 2"
 
 
 def test_the_best_epoch_is_of_those_on_as_many_images():
-    epochs = [{plot.PGD: accuracy, "test_images": n, "collapsed": False}
+    epochs = [{figures.PGD: accuracy, "test_images": n, "collapsed": False}
               for accuracy, n in ((0.3, 1000), (0.41, 1000), (0.42, 10000))]
-    assert plot.best(epochs) == 2 and plot.best(epochs[2:]) == 1
-    assert plot.collapse([epochs]) == "no" and plot.collapse([epochs] * 2) == "0 of 2"
+    assert figures.best(epochs) == 2 and figures.best(epochs[2:]) == 1
+    assert figures.collapse([epochs]) == "no" and figures.collapse([epochs] * 2) == "0 of 2"
 
 
 def test_a_method_whose_flags_are_others_on_a_data_set_has_its_name_there():
     flags = vars(options.parse(options.data_set("cifar100"), argv=["--method=pgi"]))
-    assert plot.method(flags)[0] == "pgi"
+    assert figures.method(flags)[0] == "pgi"
 
 
 def test_every_method_has_a_look_of_its_own_and_numbers_go_from_dark_to_light():
-    looks = {name: plot.style_of_method(flags_of(*flags.split())) for name, flags in RIVALS.items()}
-    looks |= {name: plot.style_of_method(flags_of(f"--method={name}")) for name in options.METHODS}
+    looks = {name: figures.style_of_method(flags_of(*flags.split())) for name, flags in RIVALS.items()}
+    looks |= {name: figures.style_of_method(flags_of(f"--method={name}")) for name in options.METHODS}
     assert None not in looks.values()
-    assert len({look.colour for look in plot.METHODS.values()}) == len(plot.METHODS)
-    assert len({(look.marker, look.dash) for look in plot.METHODS.values()}) == len(plot.METHODS)
+    assert len({look.colour for look in figures.METHODS.values()}) == len(figures.METHODS)
+    assert len({(look.marker, look.dash) for look in figures.METHODS.values()}) == len(figures.METHODS)
     assert len({looks[name].colour for name in METHODS}) == len(METHODS)
     for flag in ("--zero-qval=0.9 --zero-qval=0.2 --zero-qval=0", "--epsilon=16 --epsilon=8 --epsilon=4"):
-        styles = plot.styles([flags_of("--attack=zerograd", one) for one in flag.split()])
+        styles = figures.styles([flags_of("--attack=zerograd", one) for one in flag.split()])
         light = [sum(weight * part for weight, part in zip((0.2, 0.7, 0.1), style.colour)) for style in styles]
         assert light == sorted(light, reverse=True) and len({style.marker for style in styles}) == 3
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.08))
 def test_names_are_apart_inside_and_in_the_order_of_their_curves(wanted, gap):
-    places = plot._apart(wanted, gap, 0, 1)
+    places = figures._apart(wanted, gap, 0, 1)
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
     assert all(places[j] - places[i] >= gap - 1e-9 for i, j in pairwise(order))
@@ -175,7 +174,7 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, call_plot):
     assert sorted(tmp_path.rglob("*")) == before
     (damaged / "args.json").write_text("{")
     with pytest.raises(UsageError, match="damaged"):
-        plot.read_run(damaged)
+        figures.read_run(damaged)
     status, output, error = call_plot(run, empty, damaged)
     assert status == 0 and error.count("# left out: ") == 2 and len(output.splitlines()) == 4
 
@@ -203,5 +202,5 @@ def test_the_same_runs_make_the_same_file(tmp_path, kind):
     groups = groups_of(write_run(tmp_path / "a", "--attack=pgd"), write_run(tmp_path / "b", "--attack=none"))
     files = [tmp_path / f"{i}.{kind}" for i in range(2)]
     for file in files:
-        plot.save(plot.draw(groups, [plot.PGD, "lr"]), file)
+        figures.save(figures.draw(groups, [figures.PGD, "lr"]), file)
     assert files[0].read_bytes() == files[1].read_bytes()

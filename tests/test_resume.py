@@ -18,10 +18,10 @@ from conftest import SMALL, assert_same, assert_same_run, epochs_of
 from processes import Started, forked
 from test_scripts import one_line
 
-import checkpoint
-import train
-from checkpoint import Folder
-from utils import UsageError
+from singlestep import train
+from singlestep.run import state as states
+from singlestep.run.console import UsageError
+from singlestep.run.folder import Folder
 
 pytestmark = pytest.mark.usefixtures("shallow")
 THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-schedule=cyclic", "--lr-max=0.1", "--attack=fgsm"]
@@ -352,13 +352,13 @@ def test_momentum_of_another_memory_layout_is_that_of_the_same_weights(tmp_path,
 
 
 def test_the_state_is_saved_every_so_many_steps_and_at_the_end_of_an_epoch(tmp_path, call, small_dummy, monkeypatch):
-    saved, save_state = [], checkpoint.save_state
+    saved, save_state = [], states.save_state
 
     def spy(folder, state, *rest):
         saved.append((state.epoch, state.step))
         save_state(folder, state, *rest)
 
-    monkeypatch.setattr(checkpoint, "save_state", spy)
+    monkeypatch.setattr(states, "save_state", spy)
     flags = [*SMALL, "--attack=fgsm", "--batch-size=16", "--chkpt-steps=2"]  # five steps an epoch
     assert call("train_cifar.py", *flags, "--fname", tmp_path / "run")[0] == 0
     assert saved == [(0, 2), (0, 4), (1, 0), (1, 2), (1, 4), (2, 0), (2, 0)]  # the last with the final evaluation
@@ -392,7 +392,7 @@ def test_the_folder_is_locked_before_it_is_read(tmp_path, call, small_dummy, mon
     one_line(call("train_cifar.py", *SMALL, "--fname", folder, "--val-size=96"), "--val-size")
     assert not list(folder.iterdir())  # there was nothing to read
     (folder / ".lock").touch()  # as a run that is beginning has it
-    find, refused = checkpoint.find, []
+    find, refused = states.find, []
 
     def spy(*args):
         with pytest.raises(UsageError, match="in use"):
@@ -400,7 +400,7 @@ def test_the_folder_is_locked_before_it_is_read(tmp_path, call, small_dummy, mon
         refused.append(True)
         return find(*args)
 
-    monkeypatch.setattr(checkpoint, "find", spy)
+    monkeypatch.setattr(states, "find", spy)
     assert call("train_cifar.py", *SMALL, "--fname", folder, "--resume=auto")[0] == 0 and refused
     free = Folder(folder)
     free.lock()
@@ -431,7 +431,7 @@ def test_evaluations_beside_one_another_are_all_kept(tmp_path):
     """Also where each process has a folder of its own for temporary files."""
     (tmp_path / "program.py").write_text("""
 import sys
-from checkpoint import TITLES, Folder, add_evaluation
+from singlestep.run.folder import TITLES, Folder, add_evaluation
 record = {title.lower().replace(" ", "_"): 0.0 for title in TITLES}
 names = "iters", "seconds", "clean_loss", "clean_acc", "robust_loss", "robust_acc"
 record["final"] = dict.fromkeys(names, 0.0)

@@ -22,21 +22,12 @@ from hypothesis import strategies as st
 from processes import forked, together
 from torch import nn
 
-import attacks
-import checkpoint
-import data
-import objectives
-import options
-import resnet
-import schedules
-import train
-import train_cifar
-import train_cifar100
-import train_svhn
-from checkpoint import Folder
-from machine import CPU, World
-from step import Step
-from utils import StopSignals, seed_everything
+from singlestep import attacks, checkpoints, data, networks, objectives, options, train
+from singlestep.attacks import Step
+from singlestep.run.console import StopSignals
+from singlestep.run.device import seed_everything
+from singlestep.run.distributed import CPU, World
+from singlestep.run.folder import Folder
 
 EPSILON = 8 / 255
 
@@ -569,7 +560,7 @@ def test_sora_and_pgi_where_there_is_no_gradient():
 
 
 def keywords_of(attack: str, *flags: str) -> dict:
-    return options.ATTACKS[attack](options.parse(train_cifar.DATASET, argv=[f"--attack={attack}", *flags]))
+    return options.ATTACKS[attack](options.parse(options.CIFAR10, argv=[f"--attack={attack}", *flags]))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -643,7 +634,7 @@ def tiny(monkeypatch, small_dummy):
     monkeypatch.setattr(train, "new_network", lambda dataset, args: Wide(dataset.classes))
 
 
-def small_run(folder, *flags: str, dataset=train_svhn.DATASET) -> train.Run:
+def small_run(folder, *flags: str, dataset=options.SVHN) -> train.Run:
     """A run on SVHN, whose images are not augmented, about to begin."""
     begin = [*SMALL, "--lr-schedule=onedrop", "--lr-max=0.1", "--fname", str(folder)]
     args = options.parse(dataset, argv=[*begin, *flags])
@@ -945,7 +936,7 @@ def test_the_fastat_recipe_is_that_benchmarks():
             assert args["label_smoothing"] == 0.4  # the recipe's, also where the method has its own
 
 
-@pytest.mark.parametrize("dataset, classes, reset", [(train_cifar.DATASET, 10, 40), (train_cifar100.DATASET, 100, 10)])
+@pytest.mark.parametrize("dataset, classes, reset", [(options.CIFAR10, 10, 40), (options.CIFAR100, 100, 10)])
 def test_pgi_keeps_three_fifths_of_a_label_and_resets_as_its_authors_do(dataset, classes, reset):
     args = parsed(dataset, "--method=pgi")
     assert 1 - args["label_smoothing"] * (1 - 1 / classes) == pytest.approx(0.6) and args["pgi_reset"] == reset
@@ -958,8 +949,8 @@ GRADALIGN = {"CIFAR": (.027, .036, .047, .063, .084, .112, .150, .2, .267, .356,
              "SVHN": (1.657, 1.757, 1.864, 1.976, 2.096, 2.223, 2.357, 2.5, 2.651, 2.812, 2.982, 3.162)}
 
 
-@pytest.mark.parametrize("dataset, key", [(train_cifar.DATASET, "CIFAR"), (train_cifar100.DATASET, "CIFAR"),
-                                          (train_svhn.DATASET, "SVHN")])
+@pytest.mark.parametrize("dataset, key", [(options.CIFAR10, "CIFAR"), (options.CIFAR100, "CIFAR"),
+                                          (options.SVHN, "SVHN")])
 def test_weights_by_epsilon_are_the_published_ones(dataset, key):
     for epsilon, value in enumerate(GRADALIGN[key], 1):
         found = parsed(dataset, "--method=gradalign", f"--epsilon={epsilon}")["gradalign_lambda"]
@@ -977,7 +968,7 @@ def test_weights_by_epsilon_are_the_published_ones(dataset, key):
     (8, (2.5, 1.5), (1.5, 0.15), (3.5, 1.5), (1.5, 0.15)), (12, (5, 2.75), (5, 0.55), (3.5, 2.75), (3.5, 0.3)),
     (16, (7, 3.25), (8.5, 1.5), (6, 2.25), (6, 0.5)), (32, (5.75, 1.5), (2.75, 0.75), (5, 0.75), (3.5, 0.5))])
 def test_aaers_weights_are_the_published_ones(epsilon, rs_10, n_10, rs_100, n_100):
-    cifar, cifar100 = train_cifar.DATASET, train_cifar100.DATASET
+    cifar, cifar100 = options.CIFAR10, options.CIFAR100
     for dataset, method, pair in ((cifar, "rs-aaer", rs_10), (cifar, "n-aaer", n_10), (cifar100, "rs-aaer", rs_100),
                                   (cifar100, "n-aaer", n_100)):
         assert parsed(dataset, f"--method={method}", f"--epsilon={epsilon}")["aaer_lambdas"] == (1, *pair)
@@ -1006,7 +997,7 @@ def test_what_does_not_go_together_is_refused_in_one_line(flags, named, tmp_path
 
 
 def test_a_flag_of_another_attack_is_no_reason_to_refuse():
-    assert parsed(train_cifar.DATASET, "--method=n-aaer", "--multi-parallel")["objective"] == "aaer"
+    assert parsed(options.CIFAR10, "--method=n-aaer", "--multi-parallel")["objective"] == "aaer"
 
 
 # Schedules, averages, and epsilon's growth
@@ -1027,15 +1018,15 @@ def test_onecycle_is_pytorchs(steps, epochs, lr_max):
         group = optimizer.param_groups[0]
         share = 0.3 * s / peak if s <= peak else (s + 1) / steps
         assert abs(share - (s + 1) / steps) <= 1 / steps + 1e-12
-        lr = schedules.onecycle(share * epochs, lr_max, epochs)
+        lr = train.onecycle(share * epochs, lr_max, epochs)
         assert lr == pytest.approx(group["lr"], rel=1e-6, abs=1e-9 * lr_max)
-        assert schedules.onecycle_momentum(share * epochs, epochs) == pytest.approx(group["momentum"], rel=1e-9)
+        assert train.onecycle_momentum(share * epochs, epochs) == pytest.approx(group["momentum"], rel=1e-9)
         optimizer.step()
         if s + 1 < steps:
             schedule.step()
-    assert schedules.onecycle(0, lr_max, epochs) == pytest.approx(lr_max / 25)
-    assert schedules.onecycle(0.3 * epochs, lr_max, epochs) == pytest.approx(lr_max)
-    assert schedules.onecycle(epochs, lr_max, epochs) == pytest.approx(lr_max / 25 / 1e4)
+    assert train.onecycle(0, lr_max, epochs) == pytest.approx(lr_max / 25)
+    assert train.onecycle(0.3 * epochs, lr_max, epochs) == pytest.approx(lr_max)
+    assert train.onecycle(epochs, lr_max, epochs) == pytest.approx(lr_max / 25 / 1e4)
 
 
 @pytest.mark.parametrize("flags, moves", [(["--lr-schedule=onecycle"], True), (["--lr-schedule=cyclic"], False),
@@ -1047,7 +1038,7 @@ def test_a_run_has_the_schedules_learning_rate_and_momentum_in_every_step(flags,
         run.state.begin_epoch(epoch)
         metrics = train.train_epoch(run, lambda: seen.append(dict(run.state.optimizer.param_groups[0])))
         assert metrics["lr"] == schedule(epoch + 1)
-    momentum = [schedules.onecycle_momentum((s + 1) / 3, 5) if moves else 0.9 for s in range(15)]
+    momentum = [train.onecycle_momentum((s + 1) / 3, 5) if moves else 0.9 for s in range(15)]
     assert [group["momentum"] for group in seen] == pytest.approx(momentum)
     assert [group["lr"] for group in seen] == pytest.approx([schedule((s + 1) / 3) for s in range(15)])
     if moves:
@@ -1075,9 +1066,9 @@ def test_the_average_is_of_weights_and_buffers_and_is_what_is_judged_and_saved(t
         return train_epoch(run, observed)
 
     judged = []
-    evaluate_ = train.evaluate.evaluate
+    evaluate_ = train.robustness.evaluate
     monkeypatch.setattr(train, "train_epoch", spy)
-    monkeypatch.setattr(train.evaluate, "evaluate",
+    monkeypatch.setattr(train.robustness, "evaluate",
                         lambda model, *rest: judged.append(model.state_dict()) or evaluate_(model, *rest))
     flags = [*THREE, "--attack=fgsm", "--ema=0.9", "--lr-schedule=onedrop", "--epochs=2", "--fname", tmp_path / "run"]
     assert call("train_cifar.py", *flags)[0] == 0
@@ -1141,7 +1132,7 @@ def test_epsilon_and_the_attacks_step_grow_from_zero_step_by_step(warmup, tmp_pa
 
 def test_resnet18_is_the_one_whose_checkpoints_are_exchanged():
     """Its names, in their order, and its size; and that a state dict of these names loads."""
-    net = resnet.ResNet18()
+    net = networks.ResNet18()
     assert sum(p.numel() for p in net.parameters()) == 11_173_962
     norm = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     names = ["conv1.weight", *(f"bn1.{name}" for name in norm)]
@@ -1155,19 +1146,19 @@ def test_resnet18_is_the_one_whose_checkpoints_are_exchanged():
     assert list(net.state_dict()) == [*names, "linear.weight", "linear.bias"]
     foreign = {f"module.{name}": torch.rand_like(value, dtype=torch.float32).to(value.dtype)
                for name, value in net.state_dict().items()}
-    checkpoint.load_network(net, {"net": foreign, "acc": 90.0}, "a file")
+    checkpoints.load_network(net, {"net": foreign, "acc": 90.0}, "a file")
     assert torch.equal(net.state_dict()["layer3.0.shortcut.1.running_mean"],
                        foreign["module.layer3.0.shortcut.1.running_mean"])
 
 
 def test_resnet18_halves_the_image_three_times_and_normalizes_it():
-    net, sizes = resnet.ResNet18(num_classes=7, base_width=4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)).eval(), []
+    net, sizes = networks.ResNet18(num_classes=7, base_width=4, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)).eval(), []
     for layer in (net.layer1, net.layer2, net.layer3, net.layer4):
         layer.register_forward_hook(lambda module, inputs, output: sizes.append(tuple(output.shape)))
     x = torch.rand(2, 3, 32, 32)
     answer = net(x)
     assert sizes == [(2, 4, 32, 32), (2, 8, 16, 16), (2, 16, 8, 8), (2, 32, 4, 4)] and answer.shape == (2, 7)
-    plain = resnet.ResNet18(num_classes=7, base_width=4).eval()
+    plain = networks.ResNet18(num_classes=7, base_width=4).eval()
     plain.load_state_dict(net.state_dict())
     normalized = (x - torch.tensor([0.5, 0.4, 0.3]).view(3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(3, 1, 1)
     torch.testing.assert_close(answer, plain(normalized))
@@ -1194,14 +1185,16 @@ import sys
 import torch
 from torch import nn
 from conftest import SMALL, SmallNet
-import data, options, train, train_svhn
-from checkpoint import Folder
-from machine import CPU, World
-from utils import StopSignals
+from singlestep import data
+from singlestep import options
+from singlestep import train
+from singlestep.run.folder import Folder
+from singlestep.run.distributed import CPU, World
+from singlestep.run.console import StopSignals
 
 folder, world = sys.argv[1], World.join(CPU)
 data.DUMMY_SIZES, data.DUMMY_SIDE = {True: 32, False: 16}, 32
-dataset, draws = train_svhn.DATASET, 0
+dataset, draws = options.SVHN, 0
 methods = [name for name in options.METHODS]
 
 class Steady(nn.Module):

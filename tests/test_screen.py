@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import Started, start_together
 
-import screen
-import train
-from options import DATA_SETS, data_set, parse
-from screen import Screen, clock, duration, epoch_line
+from singlestep import train
+from singlestep.options import DATA_SETS, data_set, parse
+from singlestep.run import console
+from singlestep.run.console import Screen, clock, duration, epoch_line
 
 FLAGS = [*SMALL, "--attack=zerograd", "--zero-qval=0.5"]
 
@@ -54,10 +54,13 @@ def test_times_are_told_as_one_says_them(seconds):
     assert abs(3600 * hours + 60 * (over + minutes) + left - seconds) <= 30.01
 
 
+SCRIPTS = {"cifar10": "train_cifar.py", "cifar100": "train_cifar100.py", "svhn": "train_svhn.py"}
+
+
 @pytest.mark.parametrize("name", DATA_SETS)
 def test_the_banner_names_the_numbers_in_effect(name, call, tmp_path, small_dummy):
     flags = [*SMALL, "--epochs=1", "--method=zerograd", "--zero-qval=0.25", "--epsilon=6", "--fname", tmp_path / "run"]
-    status, output, _ = call(f"{DATA_SETS[name]}.py", *flags)
+    status, output, _ = call(SCRIPTS[name], *flags)
     assert status == 0
     method, data, network, folder = output.splitlines()[:4]
     for flag in ("zerograd: --attack=zerograd", "--epsilon=6", "--zero-qval=0.25", "--zero-iters=1", "--objective=ce"):
@@ -101,14 +104,14 @@ def test_a_terminal_shows_a_bar_over_everything_that_takes_time(tmp_path):
 
 def test_a_terminal_without_columns_shows_lines(tmp_path):
     wait = tmp_path / "wait.py"
-    wait.write_text("import screen\nscreen.MINUTES = 0\n"
-                    "with screen.Screen().progress('waiting', 2, 'step') as bar:\n    bar.update()\n")
+    wait.write_text("from singlestep.run import console\nconsole.MINUTES = 0\n"
+                    "with console.Screen().progress('waiting', 2, 'step') as bar:\n    bar.update()\n")
     assert "# waiting: 1 of 2 steps, some time left" in on_a_terminal(Started, wait, columns=0)
     assert "0%|" in on_a_terminal(Started, wait) and "1 of 2" not in on_a_terminal(Started, wait)
 
 
 def test_off_a_terminal_a_long_wait_says_a_line_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr(screen, "MINUTES", 0)
+    monkeypatch.setattr(console, "MINUTES", 0)
     with Screen().progress("epoch 0", 100, "step", 10) as bar:
         bar.tell("epoch 0", loss="1.23")
         for _ in range(3):

@@ -14,17 +14,11 @@ from conftest import DATASETS, ROOT, SIDE, SMALL, SmallNet, assert_same_run, epo
 from processes import forked
 from test_data import write_cifar10, write_svhn
 
-import attacks
-import checkpoint
-import data
-import evaluate
-import options
-import preactresnet
-import train
-import watch
-from machine import Precision
-from preactresnet import PreActResNet18
-from utils import UsageError
+from singlestep import attacks, collapse, data, networks, options, robustness, train
+from singlestep.networks import PreActResNet18
+from singlestep.run import state as states
+from singlestep.run.console import UsageError
+from singlestep.run.device import Precision
 
 # Each script's defaults as published.
 PUBLISHED = {
@@ -83,7 +77,7 @@ def test_the_command_line_answers_without_pytorch(flag):
     program = f"""if True:
         import sys, train_cifar
         try:
-            train_cifar.parse(train_cifar.DATASET, train_cifar.__doc__, ["{flag}"])
+            train_cifar.parse(train_cifar.CIFAR10, train_cifar.__doc__, ["{flag}"])
         except SystemExit as end:
             print(end.code, "torch" in sys.modules)"""
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
@@ -92,7 +86,8 @@ def test_the_command_line_answers_without_pytorch(flag):
 
 def test_torchvision_and_the_compiler_wait_until_they_are_needed():
     """Importing them takes as long as PyTorch itself."""
-    program = ("import sys, evaluate, plot, train_cifar, data; data.load_test('cifar10', synthetic=True); "
+    program = ("import sys, plot, train_cifar; from singlestep import data, evaluation; "
+               "data.load_test('cifar10', synthetic=True); "
                "print({'torchvision', 'torch._dynamo'} & sys.modules.keys())")
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "set()\n", done.stderr
@@ -137,8 +132,8 @@ def test_the_papers_commands_run_to_the_end(i, tmp_path):
 
 def test_an_epoch_is_judged_on_the_first_images_and_the_last_one_or_every_one_on_all(tmp_path, call, small_dummy,
                                                                                     monkeypatch):
-    judged, evaluated = [], evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda model, images, *rest: (
+    judged, evaluated = [], robustness.evaluate
+    monkeypatch.setattr(robustness, "evaluate", lambda model, images, *rest: (
         judged.append(images), evaluated(model, images, *rest))[1])
     for flags, sizes in ([], [40, 40, 64]), (["--full-test"], [64, 64, 64]):
         judged.clear()
@@ -307,8 +302,8 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, call, 
 
 
 def test_val_size_chooses_the_best_checkpoint_on_images_never_trained_on(tmp_path, call, small_dummy, monkeypatch):
-    judged, evaluated = [], evaluate.evaluate
-    monkeypatch.setattr(evaluate, "evaluate", lambda model, images, *rest: (
+    judged, evaluated = [], robustness.evaluate
+    monkeypatch.setattr(robustness, "evaluate", lambda model, images, *rest: (
         judged.append(images), evaluated(model, images, *rest))[1])
     flags = [flag for flag in SMALL if not flag.startswith("--train-samples")]
     status, output, _ = call("train_cifar.py", *flags, "--val-size=24", "--fname", tmp_path / "run")
@@ -337,7 +332,7 @@ def test_eval_writes_its_own_logs_keeps_them_all_and_changes_nothing_else(tmp_pa
         evaluation, = json.loads((folder / "evaluation.json").read_text())
         assert evaluation["resumed"] == f"{folder / 'model_1.pth'} and opt_1.pth" and evaluation["final"]["epoch"] == 1
         for key, value in json.loads(before["final.json"]).items():
-            assert key in ("seconds", *watch.summary([])) or evaluation["final"][key] == value
+            assert key in ("seconds", *collapse.summary([])) or evaluation["final"][key] == value
         status, output, _ = call(name, *SMALL, "--fname", folder, "--eval", "--resume=auto", "--final-iters=1")
         kept = (folder / "eval.log").read_text().splitlines()
         assert status == 0 and kept[:3] == [header, line, last] and kept[4].startswith("PGD1\t") and len(kept) == 5
@@ -369,7 +364,7 @@ def test_only_training_steps_on_whole_batches_are_compiled_each_for_one_size(att
 
     monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: compile_function(
         function, backend=backend, dynamic=dynamic))
-    monkeypatch.setattr(preactresnet, "PreActResNet18", lambda num_classes, **_: SmallNet(classes=num_classes))
+    monkeypatch.setattr(networks, "PreActResNet18", lambda num_classes, **_: SmallNet(classes=num_classes))
     flags = [*SMALL, "--compile", *attack.split(), "--chkpt-steps=1", "--fname", tmp_path / "run"]
     assert call("train_cifar.py", *flags)[0] == 0
     assert graphs == ["for one"] * len(graphs) and 2 <= len(graphs) <= 3, graphs  # the attack's and the step's
@@ -378,13 +373,13 @@ def test_only_training_steps_on_whole_batches_are_compiled_each_for_one_size(att
 
 def test_saving_the_state_waits_for_no_compiler(tmp_path, call, small_dummy, monkeypatch):
     """It may have to be done within seconds, and the compiler's own processes may have been stopped by the signal."""
-    done, save = [], checkpoint.save_state
+    done, save = [], states.save_state
 
     def compile_function(function, mode, dynamic):
         return lambda x: (done.append(len(x)), function(x))[1]
 
     monkeypatch.setattr(torch, "compile", compile_function)
-    monkeypatch.setattr(checkpoint, "save_state", lambda *args: (done.append("saved"), save(*args)))
+    monkeypatch.setattr(states, "save_state", lambda *args: (done.append("saved"), save(*args)))
     flags = [*SMALL, "--compile", "--base-width=16", "--epochs=1", "--chkpt-steps=1", "--attack=fgsm"]
     assert call("train_cifar.py", *flags, "--fname", tmp_path / "run")[0] == 0
     assert done == [32, 32, "saved"] * 2 + ["saved"] * 3  # after the short batch, the epoch and the final evaluation
@@ -395,10 +390,11 @@ def test_without_a_compiler_compile_ends_in_one_line(tmp_path):
     (tmp_path / "train_cifar.py").write_text(f"""
 import sys
 sys.path[:0] = {[str(ROOT), str(ROOT / "tests")]}
-import options, train, train_cifar
+from singlestep import options
+from singlestep import train
 from conftest import SmallNet
 train.new_network = lambda dataset, args: SmallNet(classes=dataset.classes)
-train.main(train_cifar.DATASET, options.parse(train_cifar.DATASET))
+train.main(options.CIFAR10, options.parse(options.CIFAR10))
 """)
     env = {**os.environ, "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
     done = script(tmp_path / "train_cifar.py", *SMALL, "--compile", "--fname", tmp_path / "run", env=env)

@@ -2,10 +2,8 @@
 import torch
 from conftest import DATASETS
 
-import evaluate
-import options
-import train
-from machine import World
+from singlestep import options, robustness, train
+from singlestep.run.distributed import World
 
 
 def test_initial_weights_and_the_first_epochs_order_come_of_different_streams(monkeypatch):
@@ -16,7 +14,7 @@ def test_initial_weights_and_the_first_epochs_order_come_of_different_streams(mo
     args = options.parse(DATASETS["train_cifar.py"], argv=["--base-width=4", "--seed=0", "--device=cpu"])
     train.build(DATASETS["train_cifar.py"], args, torch.device("cpu"), World())
     assert keys == [(train.WEIGHTS, 0)]
-    purposes = (train.ORDER, train.STEP, train.WATCH, train.WEIGHTS, evaluate.STARTS)
+    purposes = (train.ORDER, train.STEP, train.WATCH, train.WEIGHTS, robustness.STARTS)
     assert len(set(purposes)) == 5
     padded = [(purpose, 0, 0, 0) for purpose in purposes]
     drawn = []

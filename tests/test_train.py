@@ -18,26 +18,23 @@ from hypothesis import strategies as st
 from test_evaluate import EPSILON, FLOAT32, Brightness, Wavy, precision, wavy_images
 from torch import nn
 
-import objectives
-import options
-import train
-import train_cifar
-import train_svhn
-from attacks import fgsm, zerograd
-from checkpoint import Folder, State
-from data import Augmentation, Images
-from machine import Compiled, World, choose_device
-from screen import Progress, Screen
-from utils import Failure, Stopped, StopSignals, UsageError, seed_everything
+from singlestep import objectives, options, train
+from singlestep.attacks import fgsm, zerograd
+from singlestep.data import Augmentation, Images
+from singlestep.run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError
+from singlestep.run.device import Compiled, choose_device, seed_everything
+from singlestep.run.distributed import World
+from singlestep.run.folder import Folder
+from singlestep.run.state import State
 
 
 def schedule_of(dataset, *flags):
     args = options.parse(dataset, argv=list(flags))
-    return options.SCHEDULES[args.lr_schedule](args, dataset)
+    return train.schedule(args, dataset)
 
 
 def test_cyclic_schedule_at_its_corners():
-    cifar, svhn = train_cifar.DATASET, train_svhn.DATASET
+    cifar, svhn = options.CIFAR10, options.SVHN
     for dataset, epochs, peak in ((cifar, 30, 15), (svhn, 15, 6), (cifar, 5, 2), (svhn, 5, 2)):
         lr = schedule_of(dataset, "--lr-schedule=cyclic", "--lr-max=0.2", f"--epochs={epochs}")
         assert lr(0) == 0 and lr(epochs) == 0 and lr(peak) == 0.2
@@ -47,9 +44,9 @@ def test_cyclic_schedule_at_its_corners():
 
 
 def test_onedrop_schedule_at_its_corners():
-    lr = schedule_of(train_cifar.DATASET, "--lr-max=0.1")
+    lr = schedule_of(options.CIFAR10, "--lr-max=0.1")
     assert lr(49.999) == 0.1 and lr(50) == pytest.approx(0.01)
-    assert schedule_of(train_cifar.DATASET, "--lr-max=0.1", "--lr-drop=0")(0) == pytest.approx(0.01)
+    assert schedule_of(options.CIFAR10, "--lr-max=0.1", "--lr-drop=0")(0) == pytest.approx(0.01)
 
 
 @settings(max_examples=50, deadline=None)
@@ -86,17 +83,17 @@ def test_no_training_step_waits_for_the_device(method, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.optim, "SGD", lambda *args, fused, **rest: sgd(*args, **rest))  # there is no fused one
     monkeypatch.setattr(train, "new_network", lambda dataset, args: nn.Sequential(
         nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)))
-    args = options.parse(train_cifar.DATASET, argv=["--batch-size=4", "--lr-max=0.1", "--ema=0.9",
+    args = options.parse(options.CIFAR10, argv=["--batch-size=4", "--lr-max=0.1", "--ema=0.9",
                                                     f"--method={method}"])
-    state, layout = train.build(train_cifar.DATASET, args, meta, World(device=meta))
+    state, layout = train.build(options.CIFAR10, args, meta, World(device=meta))
     state.precision = FLOAT32
     images = Images(torch.zeros(8, 32, 32, 3, dtype=torch.uint8), torch.zeros(8, dtype=torch.long)).to(meta, layout)
-    run = train.assemble(train_cifar.DATASET, args, state, Folder(str(tmp_path)), World(device=meta), StopSignals(),
+    run = train.assemble(options.CIFAR10, args, state, Folder(str(tmp_path)), World(device=meta), StopSignals(),
                          [images, images[:0], images[:1]])
     state.begin_epoch(0)
     with pytest.raises(RuntimeError, match="item") as error:
         train.train_epoch(run)
-    ours = [each.name for each in error.traceback if each.path.parent == ROOT]
+    ours = [each.name for each in error.traceback if each.path.is_relative_to(ROOT / "singlestep")]
     assert ours[-1] == "require_finite" and state.step == run.steps  # the first look: the epoch is over
 
 
@@ -182,8 +179,8 @@ def test_what_a_method_keeps_is_the_states_and_what_it_finds_is_the_steps():
 
 def test_a_first_step_that_float16_skips_leaves_no_trace():
     """PyTorch's fused SGD would otherwise leave the momentum of such a step uninitialized."""
-    args = options.parse(train_cifar.DATASET, argv=["--amp", "--amp-dtype=float16", "--base-width=4"])
-    state, _ = train.build(train_cifar.DATASET, args, torch.device("cpu"), World())
+    args = options.parse(options.CIFAR10, argv=["--amp", "--amp-dtype=float16", "--base-width=4"])
+    state, _ = train.build(options.CIFAR10, args, torch.device("cpu"), World())
     before = [weight.detach().clone() for weight in state.model.parameters()]
     state.precision.backward_and_step(sum(weight.sum() for weight in state.model.parameters()) * 1e38, state.optimizer)
     assert all(map(torch.equal, state.model.parameters(), before))
@@ -338,7 +335,7 @@ def test_training_stops_after_the_step_in_which_a_signal_came():
 
 PAGES = """
 import resource, torch
-from machine import keep_freed_memory
+from singlestep.run.device import keep_freed_memory
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -361,7 +358,7 @@ def test_freed_memory_is_used_again_without_new_pages():
 
 def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):
     """As far as this can be seen without a GPU."""
-    monkeypatch.setattr("machine.cuda_devices", lambda: 1)
+    monkeypatch.setattr("singlestep.run.device.cuda_devices", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr("os.environ", {})

@@ -6,8 +6,8 @@ import torch
 from conftest import ROOT, SMALL, SmallNet, epochs_of, linear_network
 from test_scripts import one_line
 
-import train
-import watch
+from singlestep import collapse, train
+from singlestep.run import console
 
 pytestmark = pytest.mark.usefixtures("shallow")
 
@@ -26,7 +26,7 @@ def curve(*pairs: tuple[float, float]) -> list[dict]:
     ([(0.25, 0.12), (0.17, 0.1), (0.26, 0.09), (0.39, 0.12), (0.43, 0.11)], [False] * 3 + [True] * 2),  # never sound
     ([(0.9, 0.0)], [True])])
 def test_the_rule_on_curves_known_beforehand(pairs, expected):
-    assert watch.collapsed(curve(*pairs)) == expected
+    assert collapse.collapsed(curve(*pairs)) == expected
 
 
 @pytest.mark.parametrize("abnormal, expected", [
@@ -34,27 +34,31 @@ def test_the_rule_on_curves_known_beforehand(pairs, expected):
     ((0.36, 0.45), [False, False]), ((None, None), [False, False])])
 def test_an_attack_that_helps_most_images_misleads_whatever_fgsm_finds(abnormal, expected):
     pairs = curve((0.076, 0.055), (0.111, 0.016))
-    assert watch.collapsed([{**record, "abnormal": share} for record, share in zip(pairs, abnormal)]) == expected
+    assert collapse.collapsed([{**record, "abnormal": share} for record, share in zip(pairs, abnormal)]) == expected
 
 
 def test_the_line_says_what_gave_a_collapse_away():
     record = {"epoch": 1, "fgsm_acc": 0.111, "test_robust_acc": 0.016, "abnormal": 0.763}
     said = "catastrophic overfitting in epoch 2: 11.1% right under FGSM, 1.6% under PGD"
-    assert watch.line(record) == f"{said}; training's attack made 76.3% of the images easier"
-    assert watch.line({**record, "abnormal": None}) == watch.line({**record, "abnormal": 0.2}) == said
+    assert console.collapse_line(record) == f"{said}; training's attack made 76.3% of the images easier"
+    for abnormal in (None, 0.2):
+        assert console.collapse_line({**record, "abnormal": abnormal}) == said
 
 
 def test_ordinary_training_cannot_overfit_to_an_attack():
     ordinary = [{**record, "defence_mean": 0.0} for record in curve((0.3, 0.01), (0.4, 0.0))]
-    assert watch.collapsed(ordinary) == [False, False]
+    assert collapse.collapsed(ordinary) == [False, False]
 
 
 def test_a_whole_run_is_summed_up_in_a_line():
+    def line(history):
+        return console.summary_line(collapse.summary(history), len(history))
+
     fell = curve((0.3, 0.2), (0.5, 0.412), (0.9, 0.1), (0.9, 0.05), (0.45, 0.3))
-    assert watch.summary_line(fell) == \
+    assert line(fell) == \
         "catastrophic overfitting in 2 of 5 epochs, first in epoch 3; under PGD 41.2% at best, 30.0% at last"
-    assert watch.summary_line(fell[:2]) == "no catastrophic overfitting; under PGD 41.2% at best, 41.2% at last"
-    assert watch.summary_line([]) == "no epoch is on record"
+    assert line(fell[:2]) == "no catastrophic overfitting; under PGD 41.2% at best, 41.2% at last"
+    assert line([]) == "no epoch is on record"
 
 
 # Of every committed run that fell, the epochs (from 1) in which the rule says that it is in collapse.
@@ -82,7 +86,7 @@ def test_the_rule_flags_every_committed_run_that_fell_and_no_other():
     found = {}
     for path in sorted((ROOT / "experiments/results").glob("*/*.json")):
         epochs = json.loads(path.read_text())["epochs"]
-        states = watch.collapsed(epochs)
+        states = collapse.collapsed(epochs)
         if "fgsm_acc" in epochs[0] and path.parent.name != "short":
             assert states == [epoch["collapsed"] for epoch in epochs]
         elif any(states):
@@ -101,7 +105,7 @@ def test_the_signs_are_their_formulas():
         return delta.grad.flatten(1)
 
     torch.manual_seed(1)
-    found = watch.signs(model, x, y, 0.1)
+    found = collapse.signs(model, x, y, 0.1)
     torch.manual_seed(1)
     g, other = gradient(torch.zeros_like(x)), gradient(torch.empty_like(x).uniform_(-0.1, 0.1))
     cosine = (g * other).sum(1) / g.square().sum(1).sqrt() / other.square().sum(1).sqrt()
@@ -114,8 +118,8 @@ def test_abnormal_images_are_those_that_the_attack_made_easier():
     y = torch.tensor([0, 1, 1])
     at_start = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
     after = torch.tensor([[2.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
-    easier, known = watch.abnormal(at_start, after, y)
-    assert (easier.item(), known) == (1, 3) and watch.abnormal(None, after, y)[1] == 0
+    easier, known = collapse.abnormal(at_start, after, y)
+    assert (easier.item(), known) == (1, 3) and collapse.abnormal(None, after, y)[1] == 0
 
 
 def test_a_run_logs_its_signs_and_its_summary(tmp_path, call, small_dummy, monkeypatch):

@@ -14,12 +14,12 @@ from conftest import DATASETS
 from PIL import Image
 from test_evaluate import plain_evaluation
 
-import options
-import train
-from checkpoint import Folder
-from machine import World
-from preactresnet import PreActResNet18
-from utils import StopSignals, seed_everything
+from singlestep import options, train
+from singlestep.networks import PreActResNet18
+from singlestep.run.console import StopSignals
+from singlestep.run.device import seed_everything
+from singlestep.run.distributed import World
+from singlestep.run.folder import Folder
 
 SIDE, IMAGES, BATCH, STEPS, SEED, EPSILON, CPU = 16, 20, 8, 3, 3, 4 / 255, torch.device("cpu")
 RNG = np.random.default_rng(0)

@@ -9,40 +9,31 @@ Checkpoints hold tensors and plain values alone and are read with weights_only=T
 at all, and what an earlier run left is set aside, never overwritten.
 """
 import io
-import json
 import math
-import os
 import re
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from filelock import BaseFileLock
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-import options
-import watch
-from machine import Precision
-from networks import load_network, new_network
-from utils import UsageError, lock, say, whole_file
+from .console import UsageError
+from .device import Precision
+from .folder import Folder, read_records, render, whole_file
 
 # Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
 FREE = {"data_dir", "fname", "resume", "eval", "quiet", "allow_changes", "device", "tf32", "compile", "compile_mode",
         "chkpt_iters", "chkpt_steps", "last_samples", "final_iters", "final_restarts", "final_samples", "final_model",
         "deterministic", "method", "recipe", "on_collapse", "tensorboard"}
-
 # Flags that an epoch's score depends on.
 JUDGED_BY = ("epsilon", "pgd_alpha", "test_iters", "test_restarts", "test_samples", "full_test", "val_size", "dummy")
-
-TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
-          "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")
 
 
 @dataclass
@@ -137,74 +128,6 @@ class Found(NamedTuple):
     source: str
 
 
-class Folder:
-    """The folder of a run at `path`."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self._lock: BaseFileLock | None = None
-
-    def require_writable(self, flag: str = "--fname") -> None:
-        """Raise UsageError, naming the flag, where no such folder could be written to; writes nothing itself."""
-        there = self.path
-        try:
-            str(there).encode()  # or it could not be written into a log
-            while not there.exists() and there != there.parent:
-                there = there.parent
-            writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-        except (OSError, ValueError):  # a name that is no name to the system
-            writable = False
-        if not writable:
-            raise UsageError(f"{flag} {self.path} cannot be written: it must be a folder, or a place for a new one")
-
-    def lock(self) -> None:
-        """Make the folder and have it alone until `release`. Raises UsageError where another run has it."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock or lock(self.path / ".lock", wait=0)
-        except OSError as error:
-            raise UsageError(f"--fname {self.path} cannot be written ({error.strerror})") from None
-        if self._lock is None:
-            raise UsageError(f"--fname {self.path} is in use by another run: take another, or wait")
-
-    def release(self) -> None:
-        if self._lock:
-            self._lock.release()
-            self._lock = None
-
-    def file(self, name: str, epoch: int | str) -> Path:
-        return self.path / f"{name}_{epoch}.pth"
-
-    def names(self, pattern: str) -> list[str]:
-        """The files here whose whole name the regular expression matches."""
-        there = sorted(os.listdir(self.path)) if self.path.is_dir() else []
-        return [name for name in there if re.fullmatch(pattern, name)]
-
-    def epochs(self, name: str) -> list[int]:
-        """The epochs that there is a file of, the newest first."""
-        return sorted((int(file[len(name) + 1:-4]) for file in self.names(rf"{name}_\d+\.pth")), reverse=True)
-
-    def write(self, name: str, text: str) -> None:
-        with whole_file(self.path / name) as file:
-            file.write(text.encode())
-
-    def set_aside(self, names: Iterable[str]) -> str | None:
-        """Move the files into a new folder beside them; returns it, None if there are none."""
-        names = [name for name in names if (self.path / name).exists()]
-        if not names:
-            return None
-        number = 1
-        while (aside := self.path / f"earlier_{number}").exists():
-            number += 1
-        aside.mkdir()
-        for name in names:
-            os.rename(self.path / name, aside / name)
-        return str(aside)
-
-
-# Going on
-
-
 def find(folder: Folder, resume: int | str, evaluation: bool = False) -> Found | None:
     """The checkpoint that `resume` (an epoch above 0, or "auto") asks for; None where auto finds no run.
 
@@ -267,11 +190,9 @@ def _scored(training: dict, folder: Folder) -> dict:
 
 
 def resume(state: State, found: Found, args) -> list[str]:
-    """Load the checkpoint into `state`. Returns notes to print. Raises UsageError if the checkpoint does not fit the
-    run."""
-    notes = load_network(state.judged, found.model, found.source)
-    if state.ema:
-        state.model.load_state_dict(state.judged.state_dict())
+    """Load the checkpoint into `state`, whose network is loaded already. Returns notes to print. Raises UsageError if
+    the checkpoint does not fit the run."""
+    notes: list[str] = []
     before = state.load_training(found.training, found.source) if found.training is not None else {}
     if before.get("data_set", args.data_set) != args.data_set:
         raise UsageError(f"--resume: {found.source} is of a run on {before['data_set']}, not {args.data_set}")
@@ -342,9 +263,6 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
     return folder.set_aside(later), best >= state.epoch
 
 
-# Saving
-
-
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint."""
     written = io.BytesIO()  # at a full disk, torch.save's own error would hide the system's
@@ -357,94 +275,6 @@ def save_state(folder: Folder, state: State, args, sums: Tensor) -> None:
     """Save all that --resume auto needs, and render what there is to be read of it."""
     save(folder.path / "state.pth", {"model": state.judged.state_dict(), "opt": state.training(args, sums)})
     render(folder, state, args)
-
-
-def render(folder: Folder, state: State, args) -> None:
-    """Write the logs of `state`."""
-    started = {"data_set": args.data_set, "args": vars(args), "starts": state.starts}
-    folder.write("args.json", json.dumps(started, indent=1) + "\n")
-    rows = [(start["epoch"], 0, resumed_line(start)) for start in state.starts if start.get("source")]
-    rows += [(record["epoch"], 2, "# " + watch.line(record)) for record in state.history if record.get("collapsed")]
-    validated = any("val_robust_acc" in record for record in state.history)
-    rows += [(record["epoch"], 1, log_line(record, validated)) for record in state.history]
-    lines = [header(validated),
-             *(line for _, _, line in sorted(rows, key=lambda row: row[:2]))]
-    if state.final:
-        lines.append(final_line(state.final))
-    folder.write("output.log", "".join(f"{line}\n" for line in lines))
-    folder.write("metrics.jsonl", "".join(f"{json.dumps(record)}\n" for record in state.history))
-    if state.final:  # last: where it is, all is
-        folder.write("final.json", json.dumps(state.final, indent=1) + "\n")
-
-
-def evaluations(folder: Folder) -> list[dict[str, Any]]:
-    """The evaluations that were made in the folder. Raises UsageError where they cannot be read."""
-    path = folder.path / "evaluation.json"
-    try:
-        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
-        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise ValueError
-        return records
-    except ValueError:
-        raise UsageError(f"{path} is damaged: repair it, or move it away") from None
-
-
-def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
-    """Add an evaluation to evaluation.json, and write eval.log from those of --eval; evaluations beside one another
-    wait."""
-    held = lock(folder.path / ".evaluation.lock")
-    try:
-        records = evaluations(folder)
-        records.append(record)
-        lines: list[str] = []
-        above = ""
-        for each in (each for each in records if "epoch" in each):
-            validated = "val_robust_acc" in each
-            if header(validated) != above:
-                above = header(validated)
-                lines.append(above)
-            lines += [log_line(each, validated), *([final_line(each["final"])] if "final" in each else [])]
-        folder.write("evaluation.json", json.dumps(records, indent=1) + "\n")
-        if lines:
-            folder.write("eval.log", "".join(f"{line}\n" for line in lines))
-    finally:
-        if held:
-            held.release()
-
-
-def header(validated: bool) -> str:
-    return "\t".join(title for title in TITLES if validated or title != "Val Robust Acc")
-
-
-def log_line(record: dict[str, Any], validated: bool) -> str:
-    """An epoch's line of the log; its record goes by the titles in lower case."""
-    def cell(title: str) -> str:
-        value = record.get(title.lower().replace(" ", "_"))
-        if title == "Epoch" or value is None:
-            return str(value) if title == "Epoch" else "nan"
-        return f"{value:.1f}" if title.endswith("Time") else f"{value:.6f}" if title == "LR" else f"{value:.4f}"
-
-    return "\t".join(cell(title) for title in TITLES if validated or title != "Val Robust Acc")
-
-
-def resumed_line(start: dict[str, Any]) -> str:
-    epochs, steps = (f"{start[name]} {name}{'s' * (start[name] != 1)}" for name in ("epoch", "step"))
-    return f"# resumed after {epochs}{f' and {steps}' if start['step'] else ''}, from {start['source']}"
-
-
-def final_line(final: dict[str, Any]) -> str:
-    found = (f"{name.replace('_', ' ')}: {final[name]:.4f}" for name in
-             ("clean_loss", "clean_acc", "robust_loss", "robust_acc"))
-    return "\t".join([f"PGD{final['iters']}", f"time: {final['seconds']:.1f}", *found])
-
-
-# Reading
-
-
-def read_records(folder: Folder) -> list[dict]:
-    """The epochs in metrics.jsonl. Raises ValueError where it is damaged."""
-    path = folder.path / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -473,64 +303,3 @@ def read_checkpoint(path: Path) -> dict:
 # A numpy.float64, as the published scripts write it, by its names under NumPy 1 and 2.
 NUMPY_SCALARS: list = [np.dtype, type(np.dtype("float64")), *(
     (np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
-
-
-# A network from any file
-
-
-class Opened(NamedTuple):
-    """A network in eval mode, the arguments and the data set of its run, what it was read from, the folder of that, the
-    run's own flags, and notes to print."""
-
-    model: nn.Module
-    args: Any
-    dataset: options.DataSet
-    source: str
-    folder: Folder
-    run: dict[str, Any]
-    notes: list[str]
-
-
-def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
-    """The network in a run's folder, or in a model's file, ours or published, with the arguments of its run.
-
-    A run's args.json, in the folder or beside the file, tells of model and data set, and `flags` (data_set, model,
-    base_width, mean, ...) do where there is none; a flag that is not None wins. `which` is last, best or healthy.
-    """
-    path = Path(path)
-    folder = Folder(path if path.is_dir() else path.parent)
-    run, given = options.run_flags(folder.path), {name: value for name, value in flags.items() if value is not None}
-    named = given.pop("data_set", None) or run.get("data_set")
-    if named is None:
-        raise UsageError(f"{path}: no args.json tells which data set it is of: add --data-set")
-    dataset = named if isinstance(named, options.DataSet) else options.data_set(named)
-    args = options.parse(dataset, argv=[])
-    given["data_set"] = dataset.name
-    for told in (run, given):
-        vars(args).update({name: value for name, value in told.items() if name in vars(args)})
-    try:
-        if path.is_dir() and which == "last":
-            found = find(folder, "auto", evaluation=True)
-            if found is None:
-                raise UsageError(f"{path} holds no model: it has neither state.pth nor a model_E.pth")
-            content, source = found.model, found.source
-        else:
-            file = folder.file("model", which) if path.is_dir() else path
-            content, source = read_checkpoint(file), str(file)
-        model = new_network(dataset, args)
-        notes = load_network(model, content.get(which, content), source, "mean" not in given and "std" not in given)
-    except UsageError as error:
-        raise UsageError(str(error).removeprefix("--resume: ")) from None
-    return Opened(model.eval(), args, dataset, source, folder, run, options.differing(given, run) + notes)
-
-
-def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Module, Any]:
-    """A network in eval mode, images in [0, 1] to logits, and the arguments of its run; see `open_run`.
-
-        model, args = load_run("runs/x")
-        model, args = load_run("published.pt", data_set="cifar10", model="WideResNet")
-    """
-    opened = open_run(path, which, **flags)
-    for note in opened.notes:
-        say(f"# {opened.source}: {note}")
-    return opened.model, opened.args

@@ -1,32 +1,37 @@
-"""The machine that a run is on: its device and precision, the network's layout and compiling, the other processes."""
-import atexit
+"""The device of a run, its precision, the network's layout and compiling, and random seeds."""
 import contextlib
 import ctypes
 import os
 import platform
+import random
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from datetime import timedelta
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from utils import UsageError
+from .console import UsageError
 
-T = TypeVar("T")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
-CPU = torch.device("cpu")
-PATIENCE = timedelta(hours=1)  # of the processes that wait while the first one downloads
 
 
-# The device
+def seed_everything(*key: int) -> None:
+    """Make all random numbers from here on a function of `key` (whole numbers, 0 or more) alone.
+
+    Every training step and every evaluated batch starts with this, so that a run that goes on from any step draws
+    what an unbroken run draws, and no random state needs saving. NumPy fills a short key up with zeros: (5,) is the
+    same as (5, 0, 0, 0), so that every purpose needs a first number of its own.
+    """
+    state = np.random.SeedSequence(key).generate_state(2)
+    random.seed(int(state[0]))
+    np.random.seed(state[0])
+    torch.manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
 def choose_device(args) -> torch.device:
@@ -77,15 +82,22 @@ def hardware(device: torch.device) -> str:
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}{amx}"
 
 
+def commit() -> str | None:
+    """The commit of this code, with "-dirty" if a file has changed; None where the code is in no git repository."""
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], text=True, cwd=Path(__file__).resolve().parent, capture_output=True)
+        return done.stdout.strip()
+
+    try:
+        tracked = git("ls-files", "--", Path(__file__).name)  # an installed copy may lie in a repository of the user's
+        return (tracked and git("describe", "--always", "--dirty", "--abbrev=40")) or None
+    except OSError:  # git is not installed
+        return None
+
+
 def describe(device: torch.device, processes: int = 1) -> dict[str, Any]:
     """What a figure has to stand with: versions, hardware and the commit of this code."""
-    try:
-        described = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=40"], text=True,
-                                   cwd=Path(__file__).resolve().parent, capture_output=True)
-        commit = described.stdout.strip() or None
-    except OSError:  # there is no git
-        commit = None
-    return {"commit": commit, "python": platform.python_version(), "torch": str(torch.__version__),
+    return {"commit": commit(), "python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": version("torchvision"), "device": hardware(device), "threads": torch.get_num_threads(),
             "processes": processes, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
 
@@ -103,9 +115,6 @@ def keep_freed_memory(keep: bool = True) -> None:
         if not keep:  # these are the defaults, and the thresholds that glibc comes to by itself
             libc.mallopt(-3, 32 << 20)              # M_MMAP_THRESHOLD
             libc.malloc_trim(0)
-
-
-# The network there
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
@@ -138,9 +147,6 @@ class Compiled(nn.Module):
             return self.model(x)
         logits = self.compiled(x)
         return logits.clone() if self.overwritten else logits  # a CUDA graph answers in the same memory every time
-
-
-# Precision
 
 
 class Precision:
@@ -234,96 +240,3 @@ def _apex(dtype: torch.dtype, device: torch.device):
     if dtype is not torch.float16 or device.type != "cuda":
         raise UsageError("--amp-impl apex needs --amp-dtype float16 and a CUDA --device; or use --amp-impl native")
     return amp
-
-
-# The other processes
-
-
-@dataclass(frozen=True)
-class World:
-    """This process's `rank` among `size` processes. Alone, every call does nothing."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = CPU
-
-    @classmethod
-    def join(cls, device: torch.device) -> "World":
-        """The world that `torchrun` announces in the environment, joined with `device`; else this process alone."""
-        size = os.environ.get("WORLD_SIZE", "1")
-        if size == "1":
-            return cls(device=device)
-        try:
-            if device.type == "cuda":
-                dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)  # else it guesses whose is which
-            else:
-                dist.init_process_group("gloo", timeout=PATIENCE)
-            # gloo's threads outlive the group, which DDP keeps alive; one that frees its last tensor while Python shuts
-            # down aborts the process.
-            atexit.register(time.sleep, 0.2)
-            return cls(int(os.environ["RANK"]), int(size), device)
-        except ValueError:  # a variable is missing, or no number
-            raise UsageError(f"WORLD_SIZE is {size}, but torchrun did not start this process: unset it, or use "
-                             f"torchrun") from None
-
-    def leave(self) -> None:
-        """End it. All processes have to call it; after an error in one of them, it can wait for ever."""
-        if self.size > 1 and dist.is_initialized():
-            dist.barrier()  # one that leaves early would break the others' connections
-            dist.destroy_process_group()
-
-    @property
-    def is_main(self) -> bool:
-        return self.rank == 0
-
-    @contextlib.contextmanager
-    def alike(self) -> Iterator[None]:
-        """A UsageError in here, which every process comes to by itself, is said by the first one alone."""
-        try:
-            yield
-        except UsageError as error:
-            error.told = not self.is_main
-            raise
-
-    def decide(self, choose: Callable[[], T]) -> T:
-        """What `choose()` returns in the first process, for all of them; a UsageError there is raised in all."""
-        if self.size == 1:
-            return choose()
-        answer: list = [None]
-        if self.is_main:
-            try:
-                answer = [choose()]
-            except UsageError as error:
-                answer = [error]
-        dist.broadcast_object_list(answer, src=0)
-        if isinstance(answer[0], UsageError):
-            answer[0].told = not self.is_main  # or it would be said once for each process
-            raise answer[0]
-        return answer[0]
-
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over the processes; the argument stays as it is."""
-        return self._reduced(values, dist.ReduceOp.SUM)
-
-    def min(self, values: Tensor) -> Tensor:
-        """Likewise the smallest."""
-        return self._reduced(values, dist.ReduceOp.MIN)
-
-    def max(self, value: float) -> float:
-        """The largest of the processes' values; of flags, whether any is set."""
-        if self.size == 1:
-            return value  # every step asks: the host is not to wait for the device
-        return self._reduced(torch.tensor(float(value), device=self.device), dist.ReduceOp.MAX).item()
-
-    def _reduced(self, values: Tensor, operation) -> Tensor:
-        if self.size == 1:
-            return values.clone()
-        values = values.to(self.device, copy=True)  # NCCL takes nothing that a checkpoint left on the CPU
-        dist.all_reduce(values, operation)
-        return values
-
-    def broadcast_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers: BatchNorm's running statistics differ from shard to shard."""
-        if self.size > 1:
-            for buffer in model.buffers():
-                dist.broadcast(buffer, src=0)

@@ -5,13 +5,14 @@ delta, epsilon in pixel units, and the `Step` in which the attack left what it f
 a scalar, and the logits (B, classes) of the perturbed images. Terms beside the one at the perturbed images run
 `step.network`, the same weights. "Passes" counts forward and backward passes beside the attack's.
 """
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks import nuclear_ramp
-from step import Step
+if TYPE_CHECKING:
+    from .attacks import Step
 
 
 def perturbed(x: Tensor, delta: Tensor) -> Tensor:
@@ -21,14 +22,14 @@ def perturbed(x: Tensor, delta: Tensor) -> Tensor:
     return moved + (moved.clamp(0, 1) - moved).detach()
 
 
-def ce(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: Step,
+def ce(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step",
        smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy at the perturbed images, as in the published method (arXiv 2103.15476). Passes: 1."""
     logits = model(perturbed(x, delta))
     return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
 
 
-def gradalign(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: Step, weight: float,
+def gradalign(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
               smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """GradAlign (Andriushchenko and Flammarion, arXiv 2007.02617). Passes: 4, one of them a double backward.
 
@@ -45,7 +46,7 @@ def gradalign(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: fl
     return loss + weight * (1 - cosine).where(there, 0).sum() / there.sum().clamp(min=1), logits
 
 
-def elle(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: Step, weight: float,
+def elle(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
          adaptive: bool = False, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """ELLE and, adaptive, ELLE-A (Abad Rocamora et al., arXiv 2401.11618). Passes: 4.
 
@@ -73,7 +74,7 @@ def elle(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
     return loss + current.to(errors.dtype) * errors.mean(), logits
 
 
-def aaer(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: Step,
+def aaer(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step",
          weights: tuple[float, float, float], smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Abnormal adversarial examples regularization (Lin et al., NeurIPS 2023, arXiv 2404.08154). Passes: 1.
 
@@ -97,7 +98,7 @@ def aaer(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
     return loss + l1 * term.where(both, 0), logits
 
 
-def trades(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: Step, beta: float,
+def trades(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", beta: float,
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """TRADES (Zhang et al., arXiv 1901.08573): CE(f(x), y) + beta KL(p(x) || p(x + delta)), both with their gradients.
     Passes: 2."""
@@ -107,16 +108,16 @@ def trades(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
     return F.cross_entropy(clean, y, label_smoothing=smoothing) + beta * divergence, logits
 
 
-def nuclear(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: Step, weight: float,
+def nuclear(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
             smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """NuAT (Sriramanan et al., NeurIPS 2021): CE(f(x), y) + weight norm_nuclear(f(x) - f(x + delta)) / B, the weight
-    growing as `nuclear_ramp` says. Passes: 2."""
+    growing as `Step.ramp` says. Passes: 2."""
     logits, clean = model(perturbed(x, delta)), step.network(x)
     norm = torch.linalg.matrix_norm(clean.float() - logits.float(), ord="nuc")
-    return F.cross_entropy(clean, y, label_smoothing=smoothing) + weight * nuclear_ramp(step) * norm / len(x), logits
+    return F.cross_entropy(clean, y, label_smoothing=smoothing) + weight * step.ramp * norm / len(x), logits
 
 
-def logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: Step, weight: float,
+def logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """The regularizer of FGSM-MEP (Jia et al., arXiv 2207.08859). Passes: 1.7.
 

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-import schedules
-from utils import UsageError, say
+from .run.console import UsageError, say
 
 
 @dataclass(frozen=True)
@@ -42,20 +41,54 @@ class DataSet:
     validate: bool = False
 
 
-DATA_SETS = {"cifar10": "train_cifar", "cifar100": "train_cifar100", "svhn": "train_svhn"}  # name -> script
+CIFAR10 = DataSet(
+    name="CIFAR-10",
+    source="CIFAR10",
+    classes=10,
+    mean=(0.4914, 0.4822, 0.4465),
+    std=(0.2471, 0.2435, 0.2616),
+    augmentation=dict(padding=4, pad_mode="reflect", flip=True),
+    defaults=dict(data_dir="../cifar-data", fname="cifar_model", epochs=52, lr_schedule="onedrop", lr_max=0.1,
+                  zero_qval=0.35),
+)
+
+CIFAR100 = DataSet(
+    name="CIFAR-100",
+    source="CIFAR100",
+    classes=100,
+    mean=(0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
+    std=(0.2673342858792401, 0.2564384629170883, 0.27615047132568404),
+    augmentation=dict(padding=4, pad_mode="zero", flip=True, degrees=15),
+    defaults=dict(data_dir="../cifar100-data", fname="cifar100_model", epochs=52, lr_schedule="onedrop", lr_max=0.1,
+                  zero_qval=0.45),
+)
+
+SVHN = DataSet(
+    name="SVHN",
+    source="SVHN",
+    classes=10,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+    peak=lambda epochs: epochs * 2 // 5,
+    validate=True,
+    defaults=dict(data_dir="../svhn-data", fname="svhn_model", epochs=15, lr_schedule="cyclic", lr_max=0.01,
+                  zero_qval=0.7, final_model="best"),
+)
+
+DATA_SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN}
 
 
 def data_set(name: str) -> DataSet:
     """The data set of that name, as the command line or as runs have it."""
-    for short, script in DATA_SETS.items():
-        dataset = importlib.import_module(script).DATASET
+    for short, dataset in DATA_SETS.items():
         if name in (short, dataset.name):
             return dataset
     raise UsageError(f"--data-set must be {', '.join(DATA_SETS)}, not {name}")
 
 
-# Each name is that of a function: of attacks.py, objectives.py, or a network's module. What it is called with, beside
-# images, labels and epsilon, is what its line here takes from the arguments. Pixel units begin here: 8 becomes 8/255.
+# Each name is that of a function: of attacks.py, objectives.py, train.py or networks.py. What it is called with,
+# beside images, labels and epsilon, is what its line here takes from the arguments. Pixel units begin here: 8 becomes
+# 8/255.
 
 ATTACKS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "multigrad": lambda a: dict(alpha=_step(a), samples=a.multi_samps, threshold=_threshold(a),
@@ -72,7 +105,6 @@ ATTACKS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "kl": lambda a: dict(alpha=a.pgd_alpha / 255, steps=a.pgd_iters),
     "nuclear": lambda a: dict(alpha=_step(a), weight=a.nuclear_lambda),
 }
-
 OBJECTIVES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "ce": lambda a: dict(smoothing=a.label_smoothing),
     "gradalign": lambda a: dict(smoothing=a.label_smoothing, weight=a.gradalign_lambda),
@@ -82,18 +114,13 @@ OBJECTIVES: dict[str, Callable[[Any], dict[str, Any]]] = {
     "nuclear": lambda a: dict(smoothing=a.label_smoothing, weight=a.nuclear_lambda),
     "logits": lambda a: dict(smoothing=a.label_smoothing, weight=a.logits_lambda),
 }
+SCHEDULES = ("cyclic", "onedrop", "onecycle")
 
-SCHEDULES: dict[str, Callable[[Any, DataSet], Callable[[float], float]]] = {
-    "cyclic": lambda a, d: lambda t: schedules.cyclic(t, a.lr_max, d.peak(a.epochs), a.epochs),
-    "onedrop": lambda a, d: lambda t: schedules.onedrop(t, a.lr_max, a.lr_drop),
-    "onecycle": lambda a, d: lambda t: schedules.onecycle(t, a.lr_max, a.epochs),
-}
-
-MODELS: dict[str, tuple[str, Callable[[Any], dict[str, Any]]]] = {
-    **{f"PreActResNet{depth}": ("preactresnet", lambda a: dict(base_width=a.base_width, shortcut=a.shortcut))
+MODELS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    **{f"PreActResNet{depth}": lambda a: dict(base_width=a.base_width, shortcut=a.shortcut)
        for depth in (18, 34, 50, 101, 152)},
-    "ResNet18": ("resnet", lambda a: dict(base_width=a.base_width)),
-    "WideResNet": ("wideresnet", lambda a: dict(depth=34, width_factor=a.width_factor)),
+    "ResNet18": lambda a: dict(base_width=a.base_width),
+    "WideResNet": lambda a: dict(depth=34, width_factor=a.width_factor),
 }
 
 # Objectives that compare with the start of the attack, the attacks that have none, and objectives that torch.compile
@@ -136,13 +163,11 @@ METHODS = {
     "trades": Method(dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573"),
     "sora": Method(dict(attack="sora"), "2", "arXiv 2606.00738"),
 }
-
 RECIPES: dict[str, dict[str, Any]] = {
     # github.com/fzjcdt/FastAT_Benchmark, but for its learning rate, which moves once an epoch
     "fastat": dict(model="ResNet18", epochs=100, lr_schedule="onecycle", lr_max=0.1, label_smoothing=0.4, ema=0.9995,
                    val_size=1000, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), final_model="best"),
 }
-
 # The step that an attack of another paper takes where --fgsm-alpha says nothing, in epsilons.
 STEPS = {"nfgsm": 1.0, "pgi": 1.0, "nuclear": 1.0, "ckpt": 1.25}
 
@@ -397,7 +422,7 @@ def without_effect(dataset: DataSet, args) -> list[str]:
     """The flags that were set, though neither the attack nor the objective nor the network of this run reads them."""
     used, every = Reader(args), Reader(args)
     for table, chosen in ((ATTACKS, args.attack), (OBJECTIVES, args.objective),
-                          ({name: keywords for name, (_, keywords) in MODELS.items()}, args.model)):
+                          (MODELS, args.model)):
         table[chosen](used)
         for line in table.values():
             line(every)

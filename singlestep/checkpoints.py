@@ -1,25 +1,79 @@
-"""The networks by name, and published state dicts: under other names, wrapped, with constants and leftovers."""
+"""A network from any file: a run's folder, a state dict of ours, or a published one."""
 import hashlib
-import importlib
 import re
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-import options
-from preactresnet import PreActResNet
-from utils import UsageError
+from . import options
+from .networks import PreActResNet, new_network
+from .run.console import UsageError, say
+from .run.folder import Folder
+from .run.state import find, read_checkpoint
+
+
+class Opened(NamedTuple):
+    """A network in eval mode, the arguments and the data set of its run, what it was read from, the folder of that, the
+    run's own flags, and notes to print."""
+
+    model: nn.Module
+    args: Any
+    dataset: options.DataSet
+    source: str
+    folder: Folder
+    run: dict[str, Any]
+    notes: list[str]
+
+
+def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
+    """The network in a run's folder, or in a model's file, ours or published, with the arguments of its run.
+
+    A run's args.json, in the folder or beside the file, tells of model and data set, and `flags` (data_set, model,
+    base_width, mean, ...) do where there is none; a flag that is not None wins. `which` is last, best or healthy.
+    """
+    path = Path(path)
+    folder = Folder(path if path.is_dir() else path.parent)
+    run, given = options.run_flags(folder.path), {name: value for name, value in flags.items() if value is not None}
+    named = given.pop("data_set", None) or run.get("data_set")
+    if named is None:
+        raise UsageError(f"{path}: no args.json tells which data set it is of: add --data-set")
+    dataset = named if isinstance(named, options.DataSet) else options.data_set(named)
+    args = options.parse(dataset, argv=[])
+    given["data_set"] = dataset.name
+    for told in (run, given):
+        vars(args).update({name: value for name, value in told.items() if name in vars(args)})
+    try:
+        if path.is_dir() and which == "last":
+            found = find(folder, "auto", evaluation=True)
+            if found is None:
+                raise UsageError(f"{path} holds no model: it has neither state.pth nor a model_E.pth")
+            content, source = found.model, found.source
+        else:
+            file = folder.file("model", which) if path.is_dir() else path
+            content, source = read_checkpoint(file), str(file)
+        model = new_network(dataset, args)
+        notes = load_network(model, content.get(which, content), source, "mean" not in given and "std" not in given)
+    except UsageError as error:
+        raise UsageError(str(error).removeprefix("--resume: ")) from None
+    return Opened(model.eval(), args, dataset, source, folder, run, options.differing(given, run) + notes)
+
+
+def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Module, Any]:
+    """A network in eval mode, images in [0, 1] to logits, and the arguments of its run; see `open_run`.
+
+        model, args = load_run("runs/x")
+        model, args = load_run("published.pt", data_set="cifar10", model="WideResNet")
+    """
+    opened = open_run(path, which, **flags)
+    for note in opened.notes:
+        say(f"# {opened.source}: {note}")
+    return opened.model, opened.args
+
 
 WRAPPERS = ("state_dict", "net", "model", "model_state_dict", "last", "best")
 CONSTANT = re.compile(r"(^|\.)(?:(mu|mean|new_mean)|(sigma|std|new_std))$")
-
-
-def new_network(dataset: options.DataSet, args) -> nn.Module:
-    """The network that the arguments name, for images of the data set."""
-    module, keywords = options.MODELS[args.model]
-    network = getattr(importlib.import_module(module), "WideResNet" if module == "wideresnet" else args.model)
-    return network(num_classes=dataset.classes, mean=args.mean or dataset.mean, std=args.std or dataset.std,
-                   **keywords(args))
 
 
 def load_network(model: nn.Module, content: dict, source: str, normalize: bool = True) -> list[str]:

@@ -1,23 +1,104 @@
-"""What a run shows: a banner, a line an epoch, and a bar over whatever takes time.
-
-The files of a run hold more; nothing reads what is printed here. Epochs count from 1 in words, from 0 in the files.
-"""
+"""What a run prints: lines, bars and one-line errors; and the signals that stop it."""
+import contextlib
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-from torch import nn
 from tqdm import tqdm
 
-import options
-from utils import say
+MINUTES = 3  # off a terminal, a long wait prints a line this often
 
-MINUTES = 3  # off a terminal, where bars are not shown, a long wait says a line this often
+
+class UsageError(Exception):
+    """A mistake the user can mend: one line that names the flag or file and says what would be right."""
+
+    told = False  # by another process
+
+
+class Failure(Exception):
+    """What ends a run though no flag or file is wrong: one line, exit status 1."""
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; `midway`: within a step, so that the state is not one to save."""
+
+    def __init__(self, number: signal.Signals, how: str = "", midway: bool = False):
+        super().__init__(f"stopped by {number.name}{how}")
+        self.number, self.midway = number, midway
+
+
+def say(text: str, error: bool = False) -> None:
+    """Print a line, above a progress bar if there is one. A stream that is closed or that a letter does not fit into
+    is no reason to end."""
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:
+        return
+    encoding = stream.encoding or "utf-8"
+    line = f"{text}\n".encode(encoding, "backslashreplace").decode(encoding)
+    tqdm.write(line, stream, end="")  # at once, also where nothing is buffered
+    stream.flush()
+
+
+class StopSignals:
+    """Within `with`, notes SIGINT, SIGTERM and SIGHUP, for loops to obey between two steps; a second one acts at once.
+
+    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Only a program's main thread can do this; in
+    another one nothing changes.
+    """
+
+    received: signal.Signals | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {}
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                if number and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *error) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame) -> None:
+        self.received = signal.Signals(number)
+        if "WORLD_SIZE" not in os.environ:  # a scheduler and torchrun may both pass on the same signal
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextlib.contextmanager
+def one_line_errors(folder: str = "") -> Iterator[None]:
+    """Errors of the kinds above, and those of the system, end the process with a line on standard error."""
+    def end(status: int, text: str) -> NoReturn:
+        if text:
+            say(f"{Path(sys.argv[0]).name}: {text}", error=True)
+        sys.exit(status)
+
+    for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, stream) is None:  # closed: else the next file would take its place
+            setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
+    try:
+        yield
+    except UsageError as error:
+        end(2, "" if error.told else f"error: {' '.join(str(error).split())}")
+    except Failure as error:
+        end(1, f"error: {error}")
+    except Stopped as stop:
+        end(128 + stop.number, str(stop))
+    except KeyboardInterrupt:  # before there was anything to save
+        end(128 + signal.SIGINT, "stopped by SIGINT")
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python, at its end, would fail again
+        end(1, f"error: standard output was closed{'; --resume auto goes on' if folder else ''}")
+    except OSError as error:
+        end(1, f"error: {error.filename or folder}: {error.strerror or error}")
 
 
 class Screen:
@@ -34,7 +115,7 @@ class Screen:
         if self.is_main:
             say(f"# warning: {text}")
 
-    @contextmanager
+    @contextlib.contextmanager
     def progress(self, what: str, total: int | None = None, unit: str = "", done: int = 0) -> Iterator["Progress"]:
         """A bar over `total` units, of which some may be done; without a total, the time that has gone by."""
         bar = Progress(self, what, total, unit, done)
@@ -115,24 +196,23 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-def banner(args, model: nn.Module, start: dict[str, Any], images: tuple[int, int, int], steps: int) -> str:
+def banner(args, method: str, parameters: int, compiled: bool, start: dict[str, Any], images: tuple[int, int, int],
+           steps: int) -> str:
     """What is about to run: the method with its numbers, the data, the network and the machine, the folder.
 
-    start: as `machine.describe` gives it; images: how many to train, to validate and to test on.
+    start: as `device.describe` gives it; images: how many to train, to validate and to test on.
     """
     train, held_out, test = images
     first = test if args.full_test else min(args.test_samples, test)
     last = min(max(first, args.last_samples or test), test)
-    flags = options.as_flags(options.in_effect(args))
     width = f" of base width {args.base_width}" if args.model != "WideResNet" else f"-34-{args.width_factor}"
     precision = args.amp_dtype if args.amp else "float32"
-    compiled = args.compile and args.objective not in options.EAGER
     return "\n".join([
-        f"method   {args.method + ': ' if args.method else ''}{flags}",
+        f"method   {args.method + ': ' if args.method else ''}{method}",
         f"data     {args.data_set}{' (synthetic)' if args.dummy else ''}: {train:,} training images, {args.epochs} "
         f"epochs of {steps:,} steps; judged on {f'{held_out:,} validation and ' if held_out else ''}{first:,} test "
         f"images after an epoch, {last:,} after the last",
-        f"network  {args.model}{width}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters, "
+        f"network  {args.model}{width}, {parameters / 1e6:.1f} M parameters, "
         f"{precision}{', compiled' * compiled}, on {start['device']}, threads: {start['threads']}, "
         f"processes: {start['processes']}",
         f"folder   {args.fname}"])
@@ -182,3 +262,21 @@ def where(args) -> str:
             f"# to attack it further:  python evaluate.py {shlex.quote(args.fname)}\n"
             f"# to plot it:            python plot.py {shlex.quote(args.fname)} "
             f"--out={shlex.quote(args.fname + '/curves.png')}")
+
+
+def collapse_line(record: dict[str, Any]) -> str:
+    """What to say of an epoch in collapse."""
+    said = (f"catastrophic overfitting in epoch {1 + record['epoch']}: {100 * record['fgsm_acc']:.1f}% right under "
+            f"FGSM, {100 * record['test_robust_acc']:.1f}% under PGD")
+    easier = record.get("abnormal") or 0.0
+    return said + (f"; training's attack made {100 * easier:.1f}% of the images easier" if easier > 0.5 else "")
+
+
+def summary_line(summary: dict[str, Any], epochs: int) -> str:
+    """What to say of a whole run of so many epochs, of which `collapse.summary` tells."""
+    if not epochs:  # the run of published files has none
+        return "no epoch is on record"
+    first, best, last = (summary[name] for name in ("collapse_epoch", "best_robust_acc", "last_robust_acc"))
+    said = "no catastrophic overfitting" if first is None else \
+        f"catastrophic overfitting in {summary['collapsed_epochs']} of {epochs} epochs, first in epoch {first + 1}"
+    return f"{said}; under PGD {100 * best:.1f}% at best, {100 * last:.1f}% at last"

@@ -1,7 +1,4 @@
 """What evaluate.py does once its command line is read: networks under attacks by name, a table, and a record."""
-import copy
-import json
-import logging
 import signal
 import time
 from collections.abc import Callable
@@ -15,23 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoint
-import options
-from attacks import frozen
-from checkpoint import Opened
-from data import Images, testing
-from evaluate import PGD, evaluate, row
-from machine import Precision, World, choose_device, describe, memory_format
-from networks import fingerprint
-from screen import Progress, Screen
-from utils import Stopped, StopSignals, UsageError, one_line_errors, say, whole_file
+from . import options
+from .autoattack import AutoAttack, library
+from .checkpoints import Opened, fingerprint, open_run
+from .data import Images, testing
+from .robustness import PGD, evaluate, row
+from .run import folder as folders
+from .run.console import Screen, Stopped, StopSignals, UsageError, one_line_errors, say
+from .run.device import Precision, choose_device, describe, memory_format
+from .run.distributed import World
 
 MASKED = 0.08  # AutoAttack is two to five points under PGD-50-10 where gradients are sound
 SURPRISE = 0.002  # of images that Square breaks and APGD does not: the threshold of AutoAttack's authors
-EDGE = 1e-6  # by which rounding may lead out of the ball
-
-# Forward passes for an image that stays robust, a backward pass as two: 100 steps for each target class, 5,000 queries.
-COST = {"apgd-ce": 300, "apgd-t": 2800, "fab-t": 3600, "square": 5000}
 
 
 @dataclass
@@ -76,9 +68,9 @@ def judge(path: str, args, device: torch.device, world: World, check: Callable[[
     """Measure the network at `path`, print the table and keep it."""
     names = ("data_set", "model", "base_width", "width_factor", "shortcut", "mean", "std", "data_dir", "dummy", "seed")
     epsilon = args.epsilons[0] if args.epsilons and len(args.epsilons) == 1 else None
-    opened = checkpoint.open_run(path, args.which, epsilon=epsilon, **{name: getattr(args, name) for name in names})
+    opened = open_run(path, args.which, epsilon=epsilon, **{name: getattr(args, name) for name in names})
     world.decide(lambda: opened.folder.require_writable("RUN_OR_FILE"))
-    world.decide(lambda: checkpoint.evaluations(opened.folder))  # before anything is measured
+    world.decide(lambda: folders.evaluations(opened.folder))  # before anything is measured
     run, epsilons = opened.args, args.epsilons or (opened.args.epsilon,)
     for note in opened.notes if world.is_main else ():
         say(f"# {opened.source}: {note}")
@@ -99,7 +91,7 @@ def judge(path: str, args, device: torch.device, world: World, check: Callable[[
                   "samples": len(images), "batch_size": args.batch_size, "attacks": rows, "notes": opened.notes,
                   "warnings": warnings, **describe(device, world.size)}
         try:
-            checkpoint.add_evaluation(opened.folder, record)
+            folders.add_evaluation(opened.folder, record)
             for file in job.unfinished:
                 file.unlink(missing_ok=True)
         finally:  # the disk may be full
@@ -115,9 +107,6 @@ def parameters(opened: Opened) -> dict[str, Any]:
                                               for name in ("mean", "std")}
     names = ("data_set", "dummy", "model", "base_width", "width_factor", "shortcut")
     return {**{name: getattr(opened.args, name) for name in names}, **constants}
-
-
-# Measuring
 
 
 def measure(job: Job, attack: str, epsilon: float) -> None:
@@ -159,98 +148,25 @@ def attacked(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float]:
     return found.robust.bool(), found.metrics()["no_gradient"]
 
 
-def library():
-    """AutoAttack's authors' code."""
-    try:
-        import pyautoattack
-    except ImportError:
-        raise UsageError("--attacks: AutoAttack and its parts need a package more: pip install pyautoattack") from None
-    logging.getLogger("auto-attack").setLevel(logging.ERROR)
-    return pyautoattack
-
-
 def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, dict[str, Any]]:
-    """Which images AutoAttack's standard version (arXiv 2003.01690), or a part of it, leaves; seconds; more to record.
-
-    As there, each part attacks in batches what the parts before it left, and every batch starts from the same seed. So
-    it can go on after any batch: how far it is, is kept in a file beside the record until that is written.
-    """
+    """Which images AutoAttack, or a part of it, leaves; seconds; more to record."""
     parts = options.PARTS if attack == "autoattack" else (attack,)
-    images = Images(job.images.pixels, job.images.labels, torch.contiguous_format)
-    model = copy.deepcopy(job.opened.model).to(memory_format=torch.contiguous_format)  # it views tensors as such
+    model, images, seed = job.opened.model, job.images, job.opened.args.seed
     file = job.opened.folder.path / f".{attack}-{epsilon:g}.json"
     key = {"network": fingerprint(model), **parameters(job.opened), "attack": attack, "epsilon": epsilon,
-           "images": len(images), "seed": job.opened.args.seed, "batch_size": job.batch_size}
-    state = begun(file, key)
-    if not state:
-        everything = torch.arange(len(images), device=images.labels.device)
-        right = [index for part in everything.split(job.batch_size)
-                 for index in part[_right(job, model, *images.batch(part))].tolist()]
-        state = {"key": key, "part": 0, "done": 0, "seconds": 0.0, "queue": right, "left": right, "broken": {}}
-    with job.screen.progress(attack, 1, "pass") as bar, frozen(model):
-        perturb = perturbations(model, epsilon / 255, key["seed"], images.labels.device)
-        while state["part"] < len(parts):
-            part = parts[state["part"]]
-            queue = torch.tensor(state["queue"], dtype=torch.long, device=images.labels.device)
-            for index in queue.split(job.batch_size)[state["done"]:] if len(queue) else ():
-                show(bar, state, parts, job.batch_size)
-                job.check()
-                began = time.perf_counter()
-                x, y = images.batch(index)
-                broken = set(index[_broken(job, model, x, y, perturb[part], epsilon / 255)].tolist())
-                bar.update(COST[part] * len(index))
-                state["left"] = [image for image in state["left"] if image not in broken]
-                state["broken"][part] = state["broken"].get(part, 0) + len(broken)
-                state["done"] += 1
-                state["seconds"] += time.perf_counter() - began
-                with whole_file(file) as out:
-                    out.write(json.dumps(state).encode())
-            state |= {"part": state["part"] + 1, "done": 0, "queue": state["left"]}
+           "images": len(images), "seed": seed, "batch_size": job.batch_size}
+    run = AutoAttack(model, images, parts, epsilon / 255, seed, job.batch_size, job.precision, file, key)
+    with job.screen.progress(attack, 1, "pass") as bar:
+        for passes in run.steps():
+            bar.update(passes)
+            bar.total = bar.done + run.passes_left
+            number = f" {run.part} ({1 + parts.index(run.part)}/{len(parts)})" if len(parts) > 1 else ""
+            bar.tell(f"{attack}{number}, epsilon {epsilon:g}, {100 * len(run.left) / len(images):.1f}% still robust")
+            job.check()
     job.unfinished.append(file)
     left = torch.zeros(len(images), dtype=torch.bool)
-    left[state["left"]] = True
-    return left, state["seconds"], {"parts": state["broken"]}
-
-
-def begun(file: Path, key: dict[str, Any]) -> dict[str, Any]:
-    """How far an AutoAttack of this key is; empty where none was broken off."""
-    try:
-        state = json.loads(file.read_text(encoding="utf-8"))
-        return state if state["key"] == key else {}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def perturbations(model: nn.Module, epsilon: float, seed: int, device: torch.device) -> dict[str, Callable]:
-    """The parts of AutoAttack: functions (x, y) -> perturbed images."""
-    whole = library().AutoAttack(lambda x: model(x).float(), eps=epsilon, seed=seed, device=device, version="standard")
-    whole.apgd.loss, whole.fab.targeted = "ce", True
-    return {"apgd-ce": whole.apgd.perturb, "apgd-t": whole.apgd_targeted.perturb, "fab-t": whole.fab.perturb,
-            "square": whole.square.perturb}
-
-
-def _right(job: Job, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    return job.precision.float32_logits(model, x).argmax(dim=1) == y
-
-
-def _broken(job: Job, model: nn.Module, x: Tensor, y: Tensor, perturb: Callable, epsilon: float) -> Tensor:
-    """Which images a part of AutoAttack changes within the ball so that they are no longer right."""
-    changed = perturb(x.clone(), y.clone()).detach()
-    inside = ((changed - x).abs() <= epsilon + EDGE) & (changed >= 0) & (changed <= 1)
-    return inside.flatten(1).all(dim=1) & ~_right(job, model, changed, y)
-
-
-def show(bar: Progress, state: dict[str, Any], parts: tuple[str, ...], batch_size: int) -> None:
-    """Have the bar tell which part is under way, what is left, and how much there is to do, in forward passes."""
-    now, left, attack = state["part"], len(state["left"]), state["key"]["attack"]
-    bar.total = bar.done + COST[parts[now]] * (len(state["queue"]) - state["done"] * batch_size) + \
-        left * sum(COST[part] for part in parts[now + 1:])
-    which = f"{parts[now]} ({now + 1}/{len(parts)})" if len(parts) > 1 else ""
-    bar.tell(f"{attack} {which}, epsilon {state['key']['epsilon']:g}, "
-             f"{100 * left / state['key']['images']:.1f}% still robust")
-
-
-# What it comes to
+    left[run.left] = True
+    return left, run.seconds, {"parts": run.broken}
 
 
 def worst(job: Job, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:

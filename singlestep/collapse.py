@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attacks import input_gradient
+from .attacks import input_gradient
 
 GAP = 0.2  # accuracy under FGSM less that under PGD
 MOST = 0.5  # of the training images, those whose loss the attack made smaller
@@ -36,25 +36,6 @@ def collapsed(history: list[dict[str, Any]]) -> list[bool]:
         states.append((misleads and low) or (before and (low if fgsm is None else misleads or low)))
         best = max(best, robust)
     return states
-
-
-def line(record: dict[str, Any]) -> str:
-    """What to say of an epoch in collapse."""
-    said = (f"catastrophic overfitting in epoch {1 + record['epoch']}: {100 * record['fgsm_acc']:.1f}% right under "
-            f"FGSM, {100 * record['test_robust_acc']:.1f}% under PGD")
-    easier = record.get("abnormal") or 0.0
-    return said + (f"; training's attack made {100 * easier:.1f}% of the images easier" if easier > MOST else "")
-
-
-def summary_line(history: list[dict[str, Any]]) -> str:
-    """What to say of a whole run."""
-    found = summary(history)
-    first, best, last = (found[name] for name in ("collapse_epoch", "best_robust_acc", "last_robust_acc"))
-    if not history:  # the run of published files has none
-        return "no epoch is on record"
-    said = "no catastrophic overfitting" if first is None else \
-        f"catastrophic overfitting in {found['collapsed_epochs']} of {len(history)} epochs, first in epoch {first + 1}"
-    return f"{said}; under PGD {100 * best:.1f}% at best, {100 * last:.1f}% at last"
 
 
 def summary(history: list[dict[str, Any]]) -> dict[str, Any]:

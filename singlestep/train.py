@@ -17,31 +17,41 @@ import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-import attacks
-import checkpoint
-import evaluate
-import objectives
-import options
-import schedules
-import watch
-from board import Board
-from checkpoint import Folder, Found, State
-from data import Augmentation, Images, load
-from machine import Compiled, Precision, World, choose_device, describe, memory_format, slowdown
-from networks import fingerprint, new_network
-from screen import Progress, Screen, banner, epoch_line, final_estimate, final_line, where
-from step import Step
-from utils import Failure, Stopped, StopSignals, UsageError, one_line_errors, seed_everything
+from . import attacks, collapse, objectives, options, robustness
+from .attacks import Step
+from .checkpoints import fingerprint, load_network
+from .data import Augmentation, Images, load
+from .networks import new_network
+from .robustness import Verdict
+from .run import folder as folders
+from .run import state as states
+from .run.console import (
+    Failure,
+    Progress,
+    Screen,
+    Stopped,
+    StopSignals,
+    UsageError,
+    banner,
+    collapse_line,
+    epoch_line,
+    final_estimate,
+    final_line,
+    one_line_errors,
+    summary_line,
+    where,
+)
+from .run.device import Compiled, Precision, choose_device, describe, memory_format, seed_everything, slowdown
+from .run.distributed import World
+from .run.folder import Board, Folder
+from .run.state import Found, State
 
-# What random numbers are drawn for: the first part of every key that they are seeded with here. (evaluate.py has 3.)
+# What random numbers are drawn for: the first part of every key that they are seeded with here. (robustness.py has 3.)
 ORDER, STEP, WATCH, WEIGHTS = 0, 1, 2, 4
-
 WATCHED = 128  # test images whose gradients' signs an epoch is watched by
-
 # In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
 # epoch's last step. (torchrun kills them 30 seconds after SIGTERM.)
 STOP_STEPS, STOP_SECONDS = 20, 5
-
 TIMED_STEPS = 20  # after so many, it is said how long the training will take
 
 
@@ -100,7 +110,7 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
         state, layout = build(dataset, args, device, world)
         found = world.decide(lambda: look_for_checkpoint(folder, args))
         if found:
-            for note in checkpoint.resume(state, found, args):
+            for note in resume(state, found, args):
                 screen.say(f"# {found.source}: {note}")
         with screen.progress(f"reading {dataset.name}"):
             images = load_images(dataset, args, world, device, layout)
@@ -109,8 +119,8 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
         evaluate_only(run, found)
     elif found and state.epoch == args.epochs and world.decide(lambda: is_complete(run)):
         if world.is_main and state.final and not (folder.path / "final.json").exists():
-            checkpoint.remove_unfinished(folder)  # a kill came between the state and its logs
-            checkpoint.render(folder, state, args)
+            states.remove_unfinished(folder)  # a kill came between the state and its logs
+            folders.render(folder, state, args)
         screen.say(f"{args.fname} is complete: nothing to do")
     else:
         start(run, found, dataset)
@@ -157,10 +167,18 @@ def look_for_checkpoint(folder: Folder, args) -> Found | None:
     """The checkpoint that --resume asks for. A folder that is trained in is locked before anything of it is read."""
     if not args.eval and folder.names(r"\.lock|(state|(model|opt)_\d+)\.pth"):
         folder.lock()
-    found = checkpoint.find(folder, args.resume, args.eval) if args.resume else None
+    found = states.find(folder, args.resume, args.eval) if args.resume else None
     if args.eval and found is None:
         raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
     return found
+
+
+def resume(state: State, found: Found, args) -> list[str]:
+    """Load the checkpoint into `state`, the network first. Returns notes to print."""
+    notes = load_network(state.judged, found.model, found.source)
+    if state.ema:
+        state.model.load_state_dict(state.judged.state_dict())
+    return notes + states.resume(state, found, args)
 
 
 def load_images(dataset: options.DataSet, args, world: World, device: torch.device,
@@ -188,12 +206,12 @@ def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world
     board = Board(folder.path / "tensorboard") if args.tensorboard and world.is_main else None
     keywords = options.ATTACKS[args.attack](args)
     alpha = keywords.pop("alpha", None)
-    momentum = partial(schedules.onecycle_momentum, epochs=args.epochs) if args.lr_schedule == "onecycle" else \
+    momentum = partial(onecycle_momentum, epochs=args.epochs) if args.lr_schedule == "onecycle" else \
         lambda t: 0.9
     return Run(args, state, folder, world, signals, network, forward,
                partial(getattr(attacks, args.attack), **keywords),
                partial(getattr(objectives, args.objective), **options.OBJECTIVES[args.objective](args)), alpha,
-               options.SCHEDULES[args.lr_schedule](args, dataset), momentum, Augmentation(**dataset.augmentation),
+               schedule(args, dataset), momentum, Augmentation(**dataset.augmentation),
                images[0], images[1], images[2], screen or Screen(quiet=True), board)
 
 
@@ -204,7 +222,7 @@ def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
 
     def prepare() -> tuple[str | None, bool]:
         folder.lock()
-        return checkpoint.make_ready(folder, state, found)
+        return states.make_ready(folder, state, found)
 
     aside, best_is_gone = world.decide(prepare)
     if best_is_gone:
@@ -212,9 +230,10 @@ def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
     state.starts.append({**describe(world.device, world.size), "epoch": state.epoch, "step": state.step,
                          "source": found.source if found else None, "aside": aside})
     if world.is_main:
-        checkpoint.render(folder, state, args)
-    run.screen.say(banner(args, state.model, state.starts[-1], (len(run.train), len(run.held_out), len(run.test)),
-                          run.steps))
+        folders.render(folder, state, args)
+    parameters = sum(p.numel() for p in state.model.parameters())
+    run.screen.say(banner(args, options.as_flags(options.in_effect(args)), parameters, run.network is not state.model,
+                          state.starts[-1], (len(run.train), len(run.held_out), len(run.test)), run.steps))
     for note in notes(run, dataset, bool(found), aside):
         run.screen.say(f"# {note}")
 
@@ -223,7 +242,7 @@ def notes(run: Run, dataset: options.DataSet, resumed: bool, aside: str | None) 
     """What is to be said under the banner."""
     args, device = run.args, run.world.device
     if resumed:
-        yield checkpoint.resumed_line(run.state.starts[-1]).removeprefix("# ")
+        yield folders.resumed_line(run.state.starts[-1]).removeprefix("# ")
     if aside:
         yield f"files of an earlier run are now in {aside}"
     if device.type == "cpu" and args.base_width >= 64 and args.model != "WideResNet" and not args.dummy:
@@ -266,7 +285,8 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
         x, y = run.train.batch(order[share], run.augmentation, {name: values[share] for name, values in drawn.items()})
         seed_everything(STEP, seed, state.epoch, state.step, world.rank)
         step = Step(run.network, len(run.train), order[whole.start:whole.stop], state.epoch, batch,
-                    state.epoch / run.args.epochs, state.kept, world, run.args.objective == "logits")
+                    state.epoch / run.args.epochs, state.kept, world.rank, world.size, world.sum,
+                    run.args.objective == "logits")
         grown = min(1.0, now / run.args.eps_warmup) if run.args.eps_warmup else 1.0
         size = {} if run.alpha is None else {"alpha": grown * run.alpha}
         with precision.autocast():
@@ -284,7 +304,7 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
             state.ema.update_parameters(state.model)
         state.first_fault = torch.where(finite, state.first_fault, state.first_fault.clamp(max=state.step))
         correct, n = (logits.detach().argmax(dim=1) == y).sum().double(), len(y)
-        easier, known = watch.abnormal(step.logits, logits, y)
+        easier, known = collapse.abnormal(step.logits, logits, y)
         first = float(2 * state.step < run.steps)
         state.sums += torch.stack([loss.detach().double() * n, correct, n * torch.ones_like(correct),
                                    delta.abs().mean().double() * n, easier, known * torch.ones_like(correct),
@@ -373,7 +393,7 @@ def measure(run: Run) -> dict[str, Any]:
     metrics["fgsm_acc"] = fgsm.metrics()["robust_acc"]
     x, y = run.test.batch(slice(WATCHED))
     seed_everything(WATCH, args.seed, run.state.epoch)
-    metrics |= watch.signs(run.state.judged, x, y, args.epsilon / 255)
+    metrics |= collapse.signs(run.state.judged, x, y, args.epsilon / 255)
     if len(run.held_out):
         validation = judged(run, run.state.judged, run.held_out, args.test_iters, args.test_restarts).metrics()
         metrics |= {"val_robust_acc": validation["robust_acc"], "val_images": validation["images"]}
@@ -393,15 +413,15 @@ def evaluation_batch(args, device: torch.device) -> int:
 
 
 def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int, alpha: float | None = None,
-           init: str = "random", keep: Callable[[int, evaluate.Verdict], None] = lambda restart, found: None,
-           before: tuple[int, evaluate.Verdict] | None = None) -> evaluate.Verdict:
+           init: str = "random", keep: Callable[[int, Verdict], None] = lambda restart, found: None,
+           before: tuple[int, Verdict] | None = None) -> Verdict:
     """What PGD leaves of `model` on `images`, with the run's epsilon and, unless told otherwise, its step.
 
     `keep` is given what all processes have found before each restart, and the evaluation can go on from it.
     """
     args, world = run.args, run.world
     alpha = args.pgd_alpha / 255 if alpha is None else alpha
-    attack = evaluate.PGD(args.epsilon / 255, alpha, steps, restarts, args.seed, init)
+    attack = robustness.PGD(args.epsilon / 255, alpha, steps, restarts, args.seed, init)
     batch_size = evaluation_batch(args, world.device)
     name = "FGSM" if steps == 1 and init == "zero" else f"PGD-{steps}"
 
@@ -410,7 +430,7 @@ def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int
         if world.size == 1:  # many are not at the same step
             stop_if_asked(run)
 
-    def between(restart: int, found: evaluate.Verdict) -> None:
+    def between(restart: int, found: Verdict) -> None:
         whole = found.sums(world)
         if restart:
             keep(restart, whole)
@@ -420,7 +440,7 @@ def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int
 
     with run.screen.progress(name, len(images), "image") as bar, \
             advised(run, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
-        found = evaluate.evaluate(model, images, attack, batch_size, run.state.precision, world, progress, between,
+        found = robustness.evaluate(model, images, attack, batch_size, run.state.precision, world, progress, between,
                                   before)
         bar.update(len(images))
         return found
@@ -452,20 +472,20 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
     record = {"epoch": state.epoch, **trained, **measured, "best": score > state.best}
     state.best = max(state.best, score)
     state.history.append(record)
-    record["collapsed"] = watch.collapsed(state.history)[-1]
+    record["collapsed"] = collapse.collapsed(state.history)[-1]
     state.begin_epoch(state.epoch + 1)
     if run.world.is_main:
         if not record["collapsed"]:
-            checkpoint.save(run.folder.file("model", "healthy"), state.judged.state_dict())
+            states.save(run.folder.file("model", "healthy"), state.judged.state_dict())
         if record["best"]:
-            checkpoint.save(run.folder.file("model", "best"), state.judged.state_dict())
+            states.save(run.folder.file("model", "best"), state.judged.state_dict())
         if state.epoch % args.chkpt_iters == 0 or state.epoch == args.epochs:
-            checkpoint.save(run.folder.file("model", state.epoch - 1), state.judged.state_dict())
-            checkpoint.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
+            states.save(run.folder.file("model", state.epoch - 1), state.judged.state_dict())
+            states.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
     save(run)
     run.screen.say(epoch_line(record, state.history, args.epochs))  # last: standard output may be closed
     if record["collapsed"]:
-        run.screen.warn(watch.line(record))
+        run.screen.warn(collapse_line(record))
 
 
 def on_collapse(run: Run) -> None:
@@ -482,7 +502,7 @@ def save(run: Run) -> None:
     require_finite(run)
     sums = run.world.sum(run.state.sums)
     if run.world.is_main:
-        checkpoint.save_state(run.folder, run.state, run.args, sums)
+        states.save_state(run.folder, run.state, run.args, sums)
     if run.board:
         run.board.draw(run.state.history)
 
@@ -528,11 +548,11 @@ def is_complete(run: Run) -> bool:
 
 def finish(run: Run) -> None:
     """Attack the last or the best network with restarts (PGD-50-10), and record what is left of its accuracy."""
-    run.screen.say("# " + watch.summary_line(run.state.history))
+    run.screen.say("# " + summary_line(collapse.summary(run.state.history), len(run.state.history)))
     if not run.args.final_iters:
         return
     found = final_evaluation(run, run.world.decide(lambda: asked(run)))
-    run.state.final = {**found, **watch.summary(run.state.history)}
+    run.state.final = {**found, **collapse.summary(run.state.history)}
     save(run)
     if run.world.is_main:
         (run.folder.path / "final.pth").unlink(missing_ok=True)
@@ -549,15 +569,15 @@ def final_evaluation(run: Run, wanted: dict[str, Any]) -> dict[str, Any]:
     if wanted["model"] == "best":
         best = run.folder.file("model", "best")
         model = copy.deepcopy(model)
-        checkpoint.load_network(model, run.world.decide(lambda: checkpoint.read_checkpoint(best)), best.name)
+        load_network(model, run.world.decide(lambda: states.read_checkpoint(best)), best.name)
     key = {**wanted, "seed": run.args.seed, "network": fingerprint(model)}
     part = run.folder.path / "final.pth"
     before = None if run.args.eval else run.world.decide(lambda: broken_off(part, key))
     began -= before[2] if before else 0
 
-    def keep(restart: int, found: evaluate.Verdict) -> None:
+    def keep(restart: int, found: Verdict) -> None:
         if run.world.is_main and not run.args.eval:
-            checkpoint.save(part, {"key": key, "restart": restart, "seconds": time.perf_counter() - began,
+            states.save(part, {"key": key, "restart": restart, "seconds": time.perf_counter() - began,
                                    "found": vars(found)})
 
     verdict = judged(run, model, run.test[:wanted["images"]], wanted["iters"], wanted["restarts"], keep=keep,
@@ -565,11 +585,11 @@ def final_evaluation(run: Run, wanted: dict[str, Any]) -> dict[str, Any]:
     return {**wanted, "seconds": time.perf_counter() - began, **verdict.metrics()}
 
 
-def broken_off(part: Path, key: dict[str, Any]) -> tuple[int, evaluate.Verdict, float] | None:
+def broken_off(part: Path, key: dict[str, Any]) -> tuple[int, Verdict, float] | None:
     """The restart that a final evaluation of this key was broken off in, what it had found, and in how many seconds."""
     try:
-        saved = checkpoint.read_checkpoint(part)
-        return (saved["restart"], evaluate.Verdict(**saved["found"]), saved["seconds"]) if saved["key"] == key else None
+        saved = states.read_checkpoint(part)
+        return (saved["restart"], Verdict(**saved["found"]), saved["seconds"]) if saved["key"] == key else None
     except (UsageError, KeyError, TypeError):
         return None
 
@@ -577,7 +597,7 @@ def broken_off(part: Path, key: dict[str, Any]) -> tuple[int, evaluate.Verdict, 
 def evaluate_only(run: Run, found: Found) -> None:
     """What --eval does: the evaluation of an epoch on the whole test set, then the final one; all of them are kept."""
     state, args = run.state, run.args
-    run.world.decide(lambda: checkpoint.evaluations(run.folder))  # before anything is measured
+    run.world.decide(lambda: folders.evaluations(run.folder))  # before anything is measured
     epoch = max(state.epoch - 1, 0) if state.step == 0 else state.epoch  # the one under way, or the last
     untrained = dict.fromkeys(("train_time", "lr", "train_robust_loss", "train_robust_acc", "defence_mean"))
     measured = measure(run)
@@ -591,7 +611,7 @@ def evaluate_only(run: Run, found: Found) -> None:
     record["attacks"] = rows(args, record)
     try:
         if run.world.is_main:
-            checkpoint.add_evaluation(run.folder, record)
+            folders.add_evaluation(run.folder, record)
     finally:  # the disk may be full
         run.screen.say(epoch_line(record, [], max(args.epochs, epoch + 1)))
         if args.final_iters:
@@ -599,10 +619,11 @@ def evaluate_only(run: Run, found: Found) -> None:
 
 
 def rows(args, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """What --eval found in the form that evaluate.py records."""
+    """What --eval found in the form that robustness.py records."""
     def row(name: str, epsilon: float, alpha: float | None, accuracy: float, images: int = record["test_images"],
             seconds: float | None = None, file: str = record["resumed"]) -> dict[str, Any]:
-        return {**evaluate.row(name, epsilon, round(accuracy * images), images, seconds), "alpha": alpha, "file": file}
+        found = robustness.row(name, epsilon, round(accuracy * images), images, seconds)
+        return {**found, "alpha": alpha, "file": file}
 
     pgd = f"pgd-{args.test_iters}-{args.test_restarts}"
     found = [row("clean", 0.0, None, record["test_acc"]), row("fgsm", args.epsilon, args.epsilon, record["fgsm_acc"]),
@@ -612,3 +633,44 @@ def rows(args, record: dict[str, Any]) -> list[dict[str, Any]]:
         found.append(row(f"pgd-{final['iters']}-{final['restarts']}", args.epsilon, args.pgd_alpha,
                          final["robust_acc"], final["images"], final["seconds"], file))
     return found
+
+
+def schedule(args, dataset: options.DataSet) -> Callable[[float], float]:
+    """The learning rate as a function of the time in epochs."""
+    if args.lr_schedule == "cyclic":
+        return partial(cyclic, lr_max=args.lr_max, peak=dataset.peak(args.epochs), epochs=args.epochs)
+    if args.lr_schedule == "onedrop":
+        return partial(onedrop, lr_max=args.lr_max, drop=args.lr_drop)
+    return partial(onecycle, lr_max=args.lr_max, epochs=args.epochs)
+
+
+def cyclic(t: float, lr_max: float, peak: float, epochs: float) -> float:
+    """Linear from 0 to `lr_max` at `peak`, and back to 0 at `epochs`."""
+    if t < peak:
+        return lr_max * (t / peak)
+    return lr_max * ((epochs - t) / (epochs - peak))
+
+
+def onedrop(t: float, lr_max: float, drop: float) -> float:
+    """`lr_max`, and a tenth of it from `drop` on."""
+    return lr_max if t < drop else lr_max / 10
+
+
+def onecycle(t: float, lr_max: float, epochs: float) -> float:
+    """From lr_max / 25 up to `lr_max` in three tenths of the epochs and down to lr_max / 250,000, along cosines.
+
+    PyTorch's OneCycleLR (Smith and Topin, arXiv 1708.07120).
+    """
+    return _cosines(t / epochs, lr_max / 25, lr_max, lr_max / 250_000)
+
+
+def onecycle_momentum(t: float, epochs: float) -> float:
+    """The momentum that goes with it, as in PyTorch: from 0.95 down to 0.85 and back."""
+    return _cosines(t / epochs, 0.95, 0.85, 0.95)
+
+
+def _cosines(share: float, begin: float, peak: float, end: float) -> float:
+    """`begin` to `peak` in three tenths of the time, then to `end`."""
+    if share < 0.3:
+        return peak + (begin - peak) * (1 + math.cos(math.pi * share / 0.3)) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * (share - 0.3) / 0.7)) / 2

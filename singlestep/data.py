@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import options
-from options import DataSet
-from utils import UsageError, lock
+from . import options
+from .options import DataSet
+from .run.console import UsageError
+from .run.folder import lock
 
 DUMMY_SIZES = {True: 2048, False: 512}  # synthetic images to train and to test on
 DUMMY_SIDE = 32

@@ -1,0 +1,242 @@
+"""The folder of a run: whole files, a lock, what an earlier run left, logs, TensorBoard."""
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import filelock
+
+from .console import UsageError, collapse_line, say
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """Open `path` for binary writing so that it changes whole or not at all, also when the machine goes down."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    with contextlib.suppress(OSError):  # shared folders may not know how to flush a directory
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(directory)
+        finally:
+            os.close(directory)
+
+
+def lock(path: str | Path, wait: float = -1) -> filelock.BaseFileLock | None:
+    """Lock the file `path` until the returned lock is released; None if another process has it for `wait` seconds.
+
+    A wait of -1 has no end. Where the file system knows no locks, a warning says so and nothing is locked.
+    """
+    held = filelock.FileLock(path)
+    try:
+        held.acquire(timeout=wait)
+    except filelock.Timeout:
+        return None
+    except NotImplementedError:
+        say(f"warning: {Path(path).parent} is on a file system without locks: two runs there could overwrite each "
+            f"other's files", error=True)
+    return held
+
+
+class Folder:
+    """The folder of a run at `path`."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self._lock: filelock.BaseFileLock | None = None
+
+    def require_writable(self, flag: str = "--fname") -> None:
+        """Raise UsageError, naming the flag, where no such folder could be written to; writes nothing itself."""
+        there = self.path
+        try:
+            str(there).encode()  # or it could not be written into a log
+            while not there.exists() and there != there.parent:
+                there = there.parent
+            writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+        except (OSError, ValueError):  # a name that is no name to the system
+            writable = False
+        if not writable:
+            raise UsageError(f"{flag} {self.path} cannot be written: it must be a folder, or a place for a new one")
+
+    def lock(self) -> None:
+        """Make the folder and have it alone until `release`. Raises UsageError where another run has it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = self._lock or lock(self.path / ".lock", wait=0)
+        except OSError as error:
+            raise UsageError(f"--fname {self.path} cannot be written ({error.strerror})") from None
+        if self._lock is None:
+            raise UsageError(f"--fname {self.path} is in use by another run: take another, or wait")
+
+    def release(self) -> None:
+        if self._lock:
+            self._lock.release()
+            self._lock = None
+
+    def file(self, name: str, epoch: int | str) -> Path:
+        return self.path / f"{name}_{epoch}.pth"
+
+    def names(self, pattern: str) -> list[str]:
+        """The files here whose whole name the regular expression matches."""
+        there = sorted(os.listdir(self.path)) if self.path.is_dir() else []
+        return [name for name in there if re.fullmatch(pattern, name)]
+
+    def epochs(self, name: str) -> list[int]:
+        """The epochs that there is a file of, the newest first."""
+        return sorted((int(file[len(name) + 1:-4]) for file in self.names(rf"{name}_\d+\.pth")), reverse=True)
+
+    def write(self, name: str, text: str) -> None:
+        with whole_file(self.path / name) as file:
+            file.write(text.encode())
+
+    def set_aside(self, names: Iterable[str]) -> str | None:
+        """Move the files into a new folder beside them; returns it, None if there are none."""
+        names = [name for name in names if (self.path / name).exists()]
+        if not names:
+            return None
+        number = 1
+        while (aside := self.path / f"earlier_{number}").exists():
+            number += 1
+        aside.mkdir()
+        for name in names:
+            os.rename(self.path / name, aside / name)
+        return str(aside)
+
+
+TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
+          "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")
+
+
+def render(folder: Folder, state, args) -> None:
+    """Write the logs of `state`."""
+    started = {"data_set": args.data_set, "args": vars(args), "starts": state.starts}
+    folder.write("args.json", json.dumps(started, indent=1) + "\n")
+    rows = [(start["epoch"], 0, resumed_line(start)) for start in state.starts if start.get("source")]
+    rows += [(record["epoch"], 2, "# " + collapse_line(record)) for record in state.history if record.get("collapsed")]
+    validated = any("val_robust_acc" in record for record in state.history)
+    rows += [(record["epoch"], 1, log_line(record, validated)) for record in state.history]
+    lines = [header(validated),
+             *(line for _, _, line in sorted(rows, key=lambda row: row[:2]))]
+    if state.final:
+        lines.append(final_line(state.final))
+    folder.write("output.log", "".join(f"{line}\n" for line in lines))
+    folder.write("metrics.jsonl", "".join(f"{json.dumps(record)}\n" for record in state.history))
+    if state.final:  # last: where it is, all is
+        folder.write("final.json", json.dumps(state.final, indent=1) + "\n")
+
+
+def evaluations(folder: Folder) -> list[dict[str, Any]]:
+    """The evaluations that were made in the folder. Raises UsageError where they cannot be read."""
+    path = folder.path / "evaluation.json"
+    try:
+        records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
+            raise ValueError
+        return records
+    except ValueError:
+        raise UsageError(f"{path} is damaged: repair it, or move it away") from None
+
+
+def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
+    """Add an evaluation to evaluation.json, and write eval.log from those of --eval; evaluations beside one another
+    wait."""
+    held = lock(folder.path / ".evaluation.lock")
+    try:
+        records = evaluations(folder)
+        records.append(record)
+        lines: list[str] = []
+        above = ""
+        for each in (each for each in records if "epoch" in each):
+            validated = "val_robust_acc" in each
+            if header(validated) != above:
+                above = header(validated)
+                lines.append(above)
+            lines += [log_line(each, validated), *([final_line(each["final"])] if "final" in each else [])]
+        folder.write("evaluation.json", json.dumps(records, indent=1) + "\n")
+        if lines:
+            folder.write("eval.log", "".join(f"{line}\n" for line in lines))
+    finally:
+        if held:
+            held.release()
+
+
+def header(validated: bool) -> str:
+    return "\t".join(title for title in TITLES if validated or title != "Val Robust Acc")
+
+
+def log_line(record: dict[str, Any], validated: bool) -> str:
+    """An epoch's line of the log; its record goes by the titles in lower case."""
+    def cell(title: str) -> str:
+        value = record.get(title.lower().replace(" ", "_"))
+        if title == "Epoch" or value is None:
+            return str(value) if title == "Epoch" else "nan"
+        return f"{value:.1f}" if title.endswith("Time") else f"{value:.6f}" if title == "LR" else f"{value:.4f}"
+
+    return "\t".join(cell(title) for title in TITLES if validated or title != "Val Robust Acc")
+
+
+def resumed_line(start: dict[str, Any]) -> str:
+    epochs, steps = (f"{start[name]} {name}{'s' * (start[name] != 1)}" for name in ("epoch", "step"))
+    return f"# resumed after {epochs}{f' and {steps}' if start['step'] else ''}, from {start['source']}"
+
+
+def final_line(final: dict[str, Any]) -> str:
+    found = (f"{name.replace('_', ' ')}: {final[name]:.4f}" for name in
+             ("clean_loss", "clean_acc", "robust_loss", "robust_acc"))
+    return "\t".join([f"PGD{final['iters']}", f"time: {final['seconds']:.1f}", *found])
+
+
+def read_records(folder: Folder) -> list[dict]:
+    """The epochs in metrics.jsonl. Raises ValueError where it is damaged."""
+    path = folder.path / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+# tag -> name in an epoch's record
+SCALARS = {
+    "accuracy/train": "train_robust_acc", "accuracy/clean": "test_acc", "accuracy/fgsm": "fgsm_acc",
+    "accuracy/pgd": "test_robust_acc", "accuracy/validation": "val_robust_acc", "loss/train": "train_robust_loss",
+    "loss/clean": "test_loss", "loss/pgd": "test_robust_loss", "perturbation/train": "defence_mean",
+    "perturbation/pgd": "attack_mean", "watch/alignment": "alignment", "watch/participation": "participation",
+    "watch/abnormal": "abnormal", "watch/collapsed": "collapsed", "lr": "lr"}
+
+
+class Board:
+    """Draws the epochs of a run in `folder`, which is its own."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.writer: Any = None
+        self.drawn: list[dict[str, Any]] = []
+
+    def draw(self, history: list[dict[str, Any]]) -> None:
+        """Add the epochs that are not drawn yet, or, after a start, draw all of them anew."""
+        from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
+
+        if self.writer is None or self.drawn != history[:len(self.drawn)]:
+            self.close()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.writer, self.drawn = SummaryWriter(self.folder), []
+        for record in history[len(self.drawn):]:
+            for tag, name in SCALARS.items():
+                if record.get(name) is not None:
+                    self.writer.add_scalar(tag, float(record[name]), record["epoch"])
+        self.writer.flush()
+        self.drawn = list(history)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
