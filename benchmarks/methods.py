@@ -15,7 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from speed import seconds
 
-from singlestep import options, train
+from singlestep import methods, options, train
 from singlestep.data import Images
 from singlestep.options import CIFAR10
 from singlestep.run.console import StopSignals, one_line_errors
@@ -64,7 +64,7 @@ def measure(args, argv: list[str]) -> None:
 
 def main() -> None:
     p = options.Parser(__doc__)
-    p.add_argument("--methods", nargs="*", default=list(options.METHODS), choices=list(options.METHODS),
+    p.add_argument("--methods", nargs="*", default=list(methods.METHODS), choices=list(methods.METHODS),
                    help="whose steps are measured")
     p.add_argument("--rounds", type=options.number(int, 1), default=5, help="turns of each")
     p.add_argument("--steps", type=options.number(int, 1), default=2,

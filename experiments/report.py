@@ -30,7 +30,7 @@ NOTES = """
   `fgsm_acc` in their files), PGD-10 after an epoch is judged at its last step only.
 * The titles of the columns say how many test images the last epoch and the earlier ones are judged on. The best earlier
   epoch is chosen on the same test images that it is reported on.
-* Epochs count from 1. "collapsed" is the first epoch of catastrophic overfitting (`collapse.py`) or, with several seeds,
+* Epochs count from 1. "collapsed" is the first epoch of catastrophic overfitting or, with several seeds,
   how many runs collapsed in some epoch. "then sound" means that the last epoch was no longer in collapse. In the
   figures, a cross marks the first epoch in collapse, and a band spans the seeds.
 * Seconds are medians over a run's epochs, on machines that did other work, too. They are orders of magnitude; for
@@ -59,7 +59,7 @@ class Results:
     def flags(self, row: Row) -> dict[str, Any]:
         """All flags of a row's runs, but for the seed."""
         experiment = Experiment.of(row, self.scale, 0)
-        return vars(options.parse(options.data_set(experiment.dataset), argv=experiment.command[1:]))
+        return options.parse(options.data_set(experiment.dataset), argv=experiment.command[1:]).flags()
 
     def of(self, row: Row) -> dict[int, Result]:
         """The results of a row by seed."""
@@ -240,7 +240,7 @@ def figure_of_quantiles(name: str, results: Results) -> Any:
     figure, axes = figures.pyplot().subplots(figsize=(5.5, 3.4), layout="constrained")
     x, found = [size(row) for row in rows], [results.of(row) for row in rows]
     points(axes, x, found, last(CLEAN), "clean", figures.Style("#888888", "s"))
-    points(axes, x, found, last(PGD), "PGD, last epoch", figures.METHODS["zerograd"])
+    points(axes, x, found, last(PGD), "PGD, last epoch", figures.STYLES["zerograd"])
     points(axes, x, found, best, "PGD, best earlier epoch", figures.Style("#0072b2", "v", ":"))
     axes.set_ylim(bottom=0)
     axes.set_xlabel("q, the fraction of each image's gradient that is zeroed")

@@ -224,7 +224,7 @@ def has_bfloat16() -> bool:
 def passes(experiment: Experiment) -> float:
     """Forward and backward passes of a run, in those of a network of base width 16 over the training images."""
     args = parse(data_set(experiment.dataset), argv=experiment.command[1:])
-    name, _ = method(vars(args))
+    name, _ = method(args.flags())
     step = args.multi_samps + 1 if args.attack == "multigrad" else METHODS[name].passes if name in METHODS else 2
     return float(step) * args.epochs * (args.base_width / 16) ** 1.5
 

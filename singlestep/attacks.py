@@ -31,7 +31,7 @@ class Step:
 
     start, logits, gradient: where the attack's first forward pass was (a perturbation), what it found there, and the
     gradient of the mean cross-entropy; keeps_graph: whether the objective needs these logits with the way back to the
-    weights. after: called after the backward pass with the training loss's gradient with respect to delta.
+    weights.
     """
 
     network: nn.Module
@@ -48,7 +48,6 @@ class Step:
     start: Any = None
     logits: Any = None
     gradient: Any = None
-    after: Callable[[Tensor], None] | None = None
 
     @property
     def index(self) -> Tensor:
@@ -168,14 +167,15 @@ def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> 
     eta = start(x, epsilon)
     g, _ = input_gradient(model, x, y, eta, step)
     a = 2 * epsilon * (0.02 / (1 - v).clamp(min=1e-12)).clamp(max=1)
-
-    def after(g_after: Tensor) -> None:
-        ratio = (g.sign() * g_after).flatten(1).sum(dim=1) / g.abs().flatten(1).sum(dim=1).clamp(min=1e-12)
-        u = step.mean(ratio)  # not finite where float16 overflows, and the step is skipped
-        v.copy_(torch.where(u.isfinite(), 0.95 * v + 0.05 * u.clamp(-1, 1), v))
-
-    step.after = after
     return box(eta + a.to(x.dtype) * torch.rand_like(x) * g.sign(), x, math.inf)
+
+
+def sora_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: float) -> None:
+    """SORA's v <- 0.95 v + 0.05 mean(<sign(g), g'> / norm1(g)), with g' = `grad`."""
+    g, v = step.gradient, step.kept["sora"]
+    ratio = (g.sign() * grad).flatten(1).sum(dim=1) / g.abs().flatten(1).sum(dim=1).clamp(min=1e-12)
+    u = step.mean(ratio)  # not finite where float16 overflows, and the step is skipped
+    v.copy_(torch.where(u.isfinite(), 0.95 * v + 0.05 * u.clamp(-1, 1), v))
 
 
 def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, count: int = 3,
@@ -208,13 +208,13 @@ def free(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> 
     kept = step.kept.get("free")
     if kept is None or len(kept) < len(places):
         kept = step.kept["free"] = torch.zeros(len(places), *x.shape[1:], device=x.device)
-    delta = box(kept[places[step.rank::step.size]].to(x.dtype), x, epsilon)
+    return box(kept[places[step.rank::step.size]].to(x.dtype), x, epsilon)
 
-    def after(g: Tensor) -> None:
-        step.store("free", box(delta + epsilon * g.sign().nan_to_num(), x, epsilon), places)
 
-    step.after = after
-    return delta
+def free_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: float) -> None:
+    """Free's delta <- box(delta + epsilon sign(g)), with g = `grad`."""
+    places = torch.arange(len(step.whole), device=x.device)
+    step.store("free", box(delta + epsilon * grad.sign().nan_to_num(), x, epsilon), places)
 
 
 def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, step: Step, reset: int = 40,

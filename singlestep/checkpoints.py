@@ -42,8 +42,9 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     dataset = named if isinstance(named, options.DataSet) else options.data_set(named)
     args = options.parse(dataset, argv=[])
     given["data_set"] = dataset.name
-    for told in (run, given):
-        vars(args).update({name: value for name, value in told.items() if name in vars(args)})
+    for name, value in {**run, **given}.items():
+        if name in args.flags():
+            setattr(args, name, value)
     try:
         if path.is_dir() and which == "last":
             found = find(folder, "auto", evaluation=True)

@@ -15,6 +15,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from . import options
+from .methods import ATTACKS, DEPENDENT, METHODS, OBJECTIVES
+from .options import FLAGS
 from .run.console import UsageError, one_line_errors, say
 from .run.folder import whole_file
 
@@ -25,9 +27,7 @@ TITLES = {PGD: "accuracy under PGD, %", FGSM: "accuracy under FGSM, %", CLEAN: "
           "val_robust_acc": "accuracy under PGD on validation images, %", "lr": "learning rate",
           "abnormal": "abnormal training images, %", "defence_mean": "mean absolute perturbation, 1/255"}
 IN_PERCENT = ("_acc", "abnormal", "train_rise")
-# What a run is not named by: where its files are, how it was started, what is given by other flags.
-UNNAMED = {"fname", "data_dir", "resume", "eval", "quiet", "tensorboard", "allow_changes", "chkpt_iters",
-           "chkpt_steps", "device", "method", "recipe", "on_collapse", "seed"}
+NAMED = {name for name, each in FLAGS.items() if each.metadata["named"]}
 SYMBOLS = {"zero_qval": "q", "multi_samps": "samples", "multi_th": "agree"}
 
 
@@ -77,20 +77,20 @@ def defaults(flags: dict[str, Any]) -> dict[str, Any]:
         dataset = options.data_set(flags["data_set"])
     except UsageError:  # of a script that is not here
         dataset = options.CIFAR10
-    args = vars(options.parse(dataset, argv=[]))
+    args = options.parse(dataset, argv=[]).flags()
     return {**args, **dependent({**args, **flags}), **flags}
 
 
 def dependent(flags: dict[str, Any]) -> dict[str, Any]:
     """The defaults that depend on other flags."""
-    return {name: default(SimpleNamespace(**flags)) for name, default in options.DEPENDENT.items()}
+    return {name: default(SimpleNamespace(**flags)) for name, default in DEPENDENT.items()}
 
 
 def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
     """The published method that flags make, else the attack and the objective; and the flags that this tells."""
     usual: dict[str, Any] = {"fgsm_init": "random", "objective": "ce", "elle_adaptive": False, "label_smoothing": 0.0}
-    for name, published in options.METHODS.items():
-        stands_for = {**published.flags, **published.on.get(flags.get("data_set", ""), {})}
+    for name, published in METHODS.items():
+        stands_for = published.flags_on(flags.get("data_set", ""))
         if all(flags.get(flag) == value for flag, value in {**usual, **stands_for}.items()):
             return name, {*usual, *stands_for}
     objective = flags["objective"]
@@ -99,19 +99,17 @@ def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
 
 def without_effect(flags: dict[str, Any]) -> set[str]:
     """Flags of attacks and objectives other than the run's."""
-    every, args = options.Reader(SimpleNamespace(**flags)), SimpleNamespace(**flags)
-    try:
-        read = options.in_effect(args).keys()
-    except KeyError:  # an attack that is not here
+    attack, objective = ATTACKS.get(flags["attack"]), OBJECTIVES.get(flags["objective"])
+    if attack is None or objective is None:  # of another version
         return set()
-    for line in (*options.ATTACKS.values(), *options.OBJECTIVES.values()):
-        line(every)
-    return every.read.keys() - read - {"pgd_alpha"}
+    every = {name for each in ATTACKS.values() for name in each.flags}
+    every |= {name for each in OBJECTIVES.values() for name in each.flags}
+    return every - {*attack.flags, *objective.flags, "pgd_alpha"}
 
 
 def differing(runs: list[dict[str, Any]]) -> list[str]:
     """The flags in which runs differ, but for those that say nothing of what is trained."""
-    return [name for name in runs[0] if name not in UNNAMED and any(run.get(name) != runs[0][name] for run in runs)]
+    return [name for name in runs[0] if name in NAMED and any(run.get(name) != runs[0][name] for run in runs)]
 
 
 def ordered(runs: list[dict[str, Any]], among: list[str]) -> list[tuple[float, ...]] | None:
@@ -229,7 +227,7 @@ class Style(NamedTuple):
 
 
 # A colour and a marker for each method, told apart without red and green, and in grey by the markers.
-METHODS = {
+STYLES = {
     "fgsm": Style("#d55e00", "X"), "fgsm-rs": Style("#e69f00", "s"), "zerograd": Style("#0072b2", "o"),
     "zerograd, large q": Style("#56b4e9", "d"), "multigrad": Style("#009e73", "^"),
     "multigrad, parallel": Style("#44aa99", "v", "--"), "pgd": Style("#222222", "D"),
@@ -278,7 +276,7 @@ def style_of_method(flags: dict[str, Any]) -> Style | None:
         title = "zerograd, large q"
     if title == "multigrad" and flags["multi_parallel"]:
         title = "multigrad, parallel"
-    return METHODS.get(title)
+    return STYLES.get(title)
 
 
 def curve(axes, title: str, style: Style, runs: list[list[dict[str, Any]]], key: str) -> None:

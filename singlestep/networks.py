@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import options
+from .methods import MODELS
+from .options import Args, DataSet
 
 
 class Normalize(nn.Module):
@@ -222,7 +223,7 @@ class WideResNet(nn.Module):
         return self.fc(out.mean(dim=(2, 3)))
 
 
-def new_network(dataset: options.DataSet, args) -> nn.Module:
+def new_network(dataset: DataSet, args: Args) -> nn.Module:
     """The network that the arguments name, for images of the data set."""
     return globals()[args.model](num_classes=dataset.classes, mean=args.mean or dataset.mean,
-                                 std=args.std or dataset.std, **options.MODELS[args.model](args))
+                                 std=args.std or dataset.std, **args.keywords(MODELS[args.model]))

@@ -21,7 +21,9 @@ from . import attacks, collapse, objectives, options, robustness
 from .attacks import Step
 from .checkpoints import fingerprint, load_network
 from .data import Augmentation, Images, load
+from .methods import ATTACKS, OBJECTIVES
 from .networks import new_network
+from .options import Args, DataSet
 from .robustness import Verdict
 from .run import folder as folders
 from .run import state as states
@@ -65,7 +67,7 @@ class Run:
     best model is chosen on, unless on test images.
     """
 
-    args: Any
+    args: Args
     state: State
     folder: Folder
     world: World
@@ -90,7 +92,7 @@ class Run:
         return math.ceil(len(self.train) / self.args.batch_size)
 
 
-def main(dataset: options.DataSet, args) -> None:
+def main(dataset: DataSet, args: Args) -> None:
     """Train or evaluate on `dataset` as the arguments ask; an error ends the process."""
     with one_line_errors(args.fname), StopSignals() as signals:
         folder = Folder(args.fname)
@@ -100,7 +102,7 @@ def main(dataset: options.DataSet, args) -> None:
             folder.release()
 
 
-def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) -> None:
+def train(dataset: DataSet, args: Args, folder: Folder, signals: StopSignals) -> None:
     """The run: build it, go on where it was, train epoch by epoch, and evaluate what came out."""
     device = choose_device(args)
     world = World.join(device)
@@ -141,7 +143,7 @@ def train(dataset: options.DataSet, args, folder: Folder, signals: StopSignals) 
     world.leave()
 
 
-def build(dataset: options.DataSet, args, device: torch.device, world: World) -> tuple[State, torch.memory_format]:
+def build(dataset: DataSet, args: Args, device: torch.device, world: World) -> tuple[State, torch.memory_format]:
     """The network that the seed gives, on the device and in its layout there, and its optimizer."""
     precision = Precision(args, device)
     if args.sync_bn and (world.size == 1 or device.type != "cuda"):
@@ -181,7 +183,7 @@ def resume(state: State, found: Found, args) -> list[str]:
     return notes + states.resume(state, found, args)
 
 
-def load_images(dataset: options.DataSet, args, world: World, device: torch.device,
+def load_images(dataset: DataSet, args: Args, world: World, device: torch.device,
                 layout: torch.memory_format) -> list[Images]:
     """The images to train, to choose the best model and to test on, on the device."""
     loaded = world.decide(lambda: load(dataset, args))  # one process reads, or downloads, for all
@@ -191,31 +193,32 @@ def load_images(dataset: options.DataSet, args, world: World, device: torch.devi
     return [images.to(device, layout) for images in loaded]
 
 
-def assemble(dataset: options.DataSet, args, state: State, folder: Folder, world: World, signals: StopSignals,
+def assemble(dataset: DataSet, args: Args, state: State, folder: Folder, world: World, signals: StopSignals,
              images: list[Images], screen: Screen | None = None) -> Run:
     """Compile the network, join it with those of the other processes, and turn names into functions."""
     model = state.model
     if not world.is_main:
         state.sums = torch.zeros_like(state.sums)  # the saved sums are those of all processes
-    compiled = args.compile and args.objective not in options.EAGER
+    compiled = args.compile and OBJECTIVES[args.objective].compiles
     share = len(range(world.rank, args.batch_size, world.size))  # of a whole batch
     network = Compiled(model, share, args.compile_mode) if compiled else model
     forward = network
     if world.size > 1:
         forward = nn.parallel.DistributedDataParallel(network, [world.device] if world.device.type == "cuda" else None)
     board = Board(folder.path / "tensorboard") if args.tensorboard and world.is_main else None
-    keywords = options.ATTACKS[args.attack](args)
+    attack = ATTACKS[args.attack]
+    keywords = args.keywords(attack.keywords)
     alpha = keywords.pop("alpha", None)
     momentum = partial(onecycle_momentum, epochs=args.epochs) if args.lr_schedule == "onecycle" else \
         lambda t: 0.9
+    objective = partial(getattr(objectives, args.objective), **args.keywords(OBJECTIVES[args.objective].keywords))
     return Run(args, state, folder, world, signals, network, forward,
-               partial(getattr(attacks, args.attack), **keywords),
-               partial(getattr(objectives, args.objective), **options.OBJECTIVES[args.objective](args)), alpha,
+               partial(getattr(attacks, args.attack), **keywords), objective, alpha,
                schedule(args, dataset), momentum, Augmentation(**dataset.augmentation),
                images[0], images[1], images[2], screen or Screen(quiet=True), board)
 
 
-def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
+def start(run: Run, found: Found | None, dataset: DataSet) -> None:
     """Make the folder ready for the epochs to come, and write down what is about to run."""
     args, state, folder, world = run.args, run.state, run.folder, run.world
     state.final = None
@@ -238,7 +241,7 @@ def start(run: Run, found: Found | None, dataset: options.DataSet) -> None:
         run.screen.say(f"# {note}")
 
 
-def notes(run: Run, dataset: options.DataSet, resumed: bool, aside: str | None) -> Iterator[str]:
+def notes(run: Run, dataset: DataSet, resumed: bool, aside: str | None) -> Iterator[str]:
     """What is to be said under the banner."""
     args, device = run.args, run.world.device
     if resumed:
@@ -249,14 +252,14 @@ def notes(run: Run, dataset: options.DataSet, resumed: bool, aside: str | None) 
         yield "on a CPU, this network takes hours; --base-width=16 is some ten times as fast"
     if args.amp and device.type == "cpu" and (slower := slowdown(run.state.precision.dtype)) > 1.2:
         yield f"{args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: leave --amp out"
-    for flag in options.without_effect(dataset, args):
+    for flag in options.without_effect(args):
         yield f"{flag} has no effect with --attack={args.attack}, --objective={args.objective}, --model={args.model}"
     if 0 < args.epsilon < 1:
         yield f"--epsilon={args.epsilon:g} means {args.epsilon:g}/255: did you mean {255 * args.epsilon:.3g}?"
-    if run.world.size > 1 and args.objective in options.OF_THE_BATCH:
+    if run.world.size > 1 and OBJECTIVES[args.objective].whole_batch:
         yield (f"--objective {args.objective} is computed from each process's own images: with {run.world.size} "
                f"processes its term is another than with one")
-    if args.compile and args.objective in options.EAGER:
+    if args.compile and not OBJECTIVES[args.objective].compiles:
         yield f"--compile is off: --objective {args.objective} needs what torch.compile cannot give"
 
 
@@ -268,7 +271,8 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     """
     state, world, batch_size, seed = run.state, run.world, run.args.batch_size, run.args.seed
     device, precision, epsilon = run.train.labels.device, state.precision, run.args.epsilon / 255
-    replays = run.args.free_replays if run.args.attack == "free" else 1
+    attack = ATTACKS[run.args.attack]
+    replays = getattr(run.args, attack.replays) if attack.replays else 1
     seed_everything(ORDER, seed, state.epoch)
     order = torch.randperm(len(run.train)).to(device)
     drawn = {name: values.to(device) for name, values in run.augmentation.draw(len(run.train)).items()}
@@ -286,19 +290,19 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
         seed_everything(STEP, seed, state.epoch, state.step, world.rank)
         step = Step(run.network, len(run.train), order[whole.start:whole.stop], state.epoch, batch,
                     state.epoch / run.args.epochs, state.kept, world.rank, world.size, world.sum,
-                    run.args.objective == "logits")
+                    OBJECTIVES[run.args.objective].graph)
         grown = min(1.0, now / run.args.eps_warmup) if run.args.eps_warmup else 1.0
         size = {} if run.alpha is None else {"alpha": grown * run.alpha}
         with precision.autocast():
             delta = run.attack(run.network, x, y, grown * epsilon, step=step, **size)
-            delta.requires_grad_(step.after is not None)
+            delta.requires_grad_(attack.update is not None)
             loss, logits = run.objective(run.forward, x, y, delta, grown * epsilon, step)
-        scale = precision.scaler.get_scale() if step.after else 1.0
+        scale = precision.scaler.get_scale() if attack.update else 1.0
         # Gradients are averaged over the processes; shares of a last batch can differ by an image.
         weight = len(y) * world.size / len(whole)
         finite = precision.backward_and_step(loss * weight, state.optimizer)
-        if step.after and delta.grad is not None:
-            step.after(delta.grad / (scale * weight))
+        if attack.update and delta.grad is not None:
+            getattr(attacks, attack.update)(step, x, delta.detach(), delta.grad / (scale * weight), grown * epsilon)
             delta = delta.detach()
         if state.ema:
             state.ema.update_parameters(state.model)
@@ -635,7 +639,7 @@ def rows(args, record: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def schedule(args, dataset: options.DataSet) -> Callable[[float], float]:
+def schedule(args, dataset: DataSet) -> Callable[[float], float]:
     """The learning rate as a function of the time in epochs."""
     if args.lr_schedule == "cyclic":
         return partial(cyclic, lr_max=args.lr_max, peak=dataset.peak(args.epochs), epochs=args.epochs)

@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from singlestep import attacks, objectives, options
+from singlestep import attacks, methods, objectives, options
 from singlestep.attacks import Step, confident_gradient, fgsm, multigrad, pgd, quantile_mask, sign_consensus, zerograd
 
 EPSILON = 8 / 255
@@ -379,8 +379,9 @@ def test_a_wrong_argument_is_named(wrong, message):
 
 
 def test_the_tables_name_functions_and_give_them_their_keywords():
-    assert {"multigrad", "zerograd", "fgsm", "pgd"} <= set(options.ATTACKS) and "ce" in options.OBJECTIVES
+    assert {"multigrad", "zerograd", "fgsm", "pgd"} <= set(methods.ATTACKS) and "ce" in methods.OBJECTIVES
     args = options.parse(options.CIFAR10, argv=[])
-    for module, table, arguments in ((attacks, options.ATTACKS, 4), (objectives, options.OBJECTIVES, 5)):
-        for name, keywords in table.items():
-            inspect.signature(getattr(module, name)).bind(*[None] * arguments, step=None, **keywords(args))
+    for module, table, arguments in ((attacks, methods.ATTACKS, 4), (objectives, methods.OBJECTIVES, 5)):
+        for name, record in table.items():
+            signature = inspect.signature(getattr(module, name))
+            signature.bind(*[None] * arguments, step=None, **args.keywords(record.keywords))

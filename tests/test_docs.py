@@ -14,7 +14,7 @@ from conftest import DATASETS, ROOT, SMALL, epochs_of
 from test_data import write_cifar10
 from test_judge import judged, short  # noqa: F401
 
-from singlestep import attacks, options
+from singlestep import attacks, methods, options
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*.md"),
                 *ROOT.glob("benchmarks/*.md")])
@@ -152,7 +152,7 @@ def test_prose_is_wrapped(page):
 
 def test_every_method_has_its_paper_in_the_references():
     entries = (ROOT / "docs/references.bib").read_text().split("\n\n")
-    for name, method in options.METHODS.items():
+    for name, method in methods.METHODS.items():
         number = method.source.removeprefix("arXiv ")
         assert any(name in re.split("[ ,\n]+", entry) and number.removeprefix("NeurIPS ") in entry
                    for entry in entries), name
@@ -171,14 +171,13 @@ def test_every_flag_that_the_docs_name_exists_and_the_other_way_round():
 
 def test_the_worked_example_of_a_method_works(tmp_path, call, small_dummy, monkeypatch):
     text = (ROOT / "docs/methods.md").read_text()
-    function, line = (re.search(rf"<!-- example: {file} -->\n```python\n(.*?)```", text, re.S)[1] for file in (
-        "attacks.py", "options.py"))
-    monkeypatch.setattr(options, "ATTACKS", dict(options.ATTACKS))
-    written: dict = {}
-    exec(function, vars(attacks), written)
-    name, = written
-    monkeypatch.setattr(attacks, name, written[name], raising=False)
-    exec(line, vars(options))
+    function, record = (re.search(rf"<!-- example: {file} -->\n```python\n(.*?)```", text, re.S)[1] for file in (
+        "attacks.py", "methods.py"))
+    name, = re.findall(r"def (\w+)", function)
+    monkeypatch.setattr(attacks, name, None, raising=False)
+    monkeypatch.setitem(methods.ATTACKS, name, None)
+    exec(function, vars(attacks))
+    exec(record, vars(methods))
     assert call("train_cifar.py", *SMALL, f"--attack={name}", "--fname", tmp_path / "run")[0] == 0
     assert 0 < epochs_of(tmp_path / "run")[0]["defence_mean"] <= 8
 
@@ -186,6 +185,6 @@ def test_the_worked_example_of_a_method_works(tmp_path, call, small_dummy, monke
 def test_the_readme_is_short_and_names_every_method():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 160
-    assert all(f"`{name}`" in text for name in options.METHODS)
-    methods = (ROOT / "docs/methods.md").read_text()
-    assert all(f"`{name}`" in methods for name in (*options.ATTACKS, *options.OBJECTIVES))
+    assert all(f"`{name}`" in text for name in methods.METHODS)
+    page = (ROOT / "docs/methods.md").read_text()
+    assert all(f"`{name}`" in page for name in (*methods.ATTACKS, *methods.OBJECTIVES))

@@ -197,7 +197,7 @@ def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
     load_run(run, which="best"), load_run(run, which="healthy")
     status, output, error = judged(run, "--device=cpu", "--samples=48", "--attacks=clean,fgsm,pgd-2-2",
                                    "--epsilons=4/255,8")
-    assert (status, error) == (0, "") and "| worst case | 8 | 48 |" in output and "where the run has" not in output
+    assert (status, error) == (0, "") and "| worst case | 8 | 48 |" in output and "overrides the run" not in output
     record, = json.loads((run / "evaluation.json").read_text())
     rows = {(row["attack"], row["epsilon"]): row for row in record["attacks"]}
     assert rows["clean", 0]["accuracy"] == pytest.approx(final["clean_acc"])
@@ -209,11 +209,11 @@ def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
 def test_flags_win_over_the_runs_and_are_said(run, judged):
     flags = ["--device=cpu", "--samples=8", "--attacks=fgsm"]
     status, output, _ = judged(run, *flags, "--epsilons=2", "--seed=3", "--mean=0.5,0.5,0.5")
-    assert status == 0 and "--epsilon 2.0, where the run has 4.0" in output
-    assert "--seed 3, where the run has 0" in output
-    assert "--mean (0.5, 0.5, 0.5), where the run has None" in output and "| fgsm | 2 | 8 |" in output
+    assert status == 0 and "--epsilon 2.0 overrides the run's 4.0" in output
+    assert "--seed 3 overrides the run's 0" in output
+    assert "--mean (0.5, 0.5, 0.5) overrides the run's None" in output and "| fgsm | 2 | 8 |" in output
     status, output, _ = judged(run, *flags)
-    assert "| fgsm | 4 | 8 |" in output and "where the run has" not in output
+    assert "| fgsm | 4 | 8 |" in output and "overrides the run" not in output
     assert len(json.loads((run / "evaluation.json").read_text())) == 2 and not (run / "eval.log").exists()
 
 
@@ -266,8 +266,8 @@ def test_eval_takes_its_flags_from_the_run_and_says_which_ones_win(run, call):
     for key in ("iters", "restarts", "epsilon", "images", "robust_acc", "clean_acc"):
         assert first["final"][key] == final[key]
     status, _, error = call("train_cifar.py", *small, "--epsilon=2", "--final-iters=1", "--seed=0")
-    assert status == 0 and sorted(error.splitlines()) == ["# --epsilon 2.0, where the run has 4.0",
-                                                          "# --final-iters 1, where the run has 2"]
+    assert status == 0 and sorted(error.splitlines()) == ["# --epsilon 2.0 overrides the run's 4.0",
+                                                          "# --final-iters 1 overrides the run's 2"]
     second = json.loads((run / "evaluation.json").read_text())[1]
     assert second["final"]["epsilon"] == 2 and [row["attack"] for row in second["attacks"]] == [
         "clean", "fgsm", "pgd-2-1", "pgd-1-2"]

@@ -4,7 +4,7 @@ import torch
 import torchvision
 from torch import nn
 
-from singlestep import networks, options, train
+from singlestep import methods, networks, options, train
 from singlestep.networks import PreActResNet18, WideResNet
 from singlestep.run.device import memory_format
 
@@ -46,7 +46,7 @@ def test_normalization_is_the_first_layer_and_adds_no_key(build):
     torch.testing.assert_close(normalized(x), plain(scaled))
 
 
-@pytest.mark.parametrize("name", options.MODELS)
+@pytest.mark.parametrize("name", methods.MODELS)
 def test_every_network_of_the_command_line_is_built_as_wide_as_asked(name):
     args = options.parse(options.CIFAR10, argv=[f"--model={name}", "--base-width=3", "--width-factor=2"])
     with torch.device("meta"):

@@ -31,7 +31,7 @@ from torch import Tensor
 sys.path.insert(0, str(ROOT / "experiments"))
 from definitions import RIVALS
 
-from singlestep import collapse, figures, options
+from singlestep import collapse, figures, methods
 
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", ROOT / "experiments/README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -275,7 +275,7 @@ def test_the_passes_of_a_method_are_those_that_its_line_in_options_has():
     for row in rows:
         names, passes = re.findall(r"`(.+?)`", row["`--method`"]), row[title].split(", ")
         for name, shown in zip(names, passes * len(names) if len(passes) == 1 else passes, strict=True):
-            assert options.METHODS[name].passes == shown, name
+            assert methods.METHODS[name].passes == shown, name
 
 
 def test_every_commit_that_a_page_names_has_results():

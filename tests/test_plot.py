@@ -12,7 +12,7 @@ from conftest import DATASETS, ROOT, script
 from hypothesis import given
 from hypothesis import strategies as st
 
-from singlestep import figures, options
+from singlestep import figures, methods, options
 from singlestep.run.console import UsageError
 
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -20,7 +20,7 @@ from definitions import METHODS, RIVALS
 
 
 def flags_of(*flags: str) -> dict:
-    return vars(options.parse(DATASETS["train_cifar.py"], argv=list(flags)))
+    return options.parse(DATASETS["train_cifar.py"], argv=list(flags)).flags()
 
 
 def write_run(folder: Path, *flags: str, pgd=(0.3, 0.4), fgsm=None, final=0.35, **more) -> Path:
@@ -132,16 +132,16 @@ def test_the_best_epoch_is_of_those_on_as_many_images():
 
 
 def test_a_method_whose_flags_are_others_on_a_data_set_has_its_name_there():
-    flags = vars(options.parse(options.data_set("cifar100"), argv=["--method=pgi"]))
+    flags = options.parse(options.data_set("cifar100"), argv=["--method=pgi"]).flags()
     assert figures.method(flags)[0] == "pgi"
 
 
 def test_every_method_has_a_look_of_its_own_and_numbers_go_from_dark_to_light():
     looks = {name: figures.style_of_method(flags_of(*flags.split())) for name, flags in RIVALS.items()}
-    looks |= {name: figures.style_of_method(flags_of(f"--method={name}")) for name in options.METHODS}
+    looks |= {name: figures.style_of_method(flags_of(f"--method={name}")) for name in methods.METHODS}
     assert None not in looks.values()
-    assert len({look.colour for look in figures.METHODS.values()}) == len(figures.METHODS)
-    assert len({(look.marker, look.dash) for look in figures.METHODS.values()}) == len(figures.METHODS)
+    assert len({look.colour for look in figures.STYLES.values()}) == len(figures.STYLES)
+    assert len({(look.marker, look.dash) for look in figures.STYLES.values()}) == len(figures.STYLES)
     assert len({looks[name].colour for name in METHODS}) == len(METHODS)
     for flag in ("--zero-qval=0.9 --zero-qval=0.2 --zero-qval=0", "--epsilon=16 --epsilon=8 --epsilon=4"):
         styles = figures.styles([flags_of("--attack=zerograd", one) for one in flag.split()])

@@ -1,5 +1,4 @@
 """Runs that go on: the same bits as a run never stopped, from every place a run can go on from."""
-import argparse
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import sys
 import threading
 import time
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -216,8 +216,7 @@ def test_other_images_begin_the_epoch_anew(tmp_path, call, small_dummy, monkeypa
         interrupt(patch, at=5)  # in the second epoch
         assert call("train_cifar.py", *flags)[0] == 143
     load = train.load
-    monkeypatch.setattr(train, "load", lambda dataset, args: load(dataset, argparse.Namespace(**{**vars(args),
-                                                                                               "dummy": True})))
+    monkeypatch.setattr(train, "load", lambda dataset, args: load(dataset, replace(args, dummy=True)))
     flags = [flag for flag in flags if flag != "--dummy"]
     status, output, _ = call("train_cifar.py", *flags, "--resume=auto", "--allow-changes")
     assert status == 0 and "resumed after 1 epoch, from" in output

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from processes import forked, together
 from torch import nn
 
-from singlestep import attacks, checkpoints, data, networks, objectives, options, train
+from singlestep import attacks, checkpoints, data, methods, networks, objectives, options, train
 from singlestep.attacks import Step
 from singlestep.run.console import StopSignals
 from singlestep.run.device import seed_everything
@@ -376,11 +376,11 @@ def test_steps_are_the_formulas(name):
         scale = max(gradient.abs().max().item() for gradient in expected)  # that of a bias before BatchNorm is zero
         for one, two in zip(found, expected):
             torch.testing.assert_close(one, two, rtol=100 * rtol, atol=10 * rtol * scale)
-        if at.after:
-            step.after(found[-1])
+        update = methods.ATTACKS[attack].update
+        assert bool(update) == bool(at.after)
+        if update:
+            getattr(attacks, update)(step, x, delta.detach(), found[-1], epsilon)
             at.after(expected[-1])
-        else:
-            assert step.after is None
         for one, two in zip(net.buffers(), other.buffers()):
             torch.testing.assert_close(one, two, rtol=rtol, atol=0)
         assert_kept(kept, at.kept)
@@ -539,7 +539,7 @@ def test_soras_ratio_is_clipped_and_moves_v_for_the_next_step(stretch, ratio):
         torch.testing.assert_close(delta, pixels(eta + a * torch.rand_like(x) * step.gradient.sign(), x), rtol=0,
                                    atol=1e-12)
         assert step.kept["sora"] == v  # not before the training step's own backward pass
-        step.after(stretch * step.gradient)
+        attacks.sora_update(step, x, step.gradient, stretch * step.gradient, EPSILON)
         assert step.kept["sora"].item() == pytest.approx(0.95 * v + 0.05 * ratio, abs=1e-12)
 
 
@@ -552,7 +552,7 @@ def test_sora_and_pgi_where_there_is_no_gradient():
         x_now[blind] = 1
         step = Step(net, len(x), torch.arange(len(x)))
         attacks.sora(net, x_now, y, EPSILON, step)
-        step.after(step.gradient)
+        attacks.sora_update(step, x, step.gradient, step.gradient, EPSILON)
         assert step.kept["sora"].item() == pytest.approx(0.95 * 0.99 + 0.05 * (1 - len(blind) / 6), abs=1e-12)
         step = Step(net, len(x), torch.arange(len(x)))
         assert attacks.pgi(net, x_now, y, EPSILON, EPSILON, step).isfinite().all()
@@ -560,11 +560,12 @@ def test_sora_and_pgi_where_there_is_no_gradient():
 
 
 def keywords_of(attack: str, *flags: str) -> dict:
-    return options.ATTACKS[attack](options.parse(options.CIFAR10, argv=[f"--attack={attack}", *flags]))
+    args = options.parse(options.CIFAR10, argv=[f"--attack={attack}", *flags])
+    return args.keywords(methods.ATTACKS[attack].keywords)
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", options.ATTACKS)
+@pytest.mark.parametrize("name", methods.ATTACKS)
 def test_an_attack_leaves_the_model_as_it_found_it(name, training):
     """Its mode, what of it needs a gradient, and every gradient, also where there is none yet."""
     net, x, y = pool()
@@ -581,7 +582,7 @@ def test_an_attack_leaves_the_model_as_it_found_it(name, training):
         assert grad is None or torch.equal(grad, values)
 
 
-@pytest.mark.parametrize("name", options.ATTACKS)
+@pytest.mark.parametrize("name", methods.ATTACKS)
 def test_passes_without_a_gradient_are_on_frozen_parameters(name):
     """Or autocast, in PyTorch's older versions, keeps casts of them that no gradient flows back from."""
     net, x, y = pool()
@@ -598,7 +599,7 @@ REACH = {"none": 0, "nfgsm": 3, "sora": 3}
 
 
 @settings(max_examples=60, deadline=None)
-@given(name=st.sampled_from(list(options.ATTACKS)), epsilon=st.floats(0, 80), seed=st.integers(0, 1000),
+@given(name=st.sampled_from(list(methods.ATTACKS)), epsilon=st.floats(0, 80), seed=st.integers(0, 1000),
        n=st.integers(1, 5))
 def test_a_perturbation_stays_in_its_ball_and_in_the_box(name, epsilon, seed, n):
     """To the last bit in the box, so that nothing needs clipping before the network; in float32, as in training."""
@@ -649,7 +650,7 @@ PASSES = {"fgsm": "TT", "fgsm-rs": "TT", "zerograd": "TT", "multigrad": "TTTT", 
           "ckpt": "TEET", "pgi": "TT", "nuat": "TETT", "trades": "E" * 11 + "TT", "sora": "TT"}
 
 
-@pytest.mark.parametrize("name", options.METHODS)
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_a_step_makes_the_published_passes(name, tmp_path, tiny):
     """Forward passes by number, size and mode, in every step of an epoch whose last batch is smaller."""
     run = small_run(tmp_path, "--method", name)
@@ -724,10 +725,10 @@ def test_training_is_the_update_written_out_by_hand(name, tmp_path, tiny):
     assert_kept(run.state.kept, at.kept, 1e-4 if name == "elle-a" else 1e-6)  # small differences of large numbers
 
 
-@pytest.mark.parametrize("attack", options.ATTACKS)
+@pytest.mark.parametrize("attack", methods.ATTACKS)
 def test_every_attack_goes_with_every_objective_that_is_not_refused(attack, tmp_path, tiny, call):
     """Two steps and a smaller one of each pair; those that are refused are refused in one line."""
-    for objective in options.OBJECTIVES:
+    for objective in methods.OBJECTIVES:
         flags = [f"--attack={attack}", f"--objective={objective}", "--pgd-iters=2", "--multi-samps=2"]
         without_start = attack in ("none", "free", "kl", "nuclear") and objective in ("gradalign", "aaer", "logits")
         if without_start or (attack == "sora" and objective != "ce"):
@@ -784,7 +785,7 @@ def interrupt(monkeypatch, at: int) -> None:
 
 
 @pytest.mark.parametrize("more", ["", "--ema=0.9 --eps-warmup=1.5 --lr-schedule=onecycle"])
-@pytest.mark.parametrize("method", options.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_a_run_that_goes_on_ends_with_the_bits_of_an_unbroken_one(method, more, tmp_path, call, tiny, monkeypatch):
     """From the files of the first epoch and from the middle of the second: weights, averages, what is kept."""
     flags, whole, part = [*THREE, "--method", method, *more.split()], tmp_path / "whole", tmp_path / "from_1"
@@ -841,7 +842,7 @@ def test_pgi_goes_on_with_more_images(tmp_path, call, tiny):
 
 
 def parsed(dataset, *flags: str) -> dict:
-    return vars(options.parse(dataset, argv=list(flags)))
+    return options.parse(dataset, argv=list(flags)).flags()
 
 
 PUBLISHED = {
@@ -867,11 +868,11 @@ PUBLISHED = {
 
 
 def test_every_method_is_written_out():
-    assert PUBLISHED.keys() == options.METHODS.keys() == PASSES.keys()
+    assert PUBLISHED.keys() == methods.METHODS.keys() == PASSES.keys()
 
 
 @pytest.mark.parametrize("script_name", DATASETS)
-@pytest.mark.parametrize("method", options.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_a_method_is_its_flags_and_gives_way_to_any_flag_beside_it(method, script_name):
     dataset, flags = DATASETS[script_name], PUBLISHED[method].split()
     if script_name == "train_cifar.py":  # the same numbers, written in other ways
@@ -879,13 +880,13 @@ def test_a_method_is_its_flags_and_gives_way_to_any_flag_beside_it(method, scrip
         assert {**found, "method": None} == {**expected, "method": None} and found["method"] == method
     others = {"attack": "multigrad", "fgsm_init": "random", "fgsm_alpha": 3.5, "objective": "ce", "elle_adaptive": True,
               "label_smoothing": 0.25}
-    for flag in options.METHODS[method].flags:
+    for flag in methods.METHODS[method].flags:
         value = others[flag]
         beside = [f"--{flag.replace('_', '-')}" + ("" if value is True else f"={value}")]
         for order in (["--method", method, *beside], [*beside, "--method", method]):
             named = parsed(dataset, *order)
             assert named[flag] == value
-            stands_for = {**options.METHODS[method].flags, **options.METHODS[method].on.get(dataset.name, {})}
+            stands_for = {**methods.METHODS[method].flags, **methods.METHODS[method].on.get(dataset.name, {})}
             kept = {name: value for name, value in stands_for.items() if name != flag}
             assert {name: named[name] for name in kept} == kept
 
@@ -911,8 +912,8 @@ def test_method_list_shows_every_method(script_name, call):
     """One line each, with the passes, the source and the flags; nothing is run."""
     status, output, error = call(script_name, "--method=list", "--device=nonsense")
     lines = {line.split()[0]: line for line in output.splitlines()}
-    assert status == 0 and error == "" and list(lines) == ["--method", *options.METHODS]
-    for name, method in options.METHODS.items():
+    assert status == 0 and error == "" and list(lines) == ["--method", *methods.METHODS]
+    for name, method in methods.METHODS.items():
         assert lines[name].split()[1] == method.passes and method.source in lines[name]
         assert f"--attack={method.flags['attack']}" in lines[name]
     status, output, _ = call(script_name, "--help")
@@ -930,9 +931,9 @@ def test_the_fastat_recipe_is_that_benchmarks():
         for flags in (["--recipe=fastat", "--epochs=7", "--ema=0"], ["--epochs=7", "--ema=0", "--recipe=fastat"]):
             args = parsed(dataset, *flags)
             assert (args["epochs"], args["ema"], args["lr_max"]) == (7, 0, 0.1)
-        for method in options.METHODS.keys() - {"sora"}:
+        for method in methods.METHODS.keys() - {"sora"}:
             args = parsed(dataset, "--recipe=fastat", "--method", method)
-            assert (args["attack"], args["model"]) == (options.METHODS[method].flags["attack"], "ResNet18")
+            assert (args["attack"], args["model"]) == (methods.METHODS[method].flags["attack"], "ResNet18")
             assert args["label_smoothing"] == 0.4  # the recipe's, also where the method has its own
 
 
@@ -1188,6 +1189,7 @@ from conftest import SMALL, SmallNet
 from singlestep import data
 from singlestep import options
 from singlestep import train
+from singlestep.methods import METHODS
 from singlestep.run.folder import Folder
 from singlestep.run.distributed import CPU, World
 from singlestep.run.console import StopSignals
@@ -1195,7 +1197,7 @@ from singlestep.run.console import StopSignals
 folder, world = sys.argv[1], World.join(CPU)
 data.DUMMY_SIZES, data.DUMMY_SIDE = {True: 32, False: 16}, 32
 dataset, draws = options.SVHN, 0
-methods = [name for name in options.METHODS]
+methods = list(METHODS)
 
 class Steady(nn.Module):
     # In float64, so that rounding turns no sign over, and with BatchNorm in eval mode.
@@ -1264,7 +1266,7 @@ def test_two_processes_keep_the_same_and_take_the_steps_of_one(tmp_path):
     def result(mode, method, process):
         return torch.load(tmp_path / f"{mode} {method} {process}.pt", weights_only=True)
 
-    for method in options.METHODS:
+    for method in methods.METHODS:
         for mode in ("eval", "train"):
             first, second = (result(mode, method, f"{rank} of 2") for rank in range(2))
             assert first["kept"].keys() == second["kept"].keys() and first["losses"] == second["losses"]

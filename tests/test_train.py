@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from test_evaluate import EPSILON, FLOAT32, Brightness, Wavy, precision, wavy_images
 from torch import nn
 
-from singlestep import objectives, options, train
+from singlestep import methods, objectives, options, train
 from singlestep.attacks import fgsm, zerograd
 from singlestep.data import Augmentation, Images
 from singlestep.run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError
@@ -70,13 +70,13 @@ def small_run(model, images, attack=None, precision=FLOAT32, folder="nowhere", h
             "full_test": False, "test_iters": 8, "test_restarts": 1, "chkpt_steps": None, "eps_warmup": 0.0,
             "final_iters": 50, "final_restarts": 10, "final_samples": None, "last_samples": None,
             "final_model": "last", "on_collapse": "warn",
-            "attack": "own", "objective": "ce", "model": "Wavy", **changes}
-    return train.Run(argparse.Namespace(**args), State(model, optimizer, precision), Folder(folder), World(),
+            "attack": "fgsm", "objective": "ce", "model": "Wavy", **changes}
+    return train.Run(options.Args(**args), State(model, optimizer, precision), Folder(folder), World(),
                      StopSignals(), model, model, attack, objectives.ce, None, lambda t: 0.1 * t, lambda t: 0.9,
                      Augmentation(), images, images[held_out], images)
 
 
-@pytest.mark.parametrize("method", options.METHODS)
+@pytest.mark.parametrize("method", methods.METHODS)
 def test_no_training_step_waits_for_the_device(method, monkeypatch, tmp_path):
     """Tensors without data answer nothing, so that whatever looks at a value ends in an error."""
     meta, sgd = torch.device("meta"), torch.optim.SGD

@@ -14,7 +14,7 @@ from conftest import DATASETS
 from PIL import Image
 from test_evaluate import plain_evaluation
 
-from singlestep import options, train
+from singlestep import methods, options, train
 from singlestep.networks import PreActResNet18
 from singlestep.run.console import StopSignals
 from singlestep.run.device import seed_everything
@@ -143,7 +143,8 @@ def test_the_rivals_are_called_with_what_the_command_line_says(kind, name):
     args = options.parse(DATASETS["train_cifar.py"], argv=argv)
     if kind == "objective":
         expected = {"smoothing": 0.3, **expected}
-    found = (options.ATTACKS if kind == "attack" else options.OBJECTIVES)[name](args)
+    record = (methods.ATTACKS if kind == "attack" else methods.OBJECTIVES)[name]
+    found = args.keywords(record.keywords)
     assert found.keys() == expected.keys()
     assert all(found[key] == pytest.approx(value) for key, value in expected.items())
 
@@ -153,8 +154,8 @@ def test_every_attack_and_objective_of_the_command_line_is_here():
         parsed = [options.parse(DATASETS["train_cifar.py"], argv=flags) for flags, *_ in cases.values()]
         return {vars(args)[flag] for args in parsed}
 
-    assert chosen("attack", ATTACKS) | RIVAL_ATTACKS.keys() == options.ATTACKS.keys()
-    assert chosen("objective", OBJECTIVES) | RIVAL_OBJECTIVES.keys() == options.OBJECTIVES.keys()
+    assert chosen("attack", ATTACKS) | RIVAL_ATTACKS.keys() == methods.ATTACKS.keys()
+    assert chosen("objective", OBJECTIVES) | RIVAL_OBJECTIVES.keys() == methods.OBJECTIVES.keys()
 
 
 def run_of(script, flags, tmp_path):

@@ -122,7 +122,7 @@ TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train 
 
 def render(folder: Folder, state, args) -> None:
     """Write the logs of `state`."""
-    started = {"data_set": args.data_set, "args": vars(args), "starts": state.starts}
+    started = {"data_set": args.data_set, "args": args.flags(), "starts": state.starts}
     folder.write("args.json", json.dumps(started, indent=1) + "\n")
     rows = [(start["epoch"], 0, resumed_line(start)) for start in state.starts if start.get("source")]
     rows += [(record["epoch"], 2, "# " + collapse_line(record)) for record in state.history if record.get("collapsed")]

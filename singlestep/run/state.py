@@ -28,13 +28,6 @@ from .console import UsageError
 from .device import Precision
 from .folder import Folder, read_records, render, whole_file
 
-# Flags that may differ between a run and its continuation: but for rounding, training does not depend on them.
-FREE = {"data_dir", "fname", "resume", "eval", "quiet", "allow_changes", "device", "tf32", "compile", "compile_mode",
-        "chkpt_iters", "chkpt_steps", "last_samples", "final_iters", "final_restarts", "final_samples", "final_model",
-        "deterministic", "method", "recipe", "on_collapse", "tensorboard"}
-# Flags that an epoch's score depends on.
-JUDGED_BY = ("epsilon", "pgd_alpha", "test_iters", "test_restarts", "test_samples", "full_test", "val_size", "dummy")
-
 
 @dataclass
 class State:
@@ -81,7 +74,7 @@ class State:
         raw = {"raw": self.model.state_dict(), "averaged": int(self.ema.n_averaged)} if self.ema else {}
         return {**self.optimizer.state_dict(), "run": {
             **plain, **raw, "sums": sums, "kept": self.kept, "precision": self.precision.state_dict(),
-            "args": vars(args)}}
+            "args": args.flags()}}
 
     def load_training(self, saved: dict, source: str) -> dict:
         """Load what `training` gave, or a bare optimizer's state dict; returns the arguments of that run.
@@ -208,24 +201,15 @@ def resume(state: State, found: Found, args) -> list[str]:
         raise UsageError(f"--resume: {found.source} has {state.epoch} epochs behind it, more than --epochs "
                          f"{args.epochs}")
     if not args.allow_changes:
-        require_same_run(before, args)
-    # These decide what is best.
-    if any(before.get(name, vars(args)[name]) != vars(args)[name] for name in JUDGED_BY):
+        for name in args.changed(before, "fixed"):
+            flag = f"--{name.replace('_', '-')}"
+            raise UsageError(f"--resume: the run in --fname {args.fname} has {flag} {before[name]}, not "
+                             f"{getattr(args, name)}; repeat its flags, take another --fname, or add --allow-changes")
+    if args.changed(before, "scores"):
         state.best = -1.0
-    # These decide which images a step is on.
-    if any(before.get(name, vars(args)[name]) != vars(args)[name]
-           for name in ("batch_size", "seed", "train_samples", "val_size", "dummy")):
+    if args.changed(before, "orders"):
         state.begin_epoch(state.epoch)
     return notes
-
-
-def require_same_run(before: dict, args) -> None:
-    """Raise UsageError at the first flag that differs from the run's."""
-    for name, value in vars(args).items():
-        if name in before and name not in FREE and before[name] != value:
-            flag = f"--{name.replace('_', '-')}"
-            raise UsageError(f"--resume: the run in --fname {args.fname} has {flag} {before[name]}, not {value}; "
-                             f"repeat its flags, take another --fname, or add --allow-changes")
 
 
 def remove_unfinished(folder: Folder) -> None:
