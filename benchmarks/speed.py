@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from singlestep import attacks, options, train
 from singlestep.data import Images
 from singlestep.options import CIFAR10
-from singlestep.robustness import PGD, evaluate
+from singlestep.robustness import PGD, attack_steps
 from singlestep.run.console import StopSignals, UsageError, one_line_errors
 from singlestep.run.device import Precision, choose_device, describe, keep_freed_memory
 from singlestep.run.distributed import World
@@ -305,7 +305,8 @@ def evaluation(args, ours, theirs, layout, precision, result) -> None:
                     torch.zeros(args.eval_images, dtype=torch.long)).to(device, layout)
 
     def robust_accuracy(images: Images, **attack) -> float:
-        return evaluate(ours, images, PGD(**attack), args.batch_size, precision).metrics()["robust_acc"]
+        *_, last = attack_steps(ours, images, PGD(**attack), args.batch_size, precision)
+        return last.result.metrics()["robust_acc"]
 
     x, _ = images.batch(slice(None))
     with torch.no_grad():

@@ -35,12 +35,15 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     """
     path = Path(path)
     folder = Folder(path if path.is_dir() else path.parent)
-    run, given = options.run_flags(folder.path), {name: value for name, value in flags.items() if value is not None}
+    (run, recorded), given = options.recorded(folder.path), {k: v for k, v in flags.items() if v is not None}
     named = given.pop("data_set", None) or run.get("data_set")
     if named is None:
         raise UsageError(f"{path}: no args.json tells which data set it is of: add --data-set")
-    dataset = named if isinstance(named, options.DataSet) else options.data_set(named)
-    args = options.parse(dataset, argv=[])
+    if isinstance(named, options.DataSet):
+        dataset = named
+    else:
+        dataset = recorded if recorded and recorded.name == named else options.data_set(named)
+    args = options.arguments(dataset, {})
     given["data_set"] = dataset.name
     for name, value in {**run, **given}.items():
         if name in args.flags():

@@ -1,6 +1,7 @@
 """The data sets: read by torchvision, held on the device as uint8, augmented there a batch at a time."""
 import contextlib
 import http.client
+import importlib
 import io
 import math
 import os
@@ -95,7 +96,7 @@ def _reflected(position: Tensor, size: int) -> Tensor:
 
 @dataclass
 class Images:
-    """Images on a device, uint8 of shape (N, H, W, 3), their labels (N,), and how batches of them are laid out."""
+    """Images on a device, (N, H, W, C), uint8 or float in [0, 1], labels (N,), and the memory layout of batches."""
 
     pixels: Tensor
     labels: Tensor
@@ -103,6 +104,17 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor) -> "Images":
+        """Images (N, C, H, W), uint8 or float in [0, 1], and labels (N,), in PyTorch's default layout."""
+        if images.dim() != 4 or images.dtype not in (torch.uint8, torch.float32, torch.float64):
+            raise ValueError(f"images must be (N, C, H, W), uint8 or float, not {images.dtype} {tuple(images.shape)}")
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must be ({len(images)},), one for each image, not {tuple(labels.shape)}")
+        if images.is_floating_point() and len(images) and (images.min() < 0 or images.max() > 1):
+            raise ValueError("float images must be in [0, 1]; give images in 0 to 255 as uint8")
+        return cls(images.permute(0, 2, 3, 1), labels.long(), torch.contiguous_format)
 
     def __getitem__(self, part: slice) -> "Images":
         return Images(self.pixels[part], self.labels[part], self.memory_format)
@@ -113,7 +125,8 @@ class Images:
     def batch(self, index: Tensor | slice, augmentation: Augmentation = Augmentation(), drawn=None):
         """x in [0, 1], float32 (B, 3, H, W), and y (B,); augmented where `drawn` is given."""
         pixels = augmentation.apply(self.pixels, index, **drawn) if drawn else self.pixels[index]
-        x = pixels.permute(0, 3, 1, 2).float().div_(255)
+        x = pixels.permute(0, 3, 1, 2)
+        x = x.float().div_(255) if x.dtype is torch.uint8 else x
         return x.contiguous(memory_format=self.memory_format), self.labels[index]
 
 
@@ -235,6 +248,9 @@ def _download(root: Path, files: dict[str, str], download: Callable[[str], Any])
 def _read(dataset: DataSet, data_dir: str) -> tuple[Images, Images]:
     try:
         source = dataset.source
+        if isinstance(source, str) and ":" in source:
+            module, _, name = source.partition(":")
+            source = getattr(importlib.import_module(module), name)
         parts = source(data_dir) if callable(source) else read_torchvision(source, data_dir)
     except UsageError:
         raise

@@ -75,9 +75,9 @@ def defaults(flags: dict[str, Any]) -> dict[str, Any]:
     """All flags of a run, at their defaults where it was made before there were such flags."""
     try:
         dataset = options.data_set(flags["data_set"])
-    except UsageError:  # of a script that is not here
+    except UsageError:  # a data set of the user's own
         dataset = options.CIFAR10
-    args = options.parse(dataset, argv=[]).flags()
+    args = options.arguments(dataset, {}).flags()
     return {**args, **dependent({**args, **flags}), **flags}
 
 

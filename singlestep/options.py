@@ -24,6 +24,14 @@ from .run.console import UsageError, say
 # Data sets
 
 
+def half(epochs: int) -> int:
+    return epochs // 2
+
+
+def two_fifths(epochs: int) -> int:
+    return epochs * 2 // 5
+
+
 @dataclass(frozen=True)
 class DataSet:
     """What distinguishes one data set from another.
@@ -43,7 +51,7 @@ class DataSet:
     std: tuple[float, float, float]
     defaults: dict[str, Any] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
-    peak: Callable[[int], int] = lambda epochs: epochs // 2
+    peak: Callable[[int], int] = half
     validate: bool = False
 
     def statement(self) -> dict[str, Any]:
@@ -90,7 +98,7 @@ SVHN = DataSet(
     classes=10,
     mean=(0.5, 0.5, 0.5),
     std=(0.5, 0.5, 0.5),
-    peak=lambda epochs: epochs * 2 // 5,
+    peak=two_fifths,
     validate=True,
     defaults=dict(data_dir="../svhn-data", fname="svhn_model", epochs=15, lr_schedule="cyclic", lr_max=0.01,
                   zero_qval=0.7, final_model="best"),
@@ -220,7 +228,7 @@ def flag(group: str, help: str, default: Any = None, parse: Callable[[str], Any]
 class Args:
     """The flags of a training script. Epsilon, steps and radii are in 1/255 or in epsilons, as on the command line.
 
-    data_set: name of the data set; given: names of the flags that the command line gives.
+    data_set, statement: the data set's name and its statement; given: names of the flags that the user gave.
     """
 
     data_dir: str = flag("data", "folder of the data set; downloaded if none of its files is there", "", path,
@@ -345,11 +353,12 @@ class Args:
                          fixed=True)
 
     data_set: str = ""
+    statement: dict[str, Any] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
 
     def flags(self) -> dict[str, Any]:
         """All flags by name, and the data set."""
-        return {name: value for name, value in vars(self).items() if name != "given"}
+        return {name: value for name, value in vars(self).items() if name not in ("given", "statement")}
 
     def keywords(self, keywords: dict[str, str]) -> dict[str, Any]:
         """The values of a record's keywords, each in the unit of the function."""
@@ -433,59 +442,82 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
         print(methods_table() if named.method == "list" else method_help(dataset, named.method) if named.method else
               p.format_help().rstrip())
         p.exit()
-    given = given_flags(p, argv)
-    if named.eval:
-        _take_from_run(p, dataset, named, given)
-    # They set defaults and nothing else: what is given beside them wins, and a recipe's default over a method's.
-    p.set_defaults(**METHODS[named.method].flags_on(dataset.name) if named.method else {})
-    p.set_defaults(**RECIPES.get(named.recipe, {}))
-    values = vars(p.parse_args(argv))
-    del values["help"]
-    args = Args(**values, given=frozenset(given))
+    unset = object()
+    values = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(FLAGS, unset))))
+    given = {name: values[name] for name in FLAGS if values[name] is not unset}
+    try:
+        run = evaluated_flags(dataset, named.fname) if named.eval else {}
+        for line in differing(given, run):
+            say(f"# {line}", error=True)
+        return arguments(dataset, given, run)
+    except UsageError as error:
+        p.error(str(error))
+
+
+def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | None = None) -> Args:
+    """The arguments of a run, from the given flags and, for the others, from `run` and the defaults.
+
+    --method and --recipe set defaults and nothing else: a given flag wins over both, and a recipe over a method.
+    Raises UsageError where a flag is wrong.
+    """
+    for name, value in given.items():
+        require_valid(name, value)
+    method, recipe = given.get("method"), given.get("recipe")
+    values = {**{name: each.default for name, each in FLAGS.items()}, **dataset.defaults, **(run or {}),
+              **(METHODS[method].flags_on(dataset.name) if method else {}), **(RECIPES[recipe] if recipe else {}),
+              **given}
+    args = Args(**values, data_set=dataset.name, statement=dataset.statement(), given=frozenset(given))
     for name, default in DEPENDENT.items():
         if getattr(args, name) is None:
             setattr(args, name, default(args))
-    try:
-        check(args)
-    except UsageError as error:
-        p.error(str(error))
+    check(args)
     return args
 
 
-def given_flags(p: Parser, argv: list[str] | None) -> set[str]:
-    """The names of the flags that the command line gives."""
-    unset = argparse.Namespace(**dict.fromkeys(FLAGS, p))  # a value that no flag has
-    found = vars(p.parse_known_args(argv, unset)[0])
-    return {name for name in FLAGS if found[name] is not p}
-
-
-def _take_from_run(p: Parser, dataset: DataSet, named: argparse.Namespace, given: set[str]) -> None:
-    """Make the flags of the run that is evaluated the defaults, and say which of them the command line overrides."""
-    try:
-        run = run_flags(named.fname)
-    except UsageError as error:
-        p.error(str(error))
-    if run.get("data_set") != dataset.name:
+def require_valid(name: str, value: Any) -> None:
+    """Raise UsageError unless there is such a flag, and the command line could give it this value."""
+    if name not in FLAGS:
+        near = difflib.get_close_matches(name, FLAGS, 1)
+        raise UsageError(f"there is no flag {option(name)}" + (f"; did you mean {option(near[0])}?" if near else ""))
+    told = FLAGS[name].metadata
+    if value is None or isinstance(FLAGS[name].default, bool):
         return
-    kept = {name for name, each in FLAGS.items() if each.metadata["group"] in ("files", "machine")} | \
-        {"eval", "method", "recipe"}
-    taken = {name: value for name, value in run.items() if name in FLAGS and name not in kept}
-    p.set_defaults(**taken)
-    for line in differing({name: getattr(named, name) for name in taken if name in given}, taken):
-        say(f"# {line}", error=True)
+    if told["choices"] and value not in told["choices"]:
+        raise UsageError(f"{option(name)} must be one of {', '.join(told['choices'])}, not {value}")
+    try:
+        if told["parse"]:
+            told["parse"](",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UsageError(f"{option(name)} {error}") from None
+
+
+def evaluated_flags(dataset: DataSet, folder: str) -> dict[str, Any]:
+    """The flags of the run in a folder that its evaluation shares with it."""
+    run = run_flags(folder)
+    if run.get("data_set") != dataset.name:
+        return {}
+    own = {name for name, each in FLAGS.items() if each.metadata["group"] in ("files", "machine")}
+    return {name: value for name, value in run.items() if name in FLAGS.keys() - own - {"eval", "method", "recipe"}}
 
 
 def run_flags(folder: str | Path) -> dict[str, Any]:
     """The flags of the run in `folder`, as its args.json has them; none where there is no such file."""
+    return recorded(folder)[0]
+
+
+def recorded(folder: str | Path) -> tuple[dict[str, Any], DataSet | None]:
+    """The flags of the run in `folder` and its data set, as args.json has them; none where there is no such file. Runs
+    of older versions name their data set without its statement."""
     try:
         saved = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
         flags = {**saved["args"], "data_set": saved["data_set"]}
+        dataset = DataSet.stated(saved["statement"]) if "statement" in saved else None
     except FileNotFoundError:
-        return {}
+        return {}, None
     except (OSError, ValueError, KeyError, TypeError):
         raise UsageError(f"{Path(folder) / 'args.json'} is damaged: repair it, or move it away and give the run's "
                          f"flags") from None
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}, dataset
 
 
 def differing(given: dict[str, Any], run: dict[str, Any]) -> list[str]:

@@ -1,7 +1,11 @@
-"""How accuracy is measured, clean and under PGD with restarts, by one loop with one meaning of robust."""
-from collections.abc import Callable
+"""Clean accuracy and accuracy under PGD, image by image.
+
+An image is robust if it is classified correctly without a perturbation and at every point that every restart of the
+attack visits.
+"""
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -9,18 +13,17 @@ from torch import Tensor, nn
 
 from .attacks import confident_gradient, pgd_step
 from .data import Images
+from .run.console import Screen
 from .run.device import Precision, seed_everything
-from .run.distributed import World
+from .run.distributed import ALONE, Stop, World
 
-ALONE = World()
-BOOLEAN = ("robust", "vanished")
-STARTS = 3  # what random numbers are drawn for: the first part of the key that they are seeded with
+STARTS = 3  # first part of the seeds' key, see train.ORDER
 
 
 @dataclass(frozen=True)
 class PGD:
-    """An l_inf attack: radius and step in pixel units, steps, random restarts; its starts depend on the seed. The loss
-    is "ce", or "cw", the margin between the logits."""
+    """An l_inf attack. epsilon, alpha: radius and step in pixel units; init: "random" or "zero" start; loss: "ce", the
+    cross-entropy, or "cw", the margin between the logits. The random starts depend on the seed."""
 
     epsilon: float
     alpha: float
@@ -32,11 +35,12 @@ class PGD:
 
 
 @dataclass
-class Verdict:
-    """What was found of each of N images, in tensors (N,).
+class Result:
+    """What an attack did to each of N images, in tensors (N,).
 
-    robust_loss: the cross-entropy where the image broke, or the highest at the end of a restart; magnitude: the mean
-    abs(delta) there; vanished: whether the attack ever had no gradient to go by.
+    clean_loss, right: cross-entropy and correctness without a perturbation; robust_loss: the cross-entropy where the
+    image broke, or the highest at the end of a restart; robust: whether no point of the attack is misclassified;
+    magnitude: the mean abs(delta) at that point; vanished: whether the attack once had a gradient of 0 everywhere.
     """
 
     clean_loss: Tensor
@@ -46,80 +50,122 @@ class Verdict:
     magnitude: Tensor
     vanished: Tensor
 
-    def sums(self, world: World) -> "Verdict":
-        """The processes' findings put together; each has zeros for the images of the others."""
-        return Verdict(*(world.sum(getattr(self, part.name).double()) for part in fields(self)))
+    def sums(self, world: World) -> "Result":
+        """The sum over the processes, each of which has zeros for the others' images."""
+        return Result(*(world.sum(getattr(self, part.name).double()) for part in fields(self)))
 
-    def part(self, index: Tensor) -> "Verdict":
-        """What was found of the images at `index`, and nothing of the others; on the index's device, in its types."""
+    def share(self, index: Tensor) -> "Result":
+        """The results of the images at `index`, zeros for the others; on the index's device, robust and vanished as
+        bool, the rest in float32."""
         parts = {}
         for part in fields(self):
-            whole = getattr(self, part.name).to(index.device, torch.bool if part.name in BOOLEAN else torch.float32)
+            dtype = torch.bool if part.name in ("robust", "vanished") else torch.float32
+            whole = getattr(self, part.name).to(index.device, dtype)
             parts[part.name] = torch.zeros_like(whole).index_copy(0, index, whole[index])
-        return Verdict(**parts)
+        return Result(**parts)
 
-    def unperturbed(self) -> "Verdict":
-        """What was found without a perturbation: what any other attack begins with."""
+    def unperturbed(self) -> "Result":
+        """The results without a perturbation, with which every other attack begins."""
         none = torch.zeros_like(self.right)
-        return Verdict(self.clean_loss, self.right, (1 - self.right) * self.clean_loss, self.right, none, none)
+        return Result(self.clean_loss, self.right, (1 - self.right) * self.clean_loss, self.right, none, none)
 
     def metrics(self, first: int | None = None) -> dict[str, float]:
-        """Means over the (first) images."""
+        """Means over the first images, all if None; attack_mean (in 1/255) and no_gradient over the attacked ones."""
         mean = {part.name: getattr(self, part.name)[:first].double().mean().item() for part in fields(self)}
-        attacked = max(mean["right"], 1e-9)  # only what is right to begin with is
+        attacked = max(mean["right"], 1e-9)  # an image that is wrong without a perturbation is not attacked
         return {"clean_loss": mean["clean_loss"], "clean_acc": mean["right"], "robust_loss": mean["robust_loss"],
                 "robust_acc": mean["robust"], "attack_mean": 255 * mean["magnitude"] / attacked,
                 "no_gradient": mean["vanished"] / attacked, "images": len(self.right[:first])}
 
 
-def evaluate(model: nn.Module, images: Images, attack: PGD, batch_size: int, precision: Precision,
-             world: World = ALONE, progress: Callable[[int], None] = lambda images_done: None,
-             between: Callable[[int, Verdict], None] = lambda restart, found: None,
-             before: tuple[int, Verdict] | None = None) -> Verdict:
-    """Loss and accuracy of `model`, clean and under `attack`, image by image.
+class Step(NamedTuple):
+    """After a step of the attack: how many of this process's images are finished by it."""
 
-    An image is robust only if it is right without a perturbation and at every point of every restart: once wrong, it
-    leaves, and the next one takes its place in the batch, so that batches stay full while the work shrinks. Random
-    starts depend on the seed, the restart and the image alone, so the batch size and the number of processes change no
-    count. Attacks run in the run's precision; an image is broken or robust by a float32 forward pass only. `progress`
-    is told of images that are done with, after every step; all processes call `between`, equally often, before a
-    restart, with its number and what this process has found. An evaluation that was broken off goes on from `before`,
-    what `between` had then, put together.
+    finished: int
+
+
+class Restart(NamedTuple):
+    """Before the restart of this number, counted from 0, and after the last one: the results so far."""
+
+    number: int
+    result: Result
+
+
+def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attack: PGD, batch_size: int = 128) -> Result:
+    """Evaluate a network, clean and under an attack, in float32 and eval mode, on the images' device.
+
+    network: images in [0, 1], (B, C, H, W), to logits; images: (N, C, H, W), uint8 or float in [0, 1]; labels: (N,).
+    """
+    training = network.training
+    precision = Precision.float32(images.device)
+    *_, last = attack_steps(network, Images.of(images, labels), attack, batch_size, precision)
+    network.train(training)
+    assert isinstance(last, Restart)
+    return last.result
+
+
+def shown(events: Iterator[Step | Restart], screen: Screen, title: str, images: int, restarts: int,
+          stop: Stop) -> Iterator[Restart]:
+    """Draw a bar over `attack_steps`, and stop if a signal came. Yields each Restart with all processes' results."""
+    with screen.progress(title, images, "image") as bar:
+        for event in events:
+            if isinstance(event, Step):
+                bar.update(event.finished * stop.world.size)
+                stop.alone()
+                continue
+            whole = event.result.sums(stop.world)
+            if event.number < restarts and restarts > 1:
+                bar.tell(f"{title}, restart {event.number + 1}/{restarts}, "
+                         f"{100 * whole.robust.mean().item():.1f}% still robust")
+            yield Restart(event.number, whole)
+            stop.together()
+        bar.update(images)
+
+
+def attack_steps(model: nn.Module, images: Images, attack: PGD, batch_size: int, precision: Precision,
+                 world: World = ALONE, begun: Restart | None = None) -> Iterator[Step | Restart]:
+    """Attack the images. Yields a Step after every step, and a Restart before every restart and after the last.
+
+    An image that is misclassified leaves the batch and the next one takes its place, so that batches stay full while
+    the work shrinks. Random starts depend on the seed, the restart and the image alone: neither the batch size nor the
+    number of processes changes a count. The attack computes in the run's precision; a float32 forward pass decides
+    whether an image is right. Each process attacks its own share of the images: processes take different numbers of
+    steps, and may communicate at a Restart only. `begun` continues an interrupted attack from a Restart with all
+    processes' results.
     """
     model.eval()
     world.broadcast_buffers(model)
-    device, n = images.labels.device, len(images)
-    mine = torch.arange(n, device=device)[world.rank::world.size]
-    first, found = (before[0], before[1].part(mine)) if before else \
+    mine = torch.arange(len(images), device=images.labels.device)[world.rank::world.size]
+    first, result = (begun.number, begun.result.share(mine)) if begun else \
         (0, _clean(model, images, mine, batch_size, precision))
-    progress(int((~found.robust[mine]).sum()) if attack.restarts else len(mine))
-    for restart in range(first, attack.restarts):
-        between(restart, found)
-        queue = mine[found.robust[mine].nonzero().squeeze(1)]
-        last = restart + 1 == attack.restarts
-        for broken, survived in _restart(model, images, queue, attack, restart, batch_size, precision, found):
-            progress(broken + (survived if last else 0))
-    return found.sums(world)
+    yield Step(int((~result.robust[mine]).sum()) if attack.restarts else len(mine))
+    for number in range(first, attack.restarts):
+        yield Restart(number, result)
+        queue = mine[result.robust[mine].nonzero().squeeze(1)]
+        last = number + 1 == attack.restarts
+        for broken, survived in _restart(model, images, queue, attack, number, batch_size, precision, result):
+            yield Step(broken + (survived if last else 0))
+    yield Restart(attack.restarts, result)
 
 
-def _clean(model, images: Images, mine: Tensor, batch_size: int, precision: Precision) -> Verdict:
-    """What there is to say of the images at `mine` without a perturbation."""
-    found = Verdict(*torch.zeros(6, len(images), device=mine.device))
-    found.robust, found.vanished = found.robust.bool(), found.vanished.bool()
+def _clean(model: nn.Module, images: Images, mine: Tensor, batch_size: int, precision: Precision) -> Result:
+    """Evaluate the images at `mine` without a perturbation."""
+    result = Result(*torch.zeros(6, len(images), device=mine.device))
+    result.robust, result.vanished = result.robust.bool(), result.vanished.bool()
     for index in mine.split(batch_size):
         x, y = images.batch(index)
         logits = precision.float32_logits(model, x)
-        found.clean_loss[index] = F.cross_entropy(logits, y, reduction="none")
-        found.right[index] = (logits.argmax(dim=1) == y).float()
-    found.robust |= found.right.bool()
-    found.robust_loss += torch.where(found.robust, 0, found.clean_loss)
-    return found
+        result.clean_loss[index] = F.cross_entropy(logits, y, reduction="none")
+        result.right[index] = (logits.argmax(dim=1) == y).float()
+    result.robust |= result.right.bool()
+    result.robust_loss += torch.where(result.robust, 0, result.clean_loss)
+    return result
 
 
-def _restart(model, images: Images, queue: Tensor, attack: PGD, restart: int, batch_size: int, precision: Precision,
-             found: Verdict):
-    """Attack the images in `queue` once; yields after every step how many broke and how many came through."""
-    starts = _starts(images, attack, restart).to(queue.device)
+def _restart(model: nn.Module, images: Images, queue: Tensor, attack: PGD, number: int, batch_size: int,
+             precision: Precision, result: Result) -> Iterator[tuple[int, int]]:
+    """Attack the images in `queue` once. Yields after every step how many broke and how many took all their steps."""
+    starts = _starts(images, attack, number).to(queue.device)
     index, taken, since = queue[:0], queue[:0], 0  # the images in the batch, the steps that each has taken
     x, y = images.batch(index)
     delta = torch.zeros_like(x)
@@ -134,50 +180,43 @@ def _restart(model, images: Images, queue: Tensor, attack: PGD, restart: int, ba
                 (y, y_new), (index, entering), (taken, torch.zeros_like(entering))))
             since = 0
         finished = taken == attack.steps
-        if since == attack.steps:  # as long ago the last ones entered: all are only to be judged
-            grad, judged = torch.zeros_like(delta), precision.float32_logits(model, (x + delta).clamp(0, 1))
+        if since == attack.steps:  # every image has taken all its steps; only the final check is left
+            grad, logits = torch.zeros_like(delta), precision.float32_logits(model, (x + delta).clamp(0, 1))
         else:
             with precision.autocast():
                 grad, logits = confident_gradient(model, x, y, delta, attack.loss)
-            judged = _judged(model, x, y, delta, logits, finished, precision)
-            found.vanished[index] |= ~(finished | grad.flatten(1).any(dim=1))
-        wrong, loss = judged.argmax(dim=1) != y, F.cross_entropy(judged, y, reduction="none")
-        before = found.robust_loss[index]
-        found.robust[index] &= ~wrong
-        found.robust_loss[index] = torch.where(wrong, loss, torch.where(finished, before.maximum(loss), before))
-        found.magnitude[index] = torch.where(wrong | finished, delta.abs().mean(dim=(1, 2, 3)), found.magnitude[index])
-        yield tuple(torch.stack([wrong.sum(), (finished & ~wrong).sum()]).tolist())
+            logits = _deciding_logits(model, x, y, delta, logits, finished, precision)
+            result.vanished[index] |= ~(finished | grad.flatten(1).any(dim=1))
+        wrong, loss = logits.argmax(dim=1) != y, F.cross_entropy(logits, y, reduction="none")
+        before = result.robust_loss[index]
+        result.robust[index] &= ~wrong
+        result.robust_loss[index] = torch.where(wrong, loss, torch.where(finished, before.maximum(loss), before))
+        result.magnitude[index] = torch.where(wrong | finished, delta.abs().mean(dim=(1, 2, 3)),
+                                              result.magnitude[index])
+        broken, survived = torch.stack([wrong.sum(), (finished & ~wrong).sum()]).tolist()
+        yield broken, survived
         stays = (~(wrong | finished)).nonzero().squeeze(1)
         delta = pgd_step(delta, grad, x, attack.epsilon, attack.alpha)[stays]
         x, y, index, taken, since = x[stays], y[stays], index[stays], taken[stays] + 1, since + 1
 
 
-def _judged(model, x: Tensor, y: Tensor, delta: Tensor, logits: Tensor, finished: Tensor,
-            precision: Precision) -> Tensor:
-    """The logits that decide: those of a float32 forward pass wherever something is to be decided."""
-    judged = logits.float()
+def _deciding_logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, logits: Tensor, finished: Tensor,
+                     precision: Precision) -> Tensor:
+    """The logits, computed again in float32 wherever they decide: of misclassified and of finished images."""
+    logits = logits.float()
     if not precision.is_float32:
-        suspect = (finished | (judged.argmax(dim=1) != y)).nonzero().squeeze(1)
+        suspect = (finished | (logits.argmax(dim=1) != y)).nonzero().squeeze(1)
         if len(suspect):
-            judged[suspect] = precision.float32_logits(model, (x[suspect] + delta[suspect]).clamp(0, 1))
-    return judged
+            logits[suspect] = precision.float32_logits(model, (x[suspect] + delta[suspect]).clamp(0, 1))
+    return logits
 
 
-def _starts(images: Images, attack: PGD, restart: int) -> Tensor:
-    """Uniform starts for all `images`, (N, 3, H, W), drawn on the CPU and whole, to depend on nothing else."""
+def _starts(images: Images, attack: PGD, number: int) -> Tensor:
+    """Uniform starts of all images, (N, C, H, W), drawn on the CPU and for all at once, so that they depend on the
+    seed and the restart alone."""
     n, height, width, channels = images.pixels.shape
     if attack.init == "zero":
         return torch.zeros(1, channels, height, width).expand(n, -1, -1, -1)
-    seed_everything(STARTS, attack.seed, restart)
+    seed_everything(STARTS, attack.seed, number)
     starts = torch.empty(n, height, width, channels).uniform_(-attack.epsilon, attack.epsilon)
     return starts.permute(0, 3, 1, 2)
-
-
-def row(attack: str, epsilon: float, robust: int, n: int, seconds: float | None = None) -> dict[str, Any]:
-    """A line of the table: of n images, those still right; with Wilson's 95% interval. Epsilon is in
-    1/255."""
-    from scipy.stats import binomtest  # takes long to import
-
-    interval = binomtest(robust, n).proportion_ci(0.95, method="wilson")
-    return {"attack": attack, "epsilon": epsilon, "n": n, "robust": robust, "accuracy": robust / n,
-            "low": float(interval.low), "high": float(interval.high), "seconds": seconds}

@@ -1,30 +1,30 @@
-"""One run, from top to bottom: what every training script does once it has stated its data set.
+"""One run, from top to bottom.
 
-`train` is the whole of it; the functions below are its steps, in the order in which they are taken.
+`main` is what the training scripts call, `train` the same for networks and images of your own. The functions below
+are the steps of a run, in the order in which they are taken.
 """
 import contextlib
 import copy
 import math
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import swa_utils
 
-from . import attacks, collapse, objectives, options, robustness
+from . import attacks, collapse, evaluation, objectives, options, robustness
 from .attacks import Step
 from .checkpoints import fingerprint, load_network
 from .data import Augmentation, Images, load
 from .methods import ATTACKS, OBJECTIVES
 from .networks import new_network
 from .options import Args, DataSet
-from .robustness import Verdict
+from .robustness import PGD, Restart, Result
 from .run import folder as folders
 from .run import state as states
 from .run.console import (
@@ -43,28 +43,41 @@ from .run.console import (
     summary_line,
     where,
 )
-from .run.device import Compiled, Precision, choose_device, describe, memory_format, seed_everything, slowdown
-from .run.distributed import World
+from .run.device import (
+    Compiled,
+    Precision,
+    advised,
+    choose_device,
+    describe,
+    evaluation_batch,
+    memory_format,
+    seed_everything,
+    slowdown,
+)
+from .run.distributed import Stop, World
 from .run.folder import Board, Folder
-from .run.state import Found, State
+from .run.state import Found, State, named
 
-# What random numbers are drawn for: the first part of every key that they are seeded with here. (robustness.py has 3.)
+# What random numbers are for: the first part of every key that they are seeded with. (robustness.STARTS is 3.)
 ORDER, STEP, WATCH, WEIGHTS = 0, 1, 2, 4
-WATCHED = 128  # test images whose gradients' signs an epoch is watched by
-# In training, many processes agree on whether to stop once in so many steps or seconds, whichever is sooner, and at an
-# epoch's last step. (torchrun kills them 30 seconds after SIGTERM.)
+
+WATCHED = 128  # test images on which an epoch's input gradients are compared
+
+# With several processes, check for a stop signal every N steps or seconds, whichever is sooner, and at an epoch's last
+# step. (torchrun kills its processes 30 seconds after SIGTERM.)
 STOP_STEPS, STOP_SECONDS = 20, 5
-TIMED_STEPS = 20  # after so many, it is said how long the training will take
+
+TIMED_STEPS = 20  # print a time estimate after this many steps
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of. While it runs, nothing in here changes but `state`.
+    """Everything a run needs. Only `state` changes.
 
     network: what attacks call, compiled if asked; forward: what is trained, the network or, of several processes,
-    DistributedDataParallel around it; attack, objective: of attacks.py and objectives.py, with their keywords; alpha:
-    the attack's step, if it has one; schedule, momentum: time in epochs -> learning rate, momentum; held_out: what the
-    best model is chosen on, unless on test images.
+    DistributedDataParallel around it; attack, objective: functions of attacks.py and objectives.py, with their
+    keywords; alpha: the attack's step in pixel units, if it has one; schedule, momentum: time in epochs -> learning
+    rate, momentum; held_out: training images on which the best model is chosen, if there are any.
     """
 
     args: Args
@@ -91,71 +104,151 @@ class Run:
         """Steps in an epoch; the last may be on a smaller batch."""
         return math.ceil(len(self.train) / self.args.batch_size)
 
+    @property
+    def replays(self) -> int:
+        """Steps on each batch."""
+        flag = ATTACKS[self.args.attack].replays
+        return getattr(self.args, flag) if flag else 1
+
+    @property
+    def update(self) -> Callable[..., None] | None:
+        """What the attack does with the gradient that the backward pass leaves in delta."""
+        name = ATTACKS[self.args.attack].update
+        return getattr(attacks, name) if name else None
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the run's files."""
+        return self.world.is_main and self.folder.exists
+
+    @property
+    def stop(self) -> Stop:
+        return Stop(self.signals, self.world, "; --resume auto continues from here")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A process's share of a batch.
+
+    x, y: images (B, C, H, W) and labels (B,); whole: (global batch,) training-set indices of all processes' images;
+    drawn: the crops, flips and angles of x; number: of the batch, counted from 0 in the epoch.
+    """
+
+    x: Tensor
+    y: Tensor
+    whole: Tensor
+    drawn: dict[str, Tensor]
+    number: int
+
+
+class Plan(NamedTuple):
+    """What rank 0 decides before training.
+
+    found: the checkpoint to continue from; notes: lines to print about it; images: to train on, to choose the best
+    model on, to test on; complete: whether nothing is left to do; aside: where files of an earlier run are now.
+    """
+
+    found: Found | None
+    notes: list[str]
+    images: tuple[Images, Images, Images]
+    complete: bool
+    aside: str | None
+
 
 def main(dataset: DataSet, args: Args) -> None:
     """Train or evaluate on `dataset` as the arguments ask; an error ends the process."""
     with one_line_errors(args.fname), StopSignals() as signals:
+        if args.eval:
+            evaluation.evaluate_training(dataset, args, signals)
+            return
         folder = Folder(args.fname)
         try:
-            train(dataset, args, folder, signals)
+            run_training(dataset, args, folder, signals)
         finally:
             folder.release()
 
 
-def train(dataset: DataSet, args: Args, folder: Folder, signals: StopSignals) -> None:
-    """The run: build it, go on where it was, train epoch by epoch, and evaluate what came out."""
+def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, epochs: int, seed: int = 0,
+          augment: dict[str, Any] | None = None, test: tuple[Tensor, Tensor] | None = None,
+          folder: str | Path | None = None, **flags: Any) -> list[dict[str, Any]]:
+    """Train a network of yours by a method of this package; it is left in eval mode, on the device of --device.
+
+    Args:
+        network: images in [0, 1], (B, C, H, W), to logits (B, classes).
+        images, labels: (N, C, H, W), uint8 or float in [0, 1]; (N,).
+        method: a name of --method.
+        augment: keywords of `data.Augmentation`, such as dict(padding=4, flip=True); None: no augmentation.
+        test: images and labels for the evaluation of every epoch; None: no evaluation.
+        folder: where checkpoints and logs go; None: nothing is written.
+        flags: any flag of train_cifar.py, with its default there, but no final evaluation and nothing printed.
+
+    Returns:
+        The history: a record for each epoch.
+
+    Raises:
+        UsageError: a flag is wrong. Failure: the loss is no longer finite, or memory ran out.
+    """
+    classes = int(labels.max()) + 1
+    dataset = DataSet("own", "none", classes, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), options.CIFAR10.defaults,
+                      augment or {})
+    given = {"quiet": True, "final_iters": 0, "epochs": epochs, "seed": seed, **flags, "method": method}
+    args = options.arguments(dataset, {**given, "fname": str(folder or "")})
+    own, empty = Images.of(images, labels), Images.of(images[:0], labels[:0])
+    held_out = own[len(own) - args.val_size:] if args.val_size else empty
+    loaded = (own[:args.train_samples or len(own) - args.val_size], held_out, Images.of(*test) if test else empty)
+    place = Folder(folder)
+    try:
+        return run_training(dataset, args, place, StopSignals(), network, loaded).history
+    finally:
+        place.release()
+
+
+def run_training(dataset: DataSet, args: Args, folder: Folder, signals: StopSignals, network: nn.Module | None = None,
+                 images: tuple[Images, Images, Images] | None = None) -> State:
+    """Build the run, continue it where it was, train epoch by epoch, and evaluate the result.
+
+    network, images: those to use; if None, the ones that the arguments name.
+    """
     device = choose_device(args)
     world = World.join(device)
-    world.decide(folder.require_writable)
     screen = Screen(world.is_main, args.quiet)
-    with world.alike():
-        state, layout = build(dataset, args, device, world)
-        found = world.decide(lambda: look_for_checkpoint(folder, args))
-        if found:
-            for note in resume(state, found, args):
-                screen.say(f"# {found.source}: {note}")
-        with screen.progress(f"reading {dataset.name}"):
-            images = load_images(dataset, args, world, device, layout)
-    run = assemble(dataset, args, state, folder, world, signals, images, screen)
-    if args.eval and found:
-        evaluate_only(run, found)
-    elif found and state.epoch == args.epochs and world.decide(lambda: is_complete(run)):
-        if world.is_main and state.final and not (folder.path / "final.json").exists():
-            states.remove_unfinished(folder)  # a kill came between the state and its logs
-            folders.render(folder, state, args)
+    with world.said_once():
+        state, layout = build(dataset, args, device, world, network)
+        plan = world.from_main(lambda: prepare(dataset, args, state, folder, world, screen, images))
+        if plan.found and not world.is_main:
+            resume(state, plan.found, args)  # rank 0 has done so
+    for note in plan.notes:
+        screen.say(f"# {note}")
+    if plan.complete:
         screen.say(f"{args.fname} is complete: nothing to do")
     else:
-        start(run, found, dataset)
-        if state.step == 0 and state.history and state.history[-1].get("collapsed"):
-            on_collapse(run)  # the run may have been killed between saving this epoch and stopping
-        with screen.progress("training", args.epochs * run.steps, "step", state.epoch * run.steps + state.step) as bar:
-            while state.epoch < args.epochs:
-                with saved_if_stopped(run):
-                    with advised(run, f"lower --batch-size (now {args.batch_size})"):
-                        trained = train_epoch(run, between_steps(run, bar))
-                    if world.size > 1:  # torchrun may not wait for the end of an evaluation
-                        save(run)
-                    finish_epoch(run, trained, measure(run))
-                    if state.history[-1]["collapsed"]:
-                        on_collapse(run)
+        run = assemble(dataset, args, state, folder, world, signals,
+                       [part.to(device, layout) for part in plan.images], screen)
+        start(run, plan)
+        train_epochs(run)
         finish(run)
-        screen.say(where(args))
+        if folder.exists:
+            screen.say(where(args))
     world.leave()
+    return state
 
 
-def build(dataset: DataSet, args: Args, device: torch.device, world: World) -> tuple[State, torch.memory_format]:
-    """The network that the seed gives, on the device and in its layout there, and its optimizer."""
+def build(dataset: DataSet, args: Args, device: torch.device, world: World,
+          network: nn.Module | None = None) -> tuple[State, torch.memory_format]:
+    """The network, by default that of the arguments and the seed, on the device and in its layout there, and its
+    optimizer."""
     precision = Precision(args, device)
     if args.sync_bn and (world.size == 1 or device.type != "cuda"):
         raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
-    seed_everything(WEIGHTS, args.seed)
-    model = new_network(dataset, args)
+    if network is None:
+        seed_everything(WEIGHTS, args.seed)
+        network = new_network(dataset, args)
     if args.sync_bn:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    layout = memory_format(model, device)
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    layout = memory_format(network, device)
     if args.compile and layout == torch.contiguous_format:  # the compiler would choose channels_last by itself
         raise UsageError("--compile on a CPU needs --base-width 16 or more")
-    model = model.to(device).to(memory_format=layout)
+    model = network.to(device).to(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), args.lr_max, momentum=0.9, weight_decay=5e-4, fused=True)
     for parameter in model.parameters():  # or where float16's scaler skips the first step, it would stay uninitialized
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -165,89 +258,90 @@ def build(dataset: DataSet, args: Args, device: torch.device, world: World) -> t
     return State(model, optimizer, precision, ema), layout
 
 
-def look_for_checkpoint(folder: Folder, args) -> Found | None:
-    """The checkpoint that --resume asks for. A folder that is trained in is locked before anything of it is read."""
-    if not args.eval and folder.names(r"\.lock|(state|(model|opt)_\d+)\.pth"):
+def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: World, screen: Screen,
+            images: tuple[Images, Images, Images] | None) -> Plan:
+    """On rank 0: find the checkpoint and load it, read the images, and make the folder ready for the epochs to come."""
+    found = None
+    if folder.exists:
+        folder.require_writable()
+        if folder.names(r"\.lock|(state|(model|opt)_\d+)\.pth"):
+            folder.lock()  # before anything of it is read
+        found = states.find(folder, args.resume) if args.resume else None
+    notes = [f"{found.source}: {note}" for note in resume(state, found, args)] if found else []
+    if images is None:
+        with screen.progress(f"reading {dataset.name}"):
+            images = load(dataset, args)
+    if (len(images[0]) - 1) % args.batch_size + 1 < world.size:
+        raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
+                         f"{world.size} processes")
+    if found and state.epoch == args.epochs and is_complete(args, state, folder, len(images[2])):
+        if state.final and not (folder.path / "final.json").exists():  # a kill came between the state and its logs
+            states.remove_unfinished(folder)
+            folders.render(folder, state, args)
+        return Plan(found, notes, images, True, None)
+    aside = None
+    if folder.exists:
         folder.lock()
-    found = states.find(folder, args.resume, args.eval) if args.resume else None
-    if args.eval and found is None:
-        raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
-    return found
+        state.final = None
+        aside, best_is_gone = states.make_ready(folder, state, found)
+        if best_is_gone:
+            state.best = -1.0
+    return Plan(found, notes, images, False, aside)
 
 
-def resume(state: State, found: Found, args) -> list[str]:
+def resume(state: State, found: Found, args: Args) -> list[str]:
     """Load the checkpoint into `state`, the network first. Returns notes to print."""
-    notes = load_network(state.judged, found.model, found.source)
+    notes = load_network(state.evaluated, found.model, found.source)
     if state.ema:
-        state.model.load_state_dict(state.judged.state_dict())
+        state.model.load_state_dict(state.evaluated.state_dict())
     return notes + states.resume(state, found, args)
 
 
-def load_images(dataset: DataSet, args: Args, world: World, device: torch.device,
-                layout: torch.memory_format) -> list[Images]:
-    """The images to train, to choose the best model and to test on, on the device."""
-    loaded = world.decide(lambda: load(dataset, args))  # one process reads, or downloads, for all
-    if (len(loaded[0]) - 1) % args.batch_size + 1 < world.size:
-        raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
-                         f"{world.size} processes")
-    return [images.to(device, layout) for images in loaded]
-
-
 def assemble(dataset: DataSet, args: Args, state: State, folder: Folder, world: World, signals: StopSignals,
-             images: list[Images], screen: Screen | None = None) -> Run:
+             images: Iterable[Images], screen: Screen | None = None) -> Run:
     """Compile the network, join it with those of the other processes, and turn names into functions."""
-    model = state.model
     if not world.is_main:
         state.sums = torch.zeros_like(state.sums)  # the saved sums are those of all processes
-    compiled = args.compile and OBJECTIVES[args.objective].compiles
-    share = len(range(world.rank, args.batch_size, world.size))  # of a whole batch
-    network = Compiled(model, share, args.compile_mode) if compiled else model
+    network = state.model
+    if args.compile and OBJECTIVES[args.objective].compiles:
+        share = len(range(world.rank, args.batch_size, world.size))  # of a whole batch
+        network = Compiled(state.model, share, args.compile_mode)
     forward = network
     if world.size > 1:
         forward = nn.parallel.DistributedDataParallel(network, [world.device] if world.device.type == "cuda" else None)
-    board = Board(folder.path / "tensorboard") if args.tensorboard and world.is_main else None
-    attack = ATTACKS[args.attack]
-    keywords = args.keywords(attack.keywords)
+    board = Board(folder.path / "tensorboard") if args.tensorboard and world.is_main and folder.exists else None
+    training, held_out, test = images
+    keywords = args.keywords(ATTACKS[args.attack].keywords)
     alpha = keywords.pop("alpha", None)
-    momentum = partial(onecycle_momentum, epochs=args.epochs) if args.lr_schedule == "onecycle" else \
-        lambda t: 0.9
     objective = partial(getattr(objectives, args.objective), **args.keywords(OBJECTIVES[args.objective].keywords))
     return Run(args, state, folder, world, signals, network, forward,
-               partial(getattr(attacks, args.attack), **keywords), objective, alpha,
-               schedule(args, dataset), momentum, Augmentation(**dataset.augmentation),
-               images[0], images[1], images[2], screen or Screen(quiet=True), board)
+               partial(getattr(attacks, args.attack), **keywords), objective, alpha, schedule(args, dataset),
+               momentum(args), Augmentation(**dataset.augmentation), training, held_out, test,
+               screen or Screen(quiet=True), board)
 
 
-def start(run: Run, found: Found | None, dataset: DataSet) -> None:
-    """Make the folder ready for the epochs to come, and write down what is about to run."""
-    args, state, folder, world = run.args, run.state, run.folder, run.world
+def start(run: Run, plan: Plan) -> None:
+    """Record what is about to run, and print it."""
+    args, state, world = run.args, run.state, run.world
     state.final = None
-
-    def prepare() -> tuple[str | None, bool]:
-        folder.lock()
-        return states.make_ready(folder, state, found)
-
-    aside, best_is_gone = world.decide(prepare)
-    if best_is_gone:
-        state.best = -1.0
     state.starts.append({**describe(world.device, world.size), "epoch": state.epoch, "step": state.step,
-                         "source": found.source if found else None, "aside": aside})
-    if world.is_main:
-        folders.render(folder, state, args)
+                         "source": plan.found.source if plan.found else None, "aside": plan.aside})
+    if run.writes:
+        folders.render(run.folder, state, args)
     parameters = sum(p.numel() for p in state.model.parameters())
     run.screen.say(banner(args, options.as_flags(options.in_effect(args)), parameters, run.network is not state.model,
                           state.starts[-1], (len(run.train), len(run.held_out), len(run.test)), run.steps))
-    for note in notes(run, dataset, bool(found), aside):
+    for note in notes(run, plan):
         run.screen.say(f"# {note}")
 
 
-def notes(run: Run, dataset: DataSet, resumed: bool, aside: str | None) -> Iterator[str]:
-    """What is to be said under the banner."""
+def notes(run: Run, plan: Plan) -> Iterator[str]:
+    """Lines to print under the banner."""
     args, device = run.args, run.world.device
-    if resumed:
+    if plan.found:
         yield folders.resumed_line(run.state.starts[-1]).removeprefix("# ")
-    if aside:
-        yield f"files of an earlier run are now in {aside}"
+    if plan.aside:
+        yield f"files of an earlier run are now in {plan.aside}"
     if device.type == "cpu" and args.base_width >= 64 and args.model != "WideResNet" and not args.dummy:
         yield "on a CPU, this network takes hours; --base-width=16 is some ten times as fast"
     if args.amp and device.type == "cpu" and (slower := slowdown(run.state.precision.dtype)) > 1.2:
@@ -258,114 +352,139 @@ def notes(run: Run, dataset: DataSet, resumed: bool, aside: str | None) -> Itera
         yield f"--epsilon={args.epsilon:g} means {args.epsilon:g}/255: did you mean {255 * args.epsilon:.3g}?"
     if run.world.size > 1 and OBJECTIVES[args.objective].whole_batch:
         yield (f"--objective {args.objective} is computed from each process's own images: with {run.world.size} "
-               f"processes its term is another than with one")
+               f"processes its value differs from that with one")
     if args.compile and not OBJECTIVES[args.objective].compiles:
-        yield f"--compile is off: --objective {args.objective} needs what torch.compile cannot give"
+        yield f"--compile is off: torch.compile cannot differentiate --objective {args.objective}"
 
 
-def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict[str, float]:
+def train_epochs(run: Run) -> None:
+    """Train and evaluate epoch by epoch, until all are done."""
+    args, state = run.args, run.state
+    stop_on_collapse(run)  # the run may have been killed between saving a collapsed epoch and stopping
+    with run.screen.progress("training", args.epochs * run.steps, "step", state.epoch * run.steps + state.step) as bar:
+        while state.epoch < args.epochs:
+            with saved_if_stopped(run):
+                with advised(run.signals, f"lower --batch-size (now {args.batch_size})"):
+                    trained = train_epoch(run, AfterStep(run, bar))
+                if run.world.size > 1:  # torchrun may not wait for the end of an evaluation
+                    save(run)
+                finish_epoch(run, trained, measure(run) if len(run.test) else {})
+                stop_on_collapse(run)
+
+
+def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Train to the end of the state's epoch, of which some steps may be done. Returns the epoch's training metrics.
 
     The order of the images and their augmentation depend on the seed and the epoch alone, an attack's random start
     on those, the step and the process. Nothing waits for the device before the epoch is over.
     """
-    state, world, batch_size, seed = run.state, run.world, run.args.batch_size, run.args.seed
-    device, precision, epsilon = run.train.labels.device, state.precision, run.args.epsilon / 255
-    attack = ATTACKS[run.args.attack]
-    replays = getattr(run.args, attack.replays) if attack.replays else 1
-    seed_everything(ORDER, seed, state.epoch)
+    state, device = run.state, run.train.labels.device
+    seed_everything(ORDER, run.args.seed, state.epoch)
     order = torch.randperm(len(run.train)).to(device)
     drawn = {name: values.to(device) for name, values in run.augmentation.draw(len(run.train)).items()}
     state.sums, state.first_fault = state.sums.to(device), state.first_fault.to(device)
     began = time.perf_counter() - state.seconds
     state.model.train()
     while state.step < run.steps:
-        now = state.epoch + (state.step + 1) / run.steps
-        for group in state.optimizer.param_groups:
-            group["lr"], group["momentum"] = run.schedule(now), run.momentum(now)
-        batch = state.step // replays
-        whole = range(batch * batch_size, min((batch + 1) * batch_size, len(run.train)))
-        share = slice(whole.start + world.rank, whole.stop, world.size)
-        x, y = run.train.batch(order[share], run.augmentation, {name: values[share] for name, values in drawn.items()})
-        seed_everything(STEP, seed, state.epoch, state.step, world.rank)
-        step = Step(run.network, len(run.train), order[whole.start:whole.stop], state.epoch, batch,
-                    state.epoch / run.args.epochs, state.kept, world.rank, world.size, world.sum,
-                    OBJECTIVES[run.args.objective].graph)
-        grown = min(1.0, now / run.args.eps_warmup) if run.args.eps_warmup else 1.0
-        size = {} if run.alpha is None else {"alpha": grown * run.alpha}
-        with precision.autocast():
-            delta = run.attack(run.network, x, y, grown * epsilon, step=step, **size)
-            delta.requires_grad_(attack.update is not None)
-            loss, logits = run.objective(run.forward, x, y, delta, grown * epsilon, step)
-        scale = precision.scaler.get_scale() if attack.update else 1.0
-        # Gradients are averaged over the processes; shares of a last batch can differ by an image.
-        weight = len(y) * world.size / len(whole)
-        finite = precision.backward_and_step(loss * weight, state.optimizer)
-        if attack.update and delta.grad is not None:
-            getattr(attacks, attack.update)(step, x, delta.detach(), delta.grad / (scale * weight), grown * epsilon)
-            delta = delta.detach()
-        if state.ema:
-            state.ema.update_parameters(state.model)
-        state.first_fault = torch.where(finite, state.first_fault, state.first_fault.clamp(max=state.step))
-        correct, n = (logits.detach().argmax(dim=1) == y).sum().double(), len(y)
-        easier, known = collapse.abnormal(step.logits, logits, y)
-        first = float(2 * state.step < run.steps)
-        state.sums += torch.stack([loss.detach().double() * n, correct, n * torch.ones_like(correct),
-                                   delta.abs().mean().double() * n, easier, known * torch.ones_like(correct),
-                                   first * correct, first * n * torch.ones_like(correct)])
+        train_step(run, batch(run, order, drawn))
         state.step += 1
         state.seconds = time.perf_counter() - began
         after_step()
     require_finite(run)
-    loss, correct, n, magnitude, easier, known, first_correct, first_n = world.sum(state.sums).tolist()
+    sums = named(run.world.sum(state.sums))
     state.seconds = time.perf_counter() - began
-    rise = (correct - first_correct) / (n - first_n) - first_correct / first_n if first_n and n > first_n else None
-    return {"train_time": state.seconds, "lr": run.schedule(state.epoch + 1),
-            "train_robust_loss": loss / n, "train_robust_acc": correct / n, "defence_mean": 255 * magnitude / n,
-            "train_images": int(n), "train_rise": rise, "abnormal": easier / known if known else None}
+    n, early = sums["images"], sums["early_images"]
+    accuracy = sums["correct"] / n
+    rise = None
+    if 0 < early < n:
+        rise = (sums["correct"] - sums["early_correct"]) / (n - early) - sums["early_correct"] / early
+    return {"train_time": state.seconds, "lr": run.schedule(state.epoch + 1), "train_robust_loss": sums["loss"] / n,
+            "train_robust_acc": accuracy, "defence_mean": 255 * sums["perturbation"] / n, "train_images": int(n),
+            "train_rise": rise, "abnormal": sums["abnormal"] / sums["compared"] if sums["compared"] else None}
 
 
-def between_steps(run: Run, bar: Progress) -> Callable[[], None]:
+def batch(run: Run, order: Tensor, drawn: dict[str, Tensor]) -> Batch:
+    """This process's share of the state's next batch, augmented."""
+    size, world = run.args.batch_size, run.world
+    number = run.state.step // run.replays
+    whole = range(number * size, min((number + 1) * size, len(run.train)))
+    share = slice(whole.start + world.rank, whole.stop, world.size)
+    own = {name: values[share] for name, values in drawn.items()}
+    x, y = run.train.batch(order[share], run.augmentation, own)
+    return Batch(x, y, order[whole.start:whole.stop], own, number)
+
+
+def train_step(run: Run, batch: Batch) -> None:
+    """Perturb the batch, compute the loss, and step down its gradient."""
+    args, state, world, x, y = run.args, run.state, run.world, batch.x, batch.y
+    precision = state.precision
+    now = state.epoch + (state.step + 1) / run.steps
+    for group in state.optimizer.param_groups:
+        group["lr"], group["momentum"] = run.schedule(now), run.momentum(now)
+    growth = min(1.0, now / args.eps_warmup) if args.eps_warmup else 1.0
+    epsilon = growth * (args.epsilon / 255)
+    alpha = {} if run.alpha is None else {"alpha": growth * run.alpha}
+    step = Step(run.network, len(run.train), batch.whole, state.epoch, batch.number, state.epoch / args.epochs,
+                state.kept, world.rank, world.size, world.sum, OBJECTIVES[args.objective].graph)
+    seed_everything(STEP, args.seed, state.epoch, state.step, world.rank)
+    with precision.autocast():
+        delta = run.attack(run.network, x, y, epsilon, step=step, **alpha)
+        delta.requires_grad_(run.update is not None)
+        loss, logits = run.objective(run.forward, x, y, delta, epsilon, step)
+    scale = precision.scaler.get_scale() if run.update else 1.0
+    weight = len(y) * world.size / len(batch.whole)  # the processes' mean is that over images, though shares differ
+    finite = precision.backward_and_step(loss * weight, state.optimizer)
+    if run.update and delta.grad is not None:
+        run.update(step, x, delta.detach(), delta.grad / (scale * weight), epsilon)
+    if state.ema:
+        state.ema.update_parameters(state.model)
+    state.first_fault = torch.where(finite, state.first_fault, state.first_fault.clamp(max=state.step))
+    correct, n = (logits.detach().argmax(dim=1) == y).sum().double(), torch.full_like(loss.detach().double(), len(y))
+    abnormal, compared = collapse.abnormal(step.logits, logits, y)
+    early = float(2 * state.step < run.steps)
+    state.add(loss=loss.detach().double() * n, correct=correct, images=n,
+              perturbation=delta.detach().abs().mean().double() * n, abnormal=abnormal, compared=n * (compared > 0),
+              early_correct=early * correct, early_images=early * n)
+
+
+class AfterStep:
     """What is done after every step: show it, save the state if it is time to, stop if asked."""
-    unchecked, checked_at, check_every = 0, time.perf_counter(), 1
-    told_at = 0.0  # when the bar last told of loss and accuracy
-    name = f"training, epoch {run.state.epoch + 1}"
-    compiling = run.network is not run.state.model and not bar.timed
-    bar.tell(f"{name}, compiling" if compiling else name)
 
-    def after_step() -> None:
-        nonlocal unchecked, checked_at, check_every, told_at
-        now = time.perf_counter()
-        if run.screen.shown and now - told_at > 2:  # looking at the sums waits for the device
-            loss, correct, n = run.state.sums[:3].tolist()
-            bar.tell(name, loss=f"{loss / n:.3f}", train=f"{100 * correct / n:.1f}")
-            told_at = now
+    def __init__(self, run: Run, bar: Progress):
+        self.run, self.bar = run, bar
+        self.unchecked, self.checked_at, self.check_every = 0, time.perf_counter(), 1
+        self.told_at = 0.0
+        self.title = f"training, epoch {run.state.epoch + 1}"
+        compiling = run.network is not run.state.model and not bar.timed
+        bar.tell(f"{self.title}, compiling" if compiling else self.title)
+
+    def __call__(self) -> None:
+        run, bar, now = self.run, self.bar, time.perf_counter()
+        if run.screen.shown and now - self.told_at > 2:  # reading the sums waits for the device
+            sums = named(run.state.sums)
+            bar.tell(self.title, loss=f"{sums['loss'] / sums['images']:.3f}",
+                     train=f"{100 * sums['correct'] / sums['images']:.1f}")
+            self.told_at = now
         bar.update()
         if bar.done - bar.first == TIMED_STEPS:
-            run.screen.say(f"# {bar.left()} at this pace, evaluations aside")
+            run.screen.say(f"# {bar.left()} at this pace, evaluations not included")
         if run.args.chkpt_steps and run.state.step % run.args.chkpt_steps == 0:
             save(run)
-        unchecked += 1
-        if unchecked >= check_every or run.state.step == run.steps or run.world.size == 1:
-            stop_if_asked(run)
-            pace = run.world.max((now - checked_at) / unchecked)
-            check_every = max(1, min(STOP_STEPS, int(STOP_SECONDS / max(pace, 1e-9))))
-            unchecked, checked_at = 0, now
-
-    return after_step
-
-
-def stop_if_asked(run: Run) -> None:
-    """Stop if a signal came, to whichever process. All processes have to call it together."""
-    number = int(run.world.max(run.signals.received or 0))
-    if number:
-        raise Stopped(signal.Signals(number), "" if run.args.eval else "; --resume auto goes on from here")
+        self.unchecked += 1
+        if self.unchecked >= self.check_every or run.state.step == run.steps or run.world.size == 1:
+            run.stop.together()
+            pace = run.world.max((now - self.checked_at) / self.unchecked)
+            self.check_every = max(1, min(STOP_STEPS, int(STOP_SECONDS / max(pace, 1e-9))))
+            self.unchecked, self.checked_at = 0, now
 
 
 @contextlib.contextmanager
 def saved_if_stopped(run: Run) -> Iterator[None]:
-    """Save what was trained when a signal came or standard output was closed. Of several processes, that output is the
-    first one's alone, and the others would wait: the last epoch is saved already."""
+    """Save the state when a signal came or standard output was closed.
+
+    With several processes, a closed output is rank 0's alone, and the others would wait in vain: the last epoch is
+    saved already.
+    """
     try:
         yield
     except Stopped as stop:
@@ -379,27 +498,30 @@ def saved_if_stopped(run: Run) -> Iterator[None]:
 
 
 def measure(run: Run) -> dict[str, Any]:
-    """The evaluation of the present network that every epoch ends with, its score, and what it took."""
-    args, began = run.args, time.perf_counter()
-    last = args.eval or run.state.epoch + 1 == args.epochs
+    """Evaluate the network after an epoch. Returns metrics, score and seconds."""
+    args, state, began = run.args, run.state, time.perf_counter()
+    epsilon = args.epsilon / 255
+    last = state.epoch + 1 == args.epochs
     fixed = len(run.test) if args.full_test else args.test_samples  # the same in every epoch, to choose the best on
     test = run.test[:max(fixed, args.last_samples or len(run.test)) if last else fixed]
-    verdict = judged(run, run.state.judged, test, args.test_iters, args.test_restarts)
-    if args.epochs > 1 and not (args.eval or run.state.history):
-        run.screen.say(final_estimate(args, time.perf_counter() - began, len(test), asked(run)["images"]))
-    score, found = verdict.metrics(fixed)["robust_acc"], verdict.metrics()
+    pgd = PGD(epsilon, args.pgd_alpha / 255, args.test_iters, args.test_restarts, args.seed)
+    result = evaluate_network(run, state.evaluated, test, pgd)
+    if args.epochs > 1 and not state.history:
+        run.screen.say(final_estimate(args, time.perf_counter() - began, len(test),
+                                      asked(args, state, run.folder, len(run.test))["images"]))
+    score, found = result.metrics(fixed)["robust_acc"], result.metrics()
     metrics = {title: found[name] for title, name in (
         ("test_loss", "clean_loss"), ("test_acc", "clean_acc"), ("test_robust_loss", "robust_loss"),
         ("test_robust_acc", "robust_acc"), ("attack_mean", "attack_mean"), ("no_gradient", "no_gradient"),
         ("test_images", "images"))}
-    fgsm = judged(run, run.state.judged, test, 1, 1, alpha=args.epsilon / 255, init="zero",
-                  before=(0, verdict.unperturbed()))
+    fgsm = evaluate_network(run, state.evaluated, test, PGD(epsilon, epsilon, 1, 1, args.seed, init="zero"),
+                            Restart(0, result.unperturbed()))
     metrics["fgsm_acc"] = fgsm.metrics()["robust_acc"]
     x, y = run.test.batch(slice(WATCHED))
-    seed_everything(WATCH, args.seed, run.state.epoch)
-    metrics |= collapse.signs(run.state.judged, x, y, args.epsilon / 255)
+    seed_everything(WATCH, args.seed, state.epoch)
+    metrics |= collapse.signs(state.evaluated, x, y, epsilon)
     if len(run.held_out):
-        validation = judged(run, run.state.judged, run.held_out, args.test_iters, args.test_restarts).metrics()
+        validation = evaluate_network(run, state.evaluated, run.held_out, pgd).metrics()
         metrics |= {"val_robust_acc": validation["robust_acc"], "val_images": validation["images"]}
         score = validation["robust_acc"]
     if run.world.device.type == "cuda":
@@ -407,105 +529,62 @@ def measure(run: Run) -> dict[str, Any]:
     return {**metrics, "score": score, "test_time": time.perf_counter() - began}
 
 
-def evaluation_batch(args, device: torch.device) -> int:
-    """How many images a process evaluates at once, fewer where --batch-size, of all processes, is small.
-
-    For an image, an attack stores as much as a training step: 4 MiB in float32, or 23 with a WideResNet-34-10.
-    """
-    fuller = device.type == "cuda" and args.model != "WideResNet"
-    return min(args.batch_size, 128) * (4 if fuller else 1)
-
-
-def judged(run: Run, model: nn.Module, images: Images, steps: int, restarts: int, alpha: float | None = None,
-           init: str = "random", keep: Callable[[int, Verdict], None] = lambda restart, found: None,
-           before: tuple[int, Verdict] | None = None) -> Verdict:
-    """What PGD leaves of `model` on `images`, with the run's epsilon and, unless told otherwise, its step.
-
-    `keep` is given what all processes have found before each restart, and the evaluation can go on from it.
-    """
-    args, world = run.args, run.world
-    alpha = args.pgd_alpha / 255 if alpha is None else alpha
-    attack = robustness.PGD(args.epsilon / 255, alpha, steps, restarts, args.seed, init)
-    batch_size = evaluation_batch(args, world.device)
-    name = "FGSM" if steps == 1 and init == "zero" else f"PGD-{steps}"
-
-    def progress(images_done: int) -> None:
-        bar.update(images_done * world.size)
-        if world.size == 1:  # many are not at the same step
-            stop_if_asked(run)
-
-    def between(restart: int, found: Verdict) -> None:
-        whole = found.sums(world)
-        if restart:
-            keep(restart, whole)
-        if restarts > 1:
-            bar.tell(f"{name}, restart {restart + 1}/{restarts}, {100 * whole.robust.mean().item():.1f}% still robust")
-        stop_if_asked(run)
-
-    with run.screen.progress(name, len(images), "image") as bar, \
-            advised(run, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
-        found = robustness.evaluate(model, images, attack, batch_size, run.state.precision, world, progress, between,
-                                  before)
-        bar.update(len(images))
-        return found
-
-
-@contextlib.contextmanager
-def advised(run: Run, advice: str) -> Iterator[None]:
-    """Out of memory, or without a compiler, the run ends with one line that says what would help there."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        # PyTorch has no class of its own for a CPU's memory.
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
-            raise Failure(f"out of memory: {advice}") from None
-        if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            if run.signals.received:  # which the compiler's own processes received, too
-                raise Stopped(run.signals.received, " while compiling; --resume auto goes on from the newest state",
-                              midway=True) from None
-            raise Failure(f"--compile: {str(error).partition(chr(10))[0]}; use --no-compile") from None
-        raise
+def evaluate_network(run: Run, model: nn.Module, images: Images, attack: PGD, begun: Restart | None = None,
+                     keep: Callable[[Restart], None] = lambda restart: None) -> Result:
+    """Evaluate a network under an attack, with a bar. `keep` is given every completed restart of several."""
+    batch_size, world = evaluation_batch(run.args, run.world.device), run.world
+    title = "FGSM" if attack.steps == 1 and attack.init == "zero" else f"PGD-{attack.steps}"
+    with advised(run.signals, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
+        events = robustness.attack_steps(model, images, attack, batch_size, run.state.precision, world, begun)
+        for restart in robustness.shown(events, run.screen, title, len(images), attack.restarts, run.stop):
+            if 0 < restart.number < attack.restarts:
+                keep(restart)
+    return restart.result
 
 
 def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) -> None:
-    """Record and save an epoch that is over."""
+    """Record, save and print a finished epoch."""
     state, args = run.state, run.args
-    if not math.isfinite(measured["test_loss"] + measured["test_robust_loss"]):
-        raise not_finite(run, state.step - 1)
-    score = measured.pop("score")
-    record = {"epoch": state.epoch, **trained, **measured, "best": score > state.best}
-    state.best = max(state.best, score)
+    record = {"epoch": state.epoch, **trained, **measured}
+    if measured:
+        if not math.isfinite(measured["test_loss"] + measured["test_robust_loss"]):
+            raise not_finite(run, state.step - 1)
+        score = record.pop("score")
+        record["best"] = score > state.best
+        state.best = max(state.best, score)
+        record["collapsed"] = collapse.collapsed([*state.history, record])[-1]
     state.history.append(record)
-    record["collapsed"] = collapse.collapsed(state.history)[-1]
     state.begin_epoch(state.epoch + 1)
-    if run.world.is_main:
-        if not record["collapsed"]:
-            states.save(run.folder.file("model", "healthy"), state.judged.state_dict())
-        if record["best"]:
-            states.save(run.folder.file("model", "best"), state.judged.state_dict())
+    if run.writes:
+        network = state.evaluated.state_dict()
+        if measured and not record["collapsed"]:
+            states.save(run.folder.file("model", "healthy"), network)
+        if measured and record["best"]:
+            states.save(run.folder.file("model", "best"), network)
         if state.epoch % args.chkpt_iters == 0 or state.epoch == args.epochs:
-            states.save(run.folder.file("model", state.epoch - 1), state.judged.state_dict())
+            states.save(run.folder.file("model", state.epoch - 1), network)
             states.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
     save(run)
     run.screen.say(epoch_line(record, state.history, args.epochs))  # last: standard output may be closed
-    if record["collapsed"]:
+    if record.get("collapsed"):
         run.screen.warn(collapse_line(record))
 
 
-def on_collapse(run: Run) -> None:
-    """Stop the run if --on-collapse=stop asks for it."""
-    if run.args.on_collapse == "stop":
+def stop_on_collapse(run: Run) -> None:
+    """After a collapsed epoch, stop the run if --on-collapse=stop asks for it."""
+    state = run.state
+    if run.args.on_collapse == "stop" and state.step == 0 and state.history and state.history[-1].get("collapsed"):
         healthy = run.folder.file("model", "healthy")
-        where = f"the last healthy network is in {healthy}; " if healthy.exists() else ""
-        raise Failure(f"collapsed in epoch {run.state.epoch}; {where}to continue anyway: --resume=auto "
+        network = f"the last healthy network is in {healthy}; " if healthy.exists() else ""
+        raise Failure(f"collapsed in epoch {state.epoch}; {network}to continue anyway: --resume=auto "
                       f"--on-collapse=warn")
 
 
 def save(run: Run) -> None:
-    """Save all that --resume auto needs to go on from here. All processes have to call it together."""
+    """Save everything that --resume auto needs to continue. Every process has to call it."""
     require_finite(run)
     sums = run.world.sum(run.state.sums)
-    if run.world.is_main:
+    if run.writes:
         states.save_state(run.folder, run.state, run.args, sums)
     if run.board:
         run.board.draw(run.state.history)
@@ -519,7 +598,7 @@ def require_finite(run: Run) -> None:
         raise not_finite(run, int(fault))
     if state.step:
         training = state.model.training
-        x, _ = run.test.batch(slice(evaluation_batch(run.args, run.world.device)))
+        x, _ = (run.test if len(run.test) else run.train).batch(slice(evaluation_batch(run.args, run.world.device)))
         answers = state.precision.float32_logits(state.model.eval(), x)
         state.model.train(training)
         sound = torch.stack([values.isfinite().all() for values in (*state.model.state_dict().values(), answers)]).all()
@@ -528,124 +607,102 @@ def require_finite(run: Run) -> None:
 
 
 def not_finite(run: Run, step: int) -> Failure:
+    """The error of a step whose loss, gradient or weights are not finite."""
     good = run.folder.path / "state.pth"
     advice = "lower --lr-max" if run.state.precision.dtype is not torch.float16 else \
         "lower --lr-max, or take --amp-dtype=bfloat16, whose range is wider"
+    saved = f"the last good state is {good}" if good.exists() else "no state was saved before"
     return Failure(f"the loss, a gradient or a weight is no longer finite in epoch {run.state.epoch + 1}, "
-                   f"step {step + 1}; "
-                   f"{f'the last good state is {good}' if good.exists() else 'no state was saved before'}: {advice}")
+                   f"step {step + 1}; {saved}: {advice}")
 
 
-def asked(run: Run) -> dict[str, Any]:
-    """The final evaluation that the arguments ask for. There may be no best model: then it is of the last one."""
-    args = run.args
-    best = args.final_model == "best" and run.folder.file("model", "best").exists()
+def asked(args: Args, state: State, folder: Folder, images: int) -> dict[str, Any]:
+    """The final evaluation that the arguments ask for, of so many test images. It uses the last model if there is no
+    best one."""
+    best = args.final_model == "best" and folder.file("model", "best").exists()
     return {"model": "best" if best else "last", "iters": args.final_iters, "restarts": args.final_restarts,
-            "alpha": args.pgd_alpha, "epsilon": args.epsilon, "epoch": run.state.epoch - 1,
-            "images": min(args.final_samples or len(run.test), len(run.test))}
+            "alpha": args.pgd_alpha, "epsilon": args.epsilon, "epoch": state.epoch - 1,
+            "images": min(args.final_samples or images, images)}
 
 
-def is_complete(run: Run) -> bool:
-    """Whether a run that has no epoch before it has nothing else to do, either."""
-    return not run.args.final_iters or bool(run.state.final and asked(run).items() <= run.state.final.items())
+def is_complete(args: Args, state: State, folder: Folder, images: int) -> bool:
+    """Whether a fully trained run also has its final evaluation."""
+    return not args.final_iters or bool(
+        state.final and asked(args, state, folder, images).items() <= state.final.items())
 
 
 def finish(run: Run) -> None:
-    """Attack the last or the best network with restarts (PGD-50-10), and record what is left of its accuracy."""
-    run.screen.say("# " + summary_line(collapse.summary(run.state.history), len(run.state.history)))
+    """Attack the last or the best network with restarts (PGD-50-10), and record its accuracy."""
+    state, history = run.state, run.state.history
+    if not len(run.test):
+        return
+    run.screen.say("# " + summary_line(collapse.summary(history), len(history)))
     if not run.args.final_iters:
         return
-    found = final_evaluation(run, run.world.decide(lambda: asked(run)))
-    run.state.final = {**found, **collapse.summary(run.state.history)}
+    found = final_evaluation(run)
+    state.final = {**found, **collapse.summary(history)}
     save(run)
-    if run.world.is_main:
+    if run.writes:
         (run.folder.path / "final.pth").unlink(missing_ok=True)
     run.screen.say(final_line(found))
     if found["no_gradient"] > 0.01:
-        run.screen.warn(f"for {100 * found['no_gradient']:.0f}% of the images the attack had no gradient to go by: the "
-                        f"network may only look robust; try an attack without gradients, such as Square")
+        run.screen.warn(f"for {100 * found['no_gradient']:.0f}% of the images the attack had no gradient to follow: "
+                        f"the network may only look robust; try an attack without gradients, such as Square")
 
 
-def final_evaluation(run: Run, wanted: dict[str, Any]) -> dict[str, Any]:
-    """The final evaluation that `asked` describes."""
-    model, began = run.state.judged, time.perf_counter()
+def final_evaluation(run: Run) -> dict[str, Any]:
+    """Make the final evaluation, or complete an interrupted one."""
+    args, state, part = run.args, run.state, run.folder.path / "final.pth"
     torch.backends.cudnn.benchmark = False  # batches of every size are to come
-    if wanted["model"] == "best":
-        best = run.folder.file("model", "best")
+
+    def load_final() -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
+        wanted = asked(args, state, run.folder, len(run.test))
+        best = states.read_checkpoint(run.folder.file("model", "best")) if wanted["model"] == "best" else None
+        return wanted, best, interrupted(part)
+
+    wanted, best, saved = run.world.from_main(load_final)
+    model = state.evaluated
+    if best:
         model = copy.deepcopy(model)
-        load_network(model, run.world.decide(lambda: states.read_checkpoint(best)), best.name)
-    key = {**wanted, "seed": run.args.seed, "network": fingerprint(model)}
-    part = run.folder.path / "final.pth"
-    before = None if run.args.eval else run.world.decide(lambda: broken_off(part, key))
-    began -= before[2] if before else 0
+        load_network(model, best, "model_best.pth")
+    key = {**wanted, "seed": args.seed, "network": fingerprint(model)}
+    begun, began = None, time.perf_counter()
+    if saved.get("key") == key:
+        begun = Restart(saved["restart"], Result(**saved["found"]))
+        began -= saved["seconds"]
 
-    def keep(restart: int, found: Verdict) -> None:
-        if run.world.is_main and not run.args.eval:
-            states.save(part, {"key": key, "restart": restart, "seconds": time.perf_counter() - began,
-                                   "found": vars(found)})
+    def keep(restart: Restart) -> None:
+        if run.writes:
+            states.save(part, {"key": key, "restart": restart.number, "seconds": time.perf_counter() - began,
+                               "found": vars(restart.result)})
 
-    verdict = judged(run, model, run.test[:wanted["images"]], wanted["iters"], wanted["restarts"], keep=keep,
-                     before=before and before[:2])
-    return {**wanted, "seconds": time.perf_counter() - began, **verdict.metrics()}
+    pgd = PGD(args.epsilon / 255, args.pgd_alpha / 255, wanted["iters"], wanted["restarts"], args.seed)
+    result = evaluate_network(run, model, run.test[:wanted["images"]], pgd, begun, keep)
+    return {**wanted, "seconds": time.perf_counter() - began, **result.metrics()}
 
 
-def broken_off(part: Path, key: dict[str, Any]) -> tuple[int, Verdict, float] | None:
-    """The restart that a final evaluation of this key was broken off in, what it had found, and in how many seconds."""
+def interrupted(part: Path) -> dict[str, Any]:
+    """What an interrupted final evaluation saved; empty if there is none."""
     try:
-        saved = states.read_checkpoint(part)
-        return (saved["restart"], Verdict(**saved["found"]), saved["seconds"]) if saved["key"] == key else None
-    except (UsageError, KeyError, TypeError):
-        return None
+        return states.read_checkpoint(part)
+    except UsageError:
+        return {}
 
 
-def evaluate_only(run: Run, found: Found) -> None:
-    """What --eval does: the evaluation of an epoch on the whole test set, then the final one; all of them are kept."""
-    state, args = run.state, run.args
-    run.world.decide(lambda: folders.evaluations(run.folder))  # before anything is measured
-    epoch = max(state.epoch - 1, 0) if state.step == 0 else state.epoch  # the one under way, or the last
-    untrained = dict.fromkeys(("train_time", "lr", "train_robust_loss", "train_robust_acc", "defence_mean"))
-    measured = measure(run)
-    del measured["score"]
-    if not math.isfinite(measured["test_loss"]):
-        raise UsageError(f"--eval: what the network in {found.source} answers is no finite number")
-    record = {"epoch": epoch, **untrained, **measured, "resumed": found.source,
-              **describe(run.world.device, run.world.size)}
-    if args.final_iters:
-        record["final"] = {**final_evaluation(run, run.world.decide(lambda: asked(run))), "epoch": epoch}
-    record["attacks"] = rows(args, record)
-    try:
-        if run.world.is_main:
-            folders.add_evaluation(run.folder, record)
-    finally:  # the disk may be full
-        run.screen.say(epoch_line(record, [], max(args.epochs, epoch + 1)))
-        if args.final_iters:
-            run.screen.say(final_line(record["final"]))
-
-
-def rows(args, record: dict[str, Any]) -> list[dict[str, Any]]:
-    """What --eval found in the form that robustness.py records."""
-    def row(name: str, epsilon: float, alpha: float | None, accuracy: float, images: int = record["test_images"],
-            seconds: float | None = None, file: str = record["resumed"]) -> dict[str, Any]:
-        found = robustness.row(name, epsilon, round(accuracy * images), images, seconds)
-        return {**found, "alpha": alpha, "file": file}
-
-    pgd = f"pgd-{args.test_iters}-{args.test_restarts}"
-    found = [row("clean", 0.0, None, record["test_acc"]), row("fgsm", args.epsilon, args.epsilon, record["fgsm_acc"]),
-             row(pgd, args.epsilon, args.pgd_alpha, record["test_robust_acc"])]
-    if final := record.get("final"):
-        file = str(Path(args.fname, "model_best.pth")) if final["model"] == "best" else record["resumed"]
-        found.append(row(f"pgd-{final['iters']}-{final['restarts']}", args.epsilon, args.pgd_alpha,
-                         final["robust_acc"], final["images"], final["seconds"], file))
-    return found
-
-
-def schedule(args, dataset: DataSet) -> Callable[[float], float]:
-    """The learning rate as a function of the time in epochs."""
+def schedule(args: Args, dataset: DataSet) -> Callable[[float], float]:
+    """The learning rate as a function of the time in epochs, which training sets before every step."""
     if args.lr_schedule == "cyclic":
         return partial(cyclic, lr_max=args.lr_max, peak=dataset.peak(args.epochs), epochs=args.epochs)
     if args.lr_schedule == "onedrop":
         return partial(onedrop, lr_max=args.lr_max, drop=args.lr_drop)
     return partial(onecycle, lr_max=args.lr_max, epochs=args.epochs)
+
+
+def momentum(args: Args) -> Callable[[float], float]:
+    """The momentum as a function of the time in epochs."""
+    if args.lr_schedule == "onecycle":
+        return partial(onecycle_momentum, epochs=args.epochs)
+    return lambda t: 0.9
 
 
 def cyclic(t: float, lr_max: float, peak: float, epochs: float) -> float:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SmallNet
+from helpers import SmallNet
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 PEERS = [name for name, package in (("torchattacks", "torchattacks"), ("art", "adversarial-robustness-toolbox"))
          if any(importlib.metadata.distributions(name=package))]

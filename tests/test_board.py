@@ -3,8 +3,7 @@ import importlib.util
 import os
 
 import pytest
-from conftest import TINY, epochs_of
-from test_scripts import one_line
+from helpers import TINY, epochs_of, one_line
 
 from singlestep.run.folder import SCALARS
 

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, assert_same_run, epochs_of, script
+from helpers import ROOT, SMALL, assert_same_run, epochs_of, script
 
 from singlestep.run.device import cuda_devices
 

@@ -6,18 +6,16 @@ import hashlib
 import http.server
 import io
 import json
-import pickle
 import tarfile
 import threading
 import time
 
 import numpy as np
 import pytest
-import scipy.io
 import torch
 import torchvision.datasets.utils
 import torchvision.transforms.functional as TF
-from conftest import DATASETS, SMALL, epochs_of
+from helpers import DATASETS, SMALL, epochs_of, write_cifar10, write_svhn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -88,42 +86,6 @@ def test_a_batch_is_totensor():
     x, y = images.batch(torch.tensor([3, 1]))
     assert x.is_contiguous(memory_format=torch.channels_last) and y.tolist() == [3, 1]
     assert torch.equal(x[1], TF.to_tensor(Image.fromarray(images.pixels[1].numpy())))
-
-
-def write_cifar10(root, monkeypatch, n=6):
-    """Small files in CIFAR-10's format, and their sums where torchvision looks for them."""
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-
-    def write(name, content):
-        (folder / name).write_bytes(pickle.dumps(content))
-        return hashlib.md5((folder / name).read_bytes()).hexdigest()
-
-    def batch(seed):
-        rng = np.random.default_rng(seed)
-        return {"data": rng.integers(0, 256, (n, 3072), dtype=np.uint8), "labels": list(range(n))}
-
-    train = [[f"data_batch_{i}", write(f"data_batch_{i}", batch(i))] for i in range(1, 6)]
-    test = [["test_batch", write("test_batch", batch(0))]]
-    meta = {"filename": "batches.meta", "key": "label_names",
-            "md5": write("batches.meta", {"label_names": [str(i) for i in range(10)]})}
-    for name, value in (("train_list", train), ("test_list", test), ("meta", meta)):
-        monkeypatch.setattr(datasets.CIFAR10, name, value)
-    return folder, batch
-
-
-def write_svhn(root, monkeypatch, n=12):
-    """Small files in SVHN's format: Matlab 5, X of (32, 32, 3, n) and y of (n, 1) where 10 stands for the digit 0."""
-    root.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3, n), dtype=np.uint8)
-    labels = (np.arange(n, dtype=np.uint8) % 10 + 1).reshape(-1, 1)
-    sums = {}
-    for split in ("train", "test"):
-        path = root / f"{split}_32x32.mat"
-        scipy.io.savemat(path, {"X": pixels, "y": labels})
-        sums[split] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
-    monkeypatch.setattr(datasets.SVHN, "split_list", sums)
-    return pixels, labels
 
 
 def test_cifar_files_are_read_upright_and_in_order(tmp_path, monkeypatch):

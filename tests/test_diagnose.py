@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import ROOT, SMALL
+from helpers import ROOT, SMALL
 from torch import nn
 
 from singlestep import train

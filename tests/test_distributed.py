@@ -9,9 +9,8 @@ import time
 
 import pytest
 import torch
-from conftest import IMAGES, ROOT, SIDE, SMALL, assert_same_run, epochs_of, linear_network
+from helpers import IMAGES, ROOT, SIDE, SMALL, assert_same_run, epochs_of, linear_network, one_line
 from processes import forked, together
-from test_scripts import one_line
 
 from singlestep import train
 from singlestep.run.distributed import World
@@ -35,14 +34,11 @@ def program(path, change: str) -> str:
 
 # `changed(run)` is called after every step.
 AFTER_STEP = """
-between_steps = train.between_steps
-def between_steps_changed(run, bar):
-    after_step = between_steps(run, bar)
-    def both():
-        changed(run)
-        after_step()
-    return both
-train.between_steps = between_steps_changed
+class Changed(train.AfterStep):
+    def __call__(self):
+        changed(self.run)
+        super().__call__()
+train.AfterStep = Changed
 """
 
 
@@ -66,7 +62,7 @@ def test_two_processes_train_about_as_well_as_one(tmp_path):
 
 def test_one_process_finds_the_very_counts_that_two_found(tmp_path, call, small_dummy, monkeypatch):
     """In the evaluations of an epoch and of a whole run."""
-    linear = program(tmp_path / "linear.py", "from conftest import linear_network\ntrain.new_network = linear_network")
+    linear = program(tmp_path / "linear.py", "from helpers import linear_network\ntrain.new_network = linear_network")
     monkeypatch.setattr(train, "new_network", linear_network)
     flags = [*SMALL, "--attack=fgsm", "--lr-max=0", "--fname", tmp_path / "run"]
     done = together(linear, *flags)
@@ -91,7 +87,9 @@ from singlestep.attacks import fgsm
 from singlestep.run.folder import Folder
 from singlestep.run.state import State
 from singlestep.data import Augmentation, Images
-from singlestep.robustness import PGD, evaluate
+from helpers import evaluated
+from singlestep.options import Args
+from singlestep.robustness import PGD
 from singlestep.run.device import Precision
 from singlestep.run.distributed import World
 from singlestep.objectives import ce
@@ -117,7 +115,7 @@ model = Steady().eval()
 pixels, labels = torch.randint(256, (27, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (27,))
 images = Images(pixels, labels, torch.contiguous_format)
 forward = nn.parallel.DistributedDataParallel(model) if world.size > 1 else model
-args = argparse.Namespace(batch_size=12, seed=0, epsilon=8, amp=False, amp_dtype="bfloat16", tf32=True, epochs=1,
+args = Args(batch_size=12, seed=0, epsilon=8, amp=False, amp_dtype="bfloat16", tf32=True, epochs=1,
                           attack="fgsm", objective="ce", eps_warmup=0)
 state = State(model, torch.optim.SGD(model.parameters(), lr=0.1), Precision(args, device))
 run = Run(args, state, Folder(sys.argv[1]), world, StopSignals(), model, forward,
@@ -125,7 +123,7 @@ run = Run(args, state, Folder(sys.argv[1]), world, StopSignals(), model, forward
           images)
 metrics = train_epoch(run)
 del metrics["train_time"]
-weak, strong = (evaluate(model, images, PGD(epsilon / 255, 0.5 / 255, 3, restarts), 5, state.precision, world)
+weak, strong = (evaluated(model, images, PGD(epsilon / 255, 0.5 / 255, 3, restarts), 5, state.precision, world)
                 for epsilon, restarts in ((1, 3), (8, 1)))
 if world.is_main:
     torch.save({"model": model.state_dict(), "metrics": metrics, "weak": weak.metrics(), "strong": strong.metrics()},

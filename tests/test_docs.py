@@ -10,9 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DATASETS, ROOT, SMALL, epochs_of
-from test_data import write_cifar10
-from test_judge import judged, short  # noqa: F401
+from helpers import DATASETS, ROOT, SMALL, epochs_of, write_cifar10
 
 from singlestep import attacks, methods, options
 
@@ -87,7 +85,7 @@ def test_every_command_is_one_that_its_script_takes(command, takes):
         assert all((ROOT / word).exists() for word in words if word.endswith(".txt"))
 
 
-def test_the_example_works_block_by_block(tmp_path, call, judged, short, monkeypatch):  # noqa: F811
+def test_the_example_works_block_by_block(tmp_path, call, judged, short, monkeypatch):
     """As it stands, but for the number of images, which are few and random, and AutoAttack's steps."""
     pytest.importorskip("pyautoattack")
     write_cifar10(tmp_path / "cifar-data", monkeypatch, n=6)

@@ -1,40 +1,16 @@
 """Accuracy, clean and under PGD with restarts, against results that can be worked out by hand or plainly."""
-import argparse
 import statistics
 
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import EPSILON, FLOAT32, Brightness, Wavy, evaluated, plain_evaluation, plain_start, precision, wavy_images
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from singlestep import robustness
 from singlestep.data import Images
-from singlestep.robustness import PGD
-from singlestep.run.device import Precision, seed_everything
-from singlestep.run.distributed import World
-
-
-def precision(amp: bool = False, dtype: str = "bfloat16", tf32: bool = True) -> Precision:
-    args = argparse.Namespace(amp=amp, amp_dtype=dtype, amp_impl="native", tf32=tf32)
-    return Precision(args, torch.device("cpu"))
-
-
-FLOAT32 = precision()
-EPSILON = 8 / 255
-
-
-class Brightness(nn.Module):
-    """Says class 1 where the mean pixel is above one half: what PGD does to it can be worked out by hand."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(50.0))
-
-    def forward(self, x):
-        z = self.scale * (x.flatten(1).mean(dim=1) - 0.5)
-        return torch.stack([-z, z], dim=1)
-
+from singlestep.robustness import PGD, Restart, Step, attack_steps
+from singlestep.run.distributed import ALONE, World
 
 # Value, label, right without a perturbation, right under every perturbation of at most 8.
 GREY = [(140, 1, True, True), (136, 1, True, True), (135, 1, True, False), (128, 1, True, False),
@@ -47,9 +23,10 @@ GREY = [(140, 1, True, True), (136, 1, True, True), (135, 1, True, False), (128,
 def test_an_evaluation_finds_what_can_be_worked_out_by_hand(batch_size, restarts):
     values, labels, right, robust = map(torch.tensor, zip(*GREY))
     pixels = values.byte().view(-1, 1, 1, 1).expand(-1, 32, 32, 3).contiguous()
-    done = []
-    found = robustness.evaluate(Brightness(), Images(pixels, labels), PGD(EPSILON, 2 / 255, 10, restarts), batch_size,
-                              FLOAT32, progress=done.append)
+    *events, last = attack_steps(Brightness(), Images(pixels, labels), PGD(EPSILON, 2 / 255, 10, restarts),
+                                 batch_size, FLOAT32)
+    done = [event.finished for event in events if isinstance(event, Step)]
+    found = last.result.sums(ALONE)
     assert torch.equal(found.right.bool(), right) and torch.equal(found.robust.bool(), robust)
     assert sum(done) == len(GREY)
     # Toward one half, all pixels move by epsilon, those of 255 and 0 too; what was wrong stays where it was.
@@ -66,53 +43,6 @@ def test_an_evaluation_finds_what_can_be_worked_out_by_hand(batch_size, restarts
     assert metrics["attack_mean"] == pytest.approx(255 * found.magnitude[right].mean().item(), rel=1e-9)
 
 
-class Wavy(nn.Module):
-    """A fixed network in float64 whose decisions change within a small ball."""
-
-    def __init__(self):
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.first = nn.Parameter(torch.randn(3072, 16, generator=generator, dtype=torch.float64) / 10)
-        self.second = nn.Parameter(torch.randn(16, 3, generator=generator, dtype=torch.float64))
-
-    def forward(self, x):
-        return (torch.tanh(x.double().flatten(1) @ self.first) @ self.second).float()
-
-
-def wavy_images(n=40):
-    pixels = torch.randint(256, (n, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
-    images = Images(pixels, torch.zeros(n, dtype=torch.long))
-    labels = Wavy()(images.batch(slice(None))[0]).argmax(dim=1)
-    labels[::10] = (labels[::10] + 1) % 3  # some are wrong from the start
-    return Images(pixels, labels)
-
-
-def plain_start(x, epsilon, seed, restart):
-    n, channels, height, width = x.shape
-    seed_everything(3, seed, restart)
-    return torch.empty(n, height, width, channels).uniform_(-epsilon, epsilon).permute(0, 3, 1, 2).clamp(-x, 1 - x)
-
-
-def plain_evaluation(network, images, epsilon, alpha, steps, restarts, seed):
-    """Which images PGD leaves right at every point of every restart, and their losses there or where they broke."""
-    x, y = images.batch(slice(None))
-    robust = network(x).argmax(dim=1) == y
-    loss = torch.where(robust, 0, F.cross_entropy(network(x), y, reduction="none")).detach()
-    for restart in range(restarts):
-        delta = plain_start(x, epsilon, seed, restart)
-        for step in range(steps + 1):
-            delta = delta.requires_grad_()
-            logits = network(x + delta)
-            losses = F.cross_entropy(logits, y, reduction="none")
-            grad, = torch.autograd.grad(losses.sum(), delta)
-            broken = robust & (logits.argmax(dim=1) != y)
-            losses, ends = losses.detach(), robust & (step == steps)
-            loss = torch.where(broken, losses, torch.where(ends, loss.maximum(losses), loss))
-            robust &= ~broken
-            delta = (delta.detach() + alpha * grad.sign()).clamp(-epsilon, epsilon).clamp(-x, 1 - x)
-    return robust, loss
-
-
 def test_an_image_broken_by_any_restart_is_never_robust():
     images, model, restarts = wavy_images(), Wavy(), 6
     x, y = images.batch(slice(None))
@@ -122,7 +52,7 @@ def test_an_image_broken_by_any_restart_is_never_robust():
     robust = torch.stack([held, *each]).all(dim=0)
     assert 0 < robust.sum() < min(right.sum() for right in each)  # no single restart breaks them all
     for batch_size in (3, 7, 40, 64):
-        found = robustness.evaluate(model, images, PGD(0.15, 0.0, 1, restarts, seed=3), batch_size, FLOAT32)
+        found = evaluated(model, images, PGD(0.15, 0.0, 1, restarts, seed=3), batch_size, FLOAT32)
         assert torch.equal(found.robust.bool(), robust) and torch.equal(found.right.bool(), held)
 
 
@@ -131,7 +61,7 @@ def test_the_shrinking_batch_finds_what_the_plain_attack_finds(batch_size):
     images, model, attack = wavy_images(), Wavy(), PGD(0.004, 0.001, 5, 3)
     robust, loss = plain_evaluation(model, images, attack.epsilon, attack.alpha, attack.steps, attack.restarts, 0)
     assert 5 < robust.sum() < 35
-    found = robustness.evaluate(model, images, attack, batch_size, FLOAT32)
+    found = evaluated(model, images, attack, batch_size, FLOAT32)
     assert torch.equal(found.robust.bool(), robust)
     assert found.metrics()["robust_loss"] == pytest.approx(loss.mean().item(), rel=1e-5)
 
@@ -139,7 +69,7 @@ def test_the_shrinking_batch_finds_what_the_plain_attack_finds(batch_size):
 def test_a_process_that_no_image_is_left_for_finds_nothing(monkeypatch):
     monkeypatch.setattr(World, "_reduced", lambda self, values, operation: values)
     monkeypatch.setattr(World, "broadcast_buffers", lambda self, model: None)
-    found = robustness.evaluate(Wavy(), wavy_images()[:2], PGD(EPSILON, 2 / 255, 2, 2), 8, FLOAT32,
+    found = evaluated(Wavy(), wavy_images()[:2], PGD(EPSILON, 2 / 255, 2, 2), 8, FLOAT32,
                                 World(rank=4, size=8))
     assert found.metrics() == {"clean_loss": 0, "clean_acc": 0, "robust_loss": 0, "robust_acc": 0, "attack_mean": 0,
                                "no_gradient": 0, "images": 2}
@@ -148,11 +78,11 @@ def test_a_process_that_no_image_is_left_for_finds_nothing(monkeypatch):
 def test_the_processes_findings_are_those_of_one(monkeypatch):
     """Each finds something of its own images alone, so that the sum of all is what one process finds."""
     attack, parts = PGD(0.004, 0.001, 5, 2), []
-    alone = robustness.evaluate(Wavy(), wavy_images(), attack, 8, FLOAT32)
+    alone = evaluated(Wavy(), wavy_images(), attack, 8, FLOAT32)
     monkeypatch.setattr(World, "_reduced", lambda self, values, operation: values)
     monkeypatch.setattr(World, "broadcast_buffers", lambda self, model: None)
     for rank in range(3):
-        parts.append(vars(robustness.evaluate(Wavy(), wavy_images(), attack, 8, FLOAT32, World(rank=rank, size=3))))
+        parts.append(vars(evaluated(Wavy(), wavy_images(), attack, 8, FLOAT32, World(rank=rank, size=3))))
     for name, value in vars(alone).items():
         torch.testing.assert_close(sum(part[name] for part in parts), value, rtol=1e-6, atol=1e-9)
 
@@ -161,11 +91,11 @@ def test_an_attack_goes_on_from_what_another_found_without_a_perturbation():
     """FGSM after PGD finds what FGSM alone finds, without a forward pass of its own on the images themselves."""
     fgsm, passed, model = PGD(0.004, 0.004, 1, 1, init="zero"), [], Wavy()
     model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
-    alone = robustness.evaluate(model, wavy_images(), fgsm, 8, FLOAT32)
+    alone = evaluated(model, wavy_images(), fgsm, 8, FLOAT32)
     passes = sum(passed)
-    pgd = robustness.evaluate(model, wavy_images(), PGD(0.004, 0.001, 5, 2), 8, FLOAT32)
+    pgd = evaluated(model, wavy_images(), PGD(0.004, 0.001, 5, 2), 8, FLOAT32)
     passed.clear()
-    after = robustness.evaluate(model, wavy_images(), fgsm, 8, FLOAT32, before=(0, pgd.unperturbed()))
+    after = evaluated(model, wavy_images(), fgsm, 8, FLOAT32, begun=Restart(0, pgd.unperturbed()))
     assert not torch.equal(pgd.robust, alone.robust) and sum(passed) == passes - 40
     for name, value in vars(alone).items():
         assert torch.equal(vars(after)[name], value), name
@@ -175,7 +105,7 @@ def test_the_shrinking_batch_does_less_work():
     images, passed = wavy_images(), []
     model = Wavy()
     model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
-    found = robustness.evaluate(model, images, PGD(0.3, 0.1, 20, 10), 8, FLOAT32)
+    found = evaluated(model, images, PGD(0.3, 0.1, 20, 10), 8, FLOAT32)
     assert found.metrics()["robust_acc"] < 0.2
     assert sum(passed) < 0.3 * 20 * 10 * len(images)
     assert sum(size == 8 for size in passed) > 0.5 * len(passed)
@@ -184,7 +114,7 @@ def test_the_shrinking_batch_does_less_work():
 def test_a_lower_precision_is_judged_only_where_there_is_something_to_judge():
     passed, model = [], Wavy()
     model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
-    found = robustness.evaluate(model, wavy_images(), PGD(1e-4, 1e-4, 6, 2), 8, precision(amp=True))
+    found = evaluated(model, wavy_images(), PGD(1e-4, 1e-4, 6, 2), 8, precision(amp=True))
     assert found.metrics()["robust_acc"] > 0.5 and min(passed) > 0
 
 
@@ -206,13 +136,12 @@ class Waits(TorchFunctionMode):
 def test_a_step_of_an_evaluation_waits_for_the_device_three_times_at_most(kind):
     images, counts = wavy_images(40), []
 
-    def after_step(images_done):
-        counts.append(waits.count)
-        waits.count = 0
-
     with Waits() as waits:
         assert bool(torch.ones(3)[torch.ones(3).bool()].sum()) and waits.count == 2  # it does count
-        robustness.evaluate(Wavy(), images, PGD(EPSILON, EPSILON / 20, 10, 3), 16, kind, progress=after_step)
+        for event in attack_steps(Wavy(), images, PGD(EPSILON, EPSILON / 20, 10, 3), 16, kind):
+            if isinstance(event, Step):
+                counts.append(waits.count)
+                waits.count = 0
     _, *steps = counts
     assert len(steps) > 5 and sum(steps) <= 3 * len(steps) + 2 * 3  # two before a restart: what is left to attack
     assert statistics.median(steps) <= 3
@@ -237,7 +166,7 @@ def test_attacks_use_the_low_precision_and_accuracy_is_judged_in_float32(dtype):
 
     images = wavy_images(24)
     images.labels.zero_()
-    found = robustness.evaluate(Net(), images, PGD(EPSILON, EPSILON, 2, 2), 16, low)
+    found = evaluated(Net(), images, PGD(EPSILON, EPSILON, 2, 2), 16, low)
     assert {kind for kind, attacking in seen if attacking} == {low.dtype}
     assert {kind for kind, attacking in seen if not attacking} == {torch.float32}
     assert found.right.all() and found.robust.all()
@@ -250,7 +179,7 @@ def test_evaluation_leaves_the_model_as_it_was_and_wants_no_gradient_of_it():
     before, wanted = {key: value.clone() for key, value in model.state_dict().items()}, []
     model.register_forward_pre_hook(lambda module, inputs: wanted.append(
         torch.is_grad_enabled() and any(parameter.requires_grad for parameter in module.parameters())))
-    robustness.evaluate(model, wavy_images(), PGD(EPSILON, EPSILON, 2, 2), 16, FLOAT32)
+    evaluated(model, wavy_images(), PGD(EPSILON, EPSILON, 2, 2), 16, FLOAT32)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
     assert len(wanted) > 3 and not any(wanted)
@@ -270,7 +199,7 @@ class Certain(nn.Module):
 
 def test_certainty_hides_no_gradient_and_an_attack_without_one_is_told_of():
     images = Images(torch.full((4, 32, 32, 3), 104, dtype=torch.uint8), torch.tensor([1, 1, 1, 0]))
-    found = robustness.evaluate(Certain(1e5), images, PGD(EPSILON, 2 / 255, 10, 1), 4, FLOAT32).metrics()
+    found = evaluated(Certain(1e5), images, PGD(EPSILON, 2 / 255, 10, 1), 4, FLOAT32).metrics()
     assert (found["clean_acc"], found["robust_acc"], found["no_gradient"]) == (0.75, 0, 0)
-    found = robustness.evaluate(Certain(0.0), images, PGD(EPSILON, 2 / 255, 10, 1), 4, FLOAT32).metrics()
+    found = evaluated(Certain(0.0), images, PGD(EPSILON, 2 / 255, 10, 1), 4, FLOAT32).metrics()
     assert (found["clean_acc"], found["robust_acc"], found["no_gradient"]) == (0.75, 0.75, 1)

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import DATASETS, ROOT, script
+from helpers import DATASETS, ROOT, script
 from processes import Started, forked
 
 from singlestep import options

@@ -12,10 +12,21 @@ import sys
 
 import pytest
 import torch
-from conftest import DATASETS, ROOT, SMALL, TINY, assert_same, assert_same_run, epochs_of, script
+from helpers import (
+    DATASETS,
+    ROOT,
+    SMALL,
+    TINY,
+    assert_same,
+    assert_same_run,
+    epochs_of,
+    evaluated,
+    one_line,
+    script,
+    write_cifar10,
+    write_svhn,
+)
 from processes import forked
-from test_data import write_cifar10, write_svhn
-from test_scripts import one_line
 from torchvision import datasets
 
 from singlestep import data, options, robustness, train
@@ -257,7 +268,7 @@ def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, small_dumm
         raise error
 
     for module, name, advice in (
-            (robustness, "evaluate", "an evaluation takes up to 32 images at once: lower --batch-size below that"),
+            (robustness, "attack_steps", "an evaluation takes up to 32 images at once: lower --batch-size below that"),
             (train, "train_epoch", "lower --batch-size (now 32)")):
         monkeypatch.setattr(module, name, fail)
         status, _, line = call("train_cifar.py", *SMALL, "--attack=fgsm", "--fname", tmp_path / "run")
@@ -333,7 +344,7 @@ def test_a_surer_network_does_not_look_more_robust(times):
         with torch.no_grad():
             model.linear.weight.mul_(scale), model.linear.bias.mul_(scale)
         attack = robustness.PGD(1.5 / 255, 0.5 / 255, 10, 1)
-        found.append(robustness.evaluate(model, images, attack, 32, Precision(args, torch.device("cpu"))))
+        found.append(evaluated(model, images, attack, 32, Precision(args, torch.device("cpu"))))
     plain, sure = (verdict.metrics() for verdict in found)
     assert 0.05 < plain["robust_acc"] < 0.95 and sure["no_gradient"] == 0
     assert sure["robust_acc"] == pytest.approx(plain["robust_acc"], abs=0.06)

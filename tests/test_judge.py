@@ -9,13 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATASETS, SIDE, SMALL, epochs_of, linear_network
+from helpers import DATASETS, FLOAT32, SIDE, SMALL, epochs_of, evaluated, linear_network, one_line
 from processes import together
-from test_evaluate import FLOAT32
-from test_scripts import one_line
 from torch import nn
 
-from singlestep import attacks, autoattack, checkpoints, data, evaluation, options, robustness, train
+from singlestep import attacks, checkpoints, data, evaluation, options, robustness, train
 from singlestep.autoattack import AutoAttack
 from singlestep.checkpoints import Opened, load_network, load_run
 from singlestep.data import Images
@@ -23,8 +21,8 @@ from singlestep.networks import PreActResNet18, ResNet18, WideResNet
 from singlestep.robustness import PGD
 from singlestep.run import folder as folders
 from singlestep.run import state as states
-from singlestep.run.console import Screen, Stopped, UsageError
-from singlestep.run.distributed import World
+from singlestep.run.console import Screen, Stopped, StopSignals, UsageError
+from singlestep.run.distributed import ALONE, Stop
 from singlestep.run.folder import Folder
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
@@ -171,19 +169,6 @@ def run(tmp_path, call, small_dummy, monkeypatch):
     return tmp_path / "run"
 
 
-@pytest.fixture
-def judged(capsys):
-    """evaluate.py in this process: judged(*flags) -> (status, output, error output)."""
-    def run_main(*flags):
-        status = 0
-        try:
-            evaluation.main(options.parse_evaluation(argv=[str(flag) for flag in flags]))
-        except SystemExit as end:
-            status = end.code or 0
-        return status, *capsys.readouterr()
-    return run_main
-
-
 def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
     model, args = load_run(run)
     assert (args.epsilon, args.base_width, args.attack) == (4, 4, "fgsm")
@@ -220,8 +205,7 @@ def test_flags_win_over_the_runs_and_are_said(run, judged):
 @pytest.mark.parametrize("content", ['[{"a": 1},', "{}", "[1]"])
 def test_damaged_evaluations_are_found_before_anything_is_measured(content, run, judged, call, monkeypatch):
     (run / "evaluation.json").write_text(content)
-    monkeypatch.setattr(evaluation, "measure", None)
-    monkeypatch.setattr(train, "measure", None)
+    monkeypatch.setattr(evaluation, "attack_steps", None)
     one_line(judged(run, "--device=cpu", "--samples=8", "--attacks=clean"), "evaluation.json is damaged")
     one_line(call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run),
              "evaluation.json is damaged")
@@ -271,30 +255,13 @@ def test_eval_takes_its_flags_from_the_run_and_says_which_ones_win(run, call):
     second = json.loads((run / "evaluation.json").read_text())[1]
     assert second["final"]["epsilon"] == 2 and [row["attack"] for row in second["attacks"]] == [
         "clean", "fgsm", "pgd-2-1", "pgd-1-2"]
-    assert [row["alpha"] for row in second["attacks"]] == [None, 2, 2, 2]
+    assert [row["alpha"] for row in second["attacks"]] == [None, *[pytest.approx(2)] * 3]
     assert call("train_cifar.py", *small, "--final-model=best")[0] == 0
     third = json.loads((run / "evaluation.json").read_text())[2]
     assert [row["file"] for row in third["attacks"]] == [*[str(run / "state.pth")] * 3, str(run / "model_best.pth")]
 
 
 # AutoAttack
-
-
-@pytest.fixture
-def short(monkeypatch):
-    """AutoAttack of few steps."""
-    import pyautoattack
-
-    class Short(pyautoattack.AutoAttack):
-        queries = 100
-
-        def __init__(self, *args, **keywords):
-            super().__init__(*args, **keywords)
-            self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 3
-            self.square.n_queries = self.queries
-
-    monkeypatch.setattr(autoattack, "library", lambda: SimpleNamespace(AutoAttack=Short))
-    return Short
 
 
 def mixed(seed=0):
@@ -316,7 +283,12 @@ def job_of(model, folder, n=60, batch_size=16, pixels=None) -> evaluation.Job:
                            shortcut="activated")
     opened = Opened(model, args, DATASETS["train_cifar.py"], "own", Folder(folder), {}, [])
     images = Images(pixels, labels, torch.contiguous_format)
-    return evaluation.Job(opened, images, batch_size, FLOAT32, World(), Screen(), lambda: None)
+    return evaluation.Job(opened, images, batch_size, FLOAT32, Stop(StopSignals()), Screen())
+
+
+def checked_by(check) -> SimpleNamespace:
+    """A Stop whose check is this one."""
+    return SimpleNamespace(world=ALONE, together=check, alone=check)
 
 
 EPSILON = 0.7  # in 1/255: of which about half of the images are broken
@@ -348,14 +320,14 @@ def test_a_broken_off_autoattack_goes_on_and_finds_the_same(tmp_path, short):
             if len(checks) > after:
                 raise Stopped(signal.SIGTERM)
 
-        job.check = check
+        job.stop = checked_by(check)
         with pytest.raises(Stopped):
             evaluation.auto_attack(job, "autoattack", EPSILON)
     rest: list[int] = []
-    job.check = lambda: rest.append(1)
+    job.stop = checked_by(lambda: rest.append(1))
     found, _, again = evaluation.auto_attack(job, "autoattack", EPSILON)
     assert torch.equal(found, unbroken) and again == more and list(tmp_path.iterdir()) == job.unfinished
-    job.check = lambda: rest.append(-1)
+    job.stop = checked_by(lambda: rest.append(-1))
     evaluation.auto_attack(job, "autoattack", EPSILON)  # what it found is there until it is recorded
     assert -1 not in rest
     job.unfinished.pop().unlink()
@@ -366,7 +338,7 @@ def test_a_broken_off_autoattack_goes_on_and_finds_the_same(tmp_path, short):
 def test_another_block_does_not_go_on_with_what_an_autoattack_found(tmp_path, short):
     """The two kinds of block have the same parameters."""
     job, checks = job_of(mixed(), tmp_path), []
-    job.check = lambda: checks.append(1)
+    job.stop = checked_by(lambda: checks.append(1))
     evaluation.auto_attack(job, "apgd-ce", EPSILON)
     whole = len(checks)
     evaluation.auto_attack(job, "apgd-ce", EPSILON)
@@ -442,10 +414,10 @@ def test_surer_logits_hide_nothing_from_pgd_and_autoattack(tmp_path, short):
     right = torch.arange(60) % 15 != 0
     assert (~gradient[right].flatten(1).any(dim=1)).float().mean() > 0.7
     for steps, restarts in ((10, 1), (20, 3)):
-        expected = robustness.evaluate(plain.opened.model, plain.images, PGD(EPSILON / 255, EPSILON / 1020, steps,
+        expected = evaluated(plain.opened.model, plain.images, PGD(EPSILON / 255, EPSILON / 1020, steps,
                                                                            restarts, 7, loss="cw"), 16, FLOAT32)
         evaluation.measure(sure, f"pgd-{steps}-{restarts}", EPSILON)
-        other = sure.left[f"pgd-{steps}-{restarts}", EPSILON] != expected.robust.bool()
+        other = sure.robust[f"pgd-{steps}-{restarts}", EPSILON] != expected.robust.bool()
         assert other.sum() <= 1  # where float16 rounds two logits to one
         evaluation.measure(plain, f"pgd-{steps}-{restarts}", EPSILON)
         assert sure.rows[-1]["robust"] <= plain.rows[-1]["robust"] and sure.rows[-1]["no_gradient"] == 0
@@ -458,8 +430,8 @@ def test_surer_logits_hide_nothing_from_pgd_and_autoattack(tmp_path, short):
 
 def test_a_gap_under_pgd_is_told_of(tmp_path):
     job = job_of(mixed(), tmp_path)
-    job.rows = [robustness.row("pgd-50-10", 8.0, 30, 60), robustness.row("pgd-2-1", 8.0, 20, 60),
-                {**robustness.row("autoattack", 8.0, 25, 60), "parts": {"square": 0}}]
+    job.rows = [evaluation.row("pgd-50-10", 8.0, 30, 60), evaluation.row("pgd-2-1", 8.0, 20, 60),
+                {**evaluation.row("autoattack", 8.0, 25, 60), "parts": {"square": 0}}]
     told, = evaluation.suspicions(job, (8.0,))
     assert told == "at epsilon 8, AutoAttack is 8.3 points under PGD-50-10: gradients may be masked"
     job.rows[2]["robust"], job.rows[2]["accuracy"] = 26, 26 / 60
@@ -494,7 +466,7 @@ def test_statistics_that_do_not_fit_are_told_of(shortcut, other, tmp_path):
 def test_the_interval_is_wilsons():
     for robust, n, low, high in ((4432, 10000, 0.433487, 0.452956), (0, 1000, 0, 0.003827),
                                  (50, 100, 0.403832, 0.596168), (1000, 1000, 0.996173, 1)):
-        row = robustness.row("clean", 0, robust, n)
+        row = evaluation.row("clean", 0, robust, n)
         assert (row["low"], row["high"]) == pytest.approx((low, high), abs=1e-6) and row["accuracy"] == robust / n
 
 
@@ -515,7 +487,7 @@ def test_the_batch_size_changes_no_count(attack, tmp_path):
     for batch_size in (1, 7, 512):
         job = job_of(Double(mixed()), tmp_path, 12, batch_size)
         evaluation.measure(job, attack, EPSILON)
-        found.append(job.left[attack, EPSILON])
+        found.append(job.robust[attack, EPSILON])
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and 0 < found[0].sum() < 11
 
 
@@ -567,7 +539,7 @@ def test_counts_are_those_of_robustbench_and_torchattacks(tmp_path):
         hook = job.opened.model.register_forward_hook(watched)
         job.opened.model(torchattacks.PGD(job.opened.model, EPSILON / 255, EPSILON / 1020, steps)(x, y))
         hook.remove()
-        held &= job.left["clean", 0.0]
+        held &= job.robust["clean", 0.0]
         assert abs(int(held.sum()) - count) <= 3 and 10 < count < 102
 
 

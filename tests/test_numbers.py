@@ -25,7 +25,7 @@ from fnmatch import filter as matching
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "experiments"))

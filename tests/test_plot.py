@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import DATASETS, ROOT, script
+from helpers import DATASETS, ROOT, script
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -14,14 +14,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, assert_same, assert_same_run, epochs_of
+from helpers import SMALL, assert_same, assert_same_run, epochs_of, one_line
 from processes import Started, forked
-from test_scripts import one_line
 
 from singlestep import train
 from singlestep.run import state as states
 from singlestep.run.console import UsageError
-from singlestep.run.folder import Folder
+from singlestep.run.distributed import Stop
+from singlestep.run.folder import Folder, add_evaluation
 
 pytestmark = pytest.mark.usefixtures("shallow")
 THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-schedule=cyclic", "--lr-max=0.1", "--attack=fgsm"]
@@ -32,21 +32,17 @@ ATTACK_FLAGS = ["--attack=fgsm", "--attack=fgsm --fgsm-init=zero", "--attack=zer
 
 def interrupt(monkeypatch, at: int, number=signal.SIGTERM) -> None:
     """Have the signal arrive during the run's step `at`, counted over epochs; later calls let it be."""
-    between_steps, count = train.between_steps, 0
+    count = 0
 
-    def spy(run, bar):
-        after_step = between_steps(run, bar)
-
-        def counted():
+    class Counted(train.AfterStep):
+        def __call__(self):
             nonlocal count
             count += 1
             if count == at:
-                run.signals.received = signal.Signals(number)
-            after_step()
+                self.run.signals.received = signal.Signals(number)
+            super().__call__()
 
-        return counted
-
-    monkeypatch.setattr(train, "between_steps", spy)
+    monkeypatch.setattr(train, "AfterStep", Counted)
 
 
 def evaluations_of(folder) -> list[dict]:
@@ -130,18 +126,19 @@ def test_evaluating_leaves_alone_what_a_run_is_writing(tmp_path, call, small_dum
 def test_a_run_stopped_in_an_evaluation_goes_on(tmp_path, call, small_dummy, monkeypatch):
     assert call("train_cifar.py", *THREE, "--fname", tmp_path / "whole")[0] == 0
     part, flags = tmp_path / "part", [*THREE, "--fname", tmp_path / "part", "--resume=auto"]
-    for at in (1, 5, 3):  # after the first epoch, after the last (two attacks an epoch), in the final evaluation
-        stop_if_asked, count = train.stop_if_asked, 0
+    # After the first epoch, after the last (two attacks with two checks each an epoch), in the final evaluation.
+    for at in (1, 9, 5):
+        together, count = Stop.together, 0
 
-        def spy(run, stop_if_asked=stop_if_asked, at=at):
+        def spy(stop, together=together, at=at):
             nonlocal count
-            count += sys._getframe(1).f_code.co_name == "between"
+            count += sys._getframe(1).f_code.co_name == "shown"
             if count == at:
-                run.signals.received = signal.SIGINT
-            stop_if_asked(run)
+                stop.signals.received = signal.SIGINT
+            together(stop)
 
         with monkeypatch.context() as patch:
-            patch.setattr(train, "stop_if_asked", spy)
+            patch.setattr(Stop, "together", spy)
             assert call("train_cifar.py", *flags)[0] == 128 + signal.SIGINT
     assert call("train_cifar.py", *flags)[0] == 0
     assert_same_run(part, tmp_path / "whole")
@@ -419,8 +416,10 @@ def test_log_lines_that_are_cut_off_are_kept_beside_even_where_no_other_file_is(
 def test_an_evaluation_with_other_columns_has_a_header_of_its_own(tmp_path, call, small_dummy):
     flags = [*SMALL, "--fname", tmp_path / "run"]
     assert call("train_cifar.py", *flags)[0] == 0
-    for more in ([], [], [], ["--val-size=16"]):
-        assert call("train_cifar.py", *flags, "--eval", "--resume=auto", *more)[0] == 0
+    for _ in range(3):
+        assert call("train_cifar.py", *flags, "--eval", "--resume=auto")[0] == 0
+    older = {**evaluations_of(tmp_path / "run")[0], "val_robust_acc": 0.5}  # such as versions before this one wrote
+    add_evaluation(Folder(tmp_path / "run"), older)
     rows = [line.split("\t") for line in (tmp_path / "run" / "eval.log").read_text().splitlines()]
     assert [(row[0], len(row)) for row in rows if not row[0].startswith("PGD")] == [
         ("Epoch", 12), ("1", 12), ("1", 12), ("1", 12), ("Epoch", 13), ("1", 13)]
@@ -551,7 +550,7 @@ def test_a_real_signal_saves_the_state_first(number, tmp_path):
     run.send_signal(number)
     done = run.finish(timeout=60)
     assert done.returncode == 128 + number
-    assert done.stderr == f"train_cifar.py: stopped by {number.name}; --resume auto goes on from here\n"
+    assert done.stderr == f"train_cifar.py: stopped by {number.name}; --resume auto continues from here\n"
     progress = torch.load(tmp_path / "run" / "state.pth", weights_only=True)["opt"]["run"]
     assert (progress["epoch"], progress["step"]) > (0, 0)
     assert len(epochs_of(tmp_path / "run")) == progress["epoch"]
@@ -573,7 +572,7 @@ def test_signal_handlers_are_put_back_and_an_ignored_sighup_stays_ignored(tmp_pa
     before = [signal.getsignal(number) for number in numbers]
     sends = signal.SIGHUP
     status, _, error = call("train_cifar.py", *flags)
-    assert status == 128 + signal.SIGHUP and error.endswith(": stopped by SIGHUP; --resume auto goes on from here\n")
+    assert status == 128 + signal.SIGHUP and error.endswith(": stopped by SIGHUP; --resume auto continues from here\n")
     saved = torch.load(tmp_path / "run" / "state.pth", weights_only=True)["opt"]["run"]
     assert (saved["epoch"], saved["step"]) == (0, 1)
     assert [signal.getsignal(number) for number in numbers] == before

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import DATASETS, SMALL, SmallNet, assert_same_run
+from helpers import DATASETS, SMALL, SmallNet, assert_same_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import forked, together
 from torch import nn
 
-from singlestep import attacks, checkpoints, data, methods, networks, objectives, options, train
+from singlestep import attacks, checkpoints, data, evaluation, methods, networks, objectives, options, train
 from singlestep.attacks import Step
 from singlestep.run.console import StopSignals
 from singlestep.run.device import seed_everything
@@ -632,7 +632,8 @@ class Wide(nn.Module):
 def tiny(monkeypatch, small_dummy):
     """Runs are of a network and images so small that they take no time."""
     monkeypatch.setattr(data, "DUMMY_SIDE", 8)
-    monkeypatch.setattr(train, "new_network", lambda dataset, args: Wide(dataset.classes))
+    for module in (train, evaluation):
+        monkeypatch.setattr(module, "new_network", lambda dataset, args: Wide(dataset.classes))
 
 
 def small_run(folder, *flags: str, dataset=options.SVHN) -> train.Run:
@@ -640,7 +641,7 @@ def small_run(folder, *flags: str, dataset=options.SVHN) -> train.Run:
     begin = [*SMALL, "--lr-schedule=onedrop", "--lr-max=0.1", "--fname", str(folder)]
     args = options.parse(dataset, argv=[*begin, *flags])
     state, layout = train.build(dataset, args, CPU, World())
-    images = train.load_images(dataset, args, World(), CPU, layout)
+    images = [each.to(CPU, layout) for each in data.load(dataset, args)]
     return train.assemble(dataset, args, state, Folder(folder), World(), StopSignals(), images)
 
 
@@ -767,21 +768,17 @@ THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-max=0.1", "--test-iters=
 
 def interrupt(monkeypatch, at: int) -> None:
     """Have SIGTERM arrive during the run's step `at`, counted over epochs."""
-    between_steps, count = train.between_steps, 0
+    count = 0
 
-    def spy(run, bar):
-        after_step = between_steps(run, bar)
-
-        def counted():
+    class Counted(train.AfterStep):
+        def __call__(self):
             nonlocal count
             count += 1
             if count == at:
-                run.signals.received = signal.SIGTERM
-            after_step()
+                self.run.signals.received = signal.SIGTERM
+            super().__call__()
 
-        return counted
-
-    monkeypatch.setattr(train, "between_steps", spy)
+    monkeypatch.setattr(train, "AfterStep", Counted)
 
 
 @pytest.mark.parametrize("more", ["", "--ema=0.9 --eps-warmup=1.5 --lr-schedule=onecycle"])
@@ -1067,10 +1064,10 @@ def test_the_average_is_of_weights_and_buffers_and_is_what_is_judged_and_saved(t
         return train_epoch(run, observed)
 
     judged = []
-    evaluate_ = train.robustness.evaluate
+    steps = train.robustness.attack_steps
     monkeypatch.setattr(train, "train_epoch", spy)
-    monkeypatch.setattr(train.robustness, "evaluate",
-                        lambda model, *rest: judged.append(model.state_dict()) or evaluate_(model, *rest))
+    monkeypatch.setattr(train.robustness, "attack_steps",
+                        lambda model, *rest: judged.append(model.state_dict()) or steps(model, *rest))
     flags = [*THREE, "--attack=fgsm", "--ema=0.9", "--lr-schedule=onedrop", "--epochs=2", "--fname", tmp_path / "run"]
     assert call("train_cifar.py", *flags)[0] == 0
     state, moved = runs[-1].state, 0
@@ -1079,7 +1076,7 @@ def test_the_average_is_of_weights_and_buffers_and_is_what_is_judged_and_saved(t
     for name, value in averages[-1].items():
         if name.endswith("num_batches_tracked"):
             continue
-        for found in (state.ema.module.state_dict(), state.judged.state_dict(), judged[-1], saved, whole["model"]):
+        for found in (state.ema.module.state_dict(), state.evaluated.state_dict(), judged[-1], saved, whole["model"]):
             torch.testing.assert_close(found[name].double(), value, rtol=1e-6, atol=1e-9)
         assert torch.equal(whole["opt"]["run"]["raw"][name], state.model.state_dict()[name])
         moved += not torch.allclose(value, state.model.state_dict()[name].double(), rtol=1e-3)
@@ -1185,7 +1182,7 @@ PROGRAM = """
 import sys
 import torch
 from torch import nn
-from conftest import SMALL, SmallNet
+from helpers import SMALL, SmallNet
 from singlestep import data
 from singlestep import options
 from singlestep import train
@@ -1233,7 +1230,7 @@ for mode in ("eval", "train"):
                              "--pgi-reset=3 --pgd-iters=3 --lr-schedule=onedrop --lr-max=0.05 --epsilon=24".split(),
                              "--method", method, "--fname", folder])
         state, layout = train.build(dataset, args, CPU, world)
-        images = train.load_images(dataset, args, world, CPU, layout)
+        images = [each.to(CPU, layout) for each in data.load(dataset, args)]
         run = train.assemble(dataset, args, state, Folder(folder), world, StopSignals(), images)
         if mode == "eval":
             vars(torch).update(drawn)

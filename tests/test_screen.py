@@ -9,7 +9,7 @@ import termios
 from collections.abc import Callable
 
 import pytest
-from conftest import SMALL, linear_network
+from helpers import SMALL, linear_network
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import Started, start_together

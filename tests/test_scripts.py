@@ -10,9 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DATASETS, ROOT, SIDE, SMALL, SmallNet, assert_same_run, epochs_of, script
+from helpers import (
+    DATASETS,
+    ROOT,
+    SIDE,
+    SMALL,
+    SmallNet,
+    assert_same_run,
+    epochs_of,
+    one_line,
+    script,
+    write_cifar10,
+    write_svhn,
+)
 from processes import forked
-from test_data import write_cifar10, write_svhn
 
 from singlestep import attacks, collapse, data, networks, options, robustness, train
 from singlestep.networks import PreActResNet18
@@ -135,9 +146,9 @@ def test_the_papers_commands_run_to_the_end(i, tmp_path):
 
 def test_an_epoch_is_judged_on_the_first_images_and_the_last_one_or_every_one_on_all(tmp_path, call, small_dummy,
                                                                                     monkeypatch):
-    judged, evaluated = [], robustness.evaluate
-    monkeypatch.setattr(robustness, "evaluate", lambda model, images, *rest: (
-        judged.append(images), evaluated(model, images, *rest))[1])
+    judged, steps = [], robustness.attack_steps
+    monkeypatch.setattr(robustness, "attack_steps", lambda model, images, *rest: (
+        judged.append(images), steps(model, images, *rest))[1])
     for flags, sizes in ([], [40, 40, 64]), (["--full-test"], [64, 64, 64]):
         judged.clear()
         assert call("train_cifar.py", *SMALL, *flags, "--epochs=3", "--test-samples=40", "--fname",
@@ -187,13 +198,6 @@ def test_a_bad_flag_gives_one_line_and_touches_nothing(flags, named, tmp_path, c
     kept = [flag for flag in SMALL if flag.split("=")[0] not in {flag.split("=")[0] for flag in given}]
     one_line(call("train_cifar.py", *kept, *given), named)
     assert not list(tmp_path.iterdir())
-
-
-def one_line(result, named: str) -> None:
-    status, output, error = result
-    assert status == 2 and not output
-    assert error.startswith("train_") or error.startswith(os.path.basename(error.split(":")[0]))
-    assert error.count("\n") == 1 and error.endswith("\n") and named in error and "Traceback" not in error, error
 
 
 def test_a_bad_flag_gives_one_line_from_the_shell_too(tmp_path):
@@ -305,9 +309,9 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, call, 
 
 
 def test_val_size_chooses_the_best_checkpoint_on_images_never_trained_on(tmp_path, call, small_dummy, monkeypatch):
-    judged, evaluated = [], robustness.evaluate
-    monkeypatch.setattr(robustness, "evaluate", lambda model, images, *rest: (
-        judged.append(images), evaluated(model, images, *rest))[1])
+    judged, steps = [], robustness.attack_steps
+    monkeypatch.setattr(robustness, "attack_steps", lambda model, images, *rest: (
+        judged.append(images), steps(model, images, *rest))[1])
     flags = [flag for flag in SMALL if not flag.startswith("--train-samples")]
     status, output, _ = call("train_cifar.py", *flags, "--val-size=24", "--fname", tmp_path / "run")
     assert status == 0 and "24 validation and" in output and len(re.findall(r"^\d/2  .*  val ", output, re.M)) == 2
@@ -326,7 +330,8 @@ def test_eval_writes_its_own_logs_keeps_them_all_and_changes_nothing_else(tmp_pa
         status, output, error = call(name, *SMALL, "--fname", folder, "--eval", "--resume=2")
         assert (status, error) == (0, "")
         header, line, last = (folder / "eval.log").read_text().splitlines()
-        assert [shown.split()[0] for shown in output.splitlines()] == ["2/2", "final"]
+        assert [shown.split()[1] for shown in output.splitlines() if shown.startswith("| ")] == [
+            "attack", "clean", "fgsm", "pgd-2-1", "pgd-2-2"]
         cells = dict(zip(header.split("\t"), line.split("\t"), strict=True))
         assert cells["Epoch"] == "1" and cells["LR"] == "nan" and last.startswith("PGD2\t")
         trained = epochs_of(folder)[1]
@@ -397,7 +402,7 @@ from singlestep import options
 from singlestep.options import FLAGS
 from singlestep import train
 from singlestep.options import FLAGS
-from conftest import SmallNet
+from helpers import SmallNet
 train.new_network = lambda dataset, args: SmallNet(classes=dataset.classes)
 train.main(options.CIFAR10, options.parse(options.CIFAR10))
 """)

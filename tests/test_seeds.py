@@ -1,6 +1,6 @@
 """Random streams: what is drawn for one purpose is never what is drawn for another."""
 import torch
-from conftest import DATASETS
+from helpers import DATASETS
 
 from singlestep import options, robustness, train
 from singlestep.run.distributed import World

@@ -12,17 +12,16 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DATASETS, ROOT
+from helpers import DATASETS, EPSILON, FLOAT32, ROOT, Brightness, Wavy, precision, wavy_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluate import EPSILON, FLOAT32, Brightness, Wavy, precision, wavy_images
 from torch import nn
 
 from singlestep import methods, objectives, options, train
 from singlestep.attacks import fgsm, zerograd
 from singlestep.data import Augmentation, Images
 from singlestep.run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError
-from singlestep.run.device import Compiled, choose_device, seed_everything
+from singlestep.run.device import Compiled, choose_device, evaluation_batch, seed_everything
 from singlestep.run.distributed import World
 from singlestep.run.folder import Folder
 from singlestep.run.state import State
@@ -99,7 +98,7 @@ def test_no_training_step_waits_for_the_device(method, monkeypatch, tmp_path):
 
 def test_a_gpu_evaluates_larger_batches():
     def size(device, **args):
-        return train.evaluation_batch(argparse.Namespace(**{"batch_size": 128, "model": "ResNet18", **args}),
+        return evaluation_batch(argparse.Namespace(**{"batch_size": 128, "model": "ResNet18", **args}),
                                       torch.device(device))
     assert (size("cpu"), size("cpu", batch_size=512), size("cpu", batch_size=32)) == (128, 128, 32)
     assert (size("cuda"), size("cuda", batch_size=512), size("cuda", batch_size=32)) == (512, 512, 128)
@@ -281,7 +280,7 @@ def test_tf32_is_off_where_it_is_refused_and_never_on_where_accuracy_is_judged(m
 
 @pytest.mark.parametrize("flags, held_out, last, judged_on, scored_on", [
     ({}, 0, False, 10, 10), ({}, 0, True, 12, 10), ({"full_test": True}, 0, False, 12, 12), ({}, 3, False, 10, 3),
-    ({"eval": True}, 0, False, 12, 10), ({"last_samples": 11}, 0, True, 11, 10), ({"last_samples": 4}, 0, True, 10, 10),
+    ({"last_samples": 11}, 0, True, 11, 10), ({"last_samples": 4}, 0, True, 10, 10),
     ({"last_samples": 4}, 0, False, 10, 10)])
 def test_an_epoch_is_judged_on_the_first_images_and_scored_on_the_same_in_each(flags, held_out, last, judged_on,
                                                                                scored_on):
@@ -325,8 +324,8 @@ def test_training_stops_after_the_step_in_which_a_signal_came():
 
     run = small_run(Wavy(), wavy_images(40), lambda model, x, *rest, step: torch.zeros_like(x))
     bar = Bar(Screen(quiet=True), "training", 3, "step", 0)
-    with pytest.raises(Stopped, match="stopped by SIGTERM; --resume auto goes on from here"):
-        train.train_epoch(run, train.between_steps(run, bar))
+    with pytest.raises(Stopped, match="stopped by SIGTERM; --resume auto continues from here"):
+        train.train_epoch(run, train.AfterStep(run, bar))
     assert (bar.done, run.state.step) == (2, 2) and run.state.sums[2] == 32
 
 

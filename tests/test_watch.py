@@ -3,8 +3,7 @@ import json
 
 import pytest
 import torch
-from conftest import ROOT, SMALL, SmallNet, epochs_of, linear_network
-from test_scripts import one_line
+from helpers import ROOT, SMALL, SmallNet, epochs_of, linear_network, one_line
 
 from singlestep import collapse, train
 from singlestep.run import console

@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from conftest import DATASETS
+from helpers import DATASETS, plain_evaluation
 from PIL import Image
-from test_evaluate import plain_evaluation
 
 from singlestep import methods, options, train
+from singlestep.data import load
 from singlestep.networks import PreActResNet18
 from singlestep.run.console import StopSignals
 from singlestep.run.device import seed_everything
@@ -159,7 +159,7 @@ def test_every_attack_and_objective_of_the_command_line_is_here():
 
 
 def run_of(script, flags, tmp_path):
-    """The run that `train.train` makes of the command line, its network in float64; and the network's first weights."""
+    """The run that the script makes of the command line, its network in float64; and the network's first weights."""
     dataset = replace(DATASETS[script], source=lambda data_dir: (TRAIN, TEST))
     args = options.parse(dataset, argv=[
         "--device=cpu", "--base-width=4", f"--batch-size={BATCH}", f"--train-samples={IMAGES}", f"--seed={SEED}",
@@ -169,7 +169,7 @@ def run_of(script, flags, tmp_path):
     state.model.double().register_forward_pre_hook(lambda module, inputs: inputs[0].double())
     for each in state.optimizer.state.values():
         each["momentum_buffer"] = each["momentum_buffer"].double()
-    images = train.load_images(dataset, args, world, CPU, layout)
+    images = [each.to(CPU, layout) for each in load(dataset, args)]
     first = {name: value.clone() for name, value in state.model.state_dict().items()}
     return train.assemble(dataset, args, state, Folder(tmp_path), world, StopSignals(), images), first
 
@@ -260,7 +260,7 @@ def test_evaluations_attack_as_the_flags_say(tmp_path):
 
     for n, right, steps, restarts, prefix, found in (
             (32, 28, 3, 2, "test_", train.measure(run)),
-            (24, 21, 5, 3, "", train.final_evaluation(run, train.asked(run)))):
+            (24, 21, 5, 3, "", train.final_evaluation(run))):
         robust, loss = plain_evaluation(network, run.test[:n], EPSILON, 0.5 / 255, steps, restarts, SEED)
         assert 0 < robust.sum() < right
         assert found[f"{prefix}acc" if prefix else "clean_acc"] == right / n and found[f"{prefix}images"] == n

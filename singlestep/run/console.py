@@ -233,7 +233,7 @@ def epoch_line(record: dict[str, Any], history: list[dict[str, Any]], epochs: in
              f"val {percent('val_robust_acc')}" if "val_robust_acc" in record else "",
              f"best {100 * best[name]:5.1f} @{1 + best['epoch']:<{digits}}"
              if best and best.get(name) is not None else "",
-             f"{clock((record['train_time'] or 0) + record['test_time']):>7}",
+             f"{clock((record['train_time'] or 0) + record.get('test_time', 0)):>7}",
              "COLLAPSED" if record.get("collapsed") else ""]
     return "  ".join(cell for cell in cells if cell)
 

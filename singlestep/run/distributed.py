@@ -1,7 +1,8 @@
-"""The processes that train one network together."""
+"""The processes that train one network together, and how they stop together."""
 import atexit
 import contextlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,16 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .console import UsageError
+from .console import Stopped, StopSignals, UsageError
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-PATIENCE = timedelta(hours=1)  # of the processes that wait while the first one downloads
+PATIENCE = timedelta(hours=1)  # how long processes wait for rank 0, which may be downloading
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's `rank` among `size` processes. Alone, every call does nothing."""
+    """This process's `rank` among `size` processes. With one process, nothing is communicated."""
 
     rank: int = 0
     size: int = 1
@@ -29,7 +30,7 @@ class World:
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
-        """The world that `torchrun` announces in the environment, joined with `device`; else this process alone."""
+        """Join the processes that `torchrun` announces in the environment, if it does, with `device`."""
         size = os.environ.get("WORLD_SIZE", "1")
         if size == "1":
             return cls(device=device)
@@ -47,9 +48,9 @@ class World:
                              f"torchrun") from None
 
     def leave(self) -> None:
-        """End it. All processes have to call it; after an error in one of them, it can wait for ever."""
+        """Leave the group. Every process has to call it; after an error in one of them, the others wait for ever."""
         if self.size > 1 and dist.is_initialized():
-            dist.barrier()  # one that leaves early would break the others' connections
+            dist.barrier()  # a process that leaves early would break the others' connections
             dist.destroy_process_group()
 
     @property
@@ -57,53 +58,76 @@ class World:
         return self.rank == 0
 
     @contextlib.contextmanager
-    def alike(self) -> Iterator[None]:
-        """A UsageError in here, which every process comes to by itself, is said by the first one alone."""
+    def said_once(self) -> Iterator[None]:
+        """Every process raises a UsageError in here; only rank 0 prints it."""
         try:
             yield
         except UsageError as error:
             error.told = not self.is_main
             raise
 
-    def decide(self, choose: Callable[[], T]) -> T:
-        """What `choose()` returns in the first process, for all of them; a UsageError there is raised in all."""
+    def from_main(self, make: Callable[[], T]) -> T:
+        """Call `make` on rank 0 and broadcast what it returns. A UsageError on rank 0 is raised in every process."""
         if self.size == 1:
-            return choose()
+            return make()
         answer: list = [None]
         if self.is_main:
             try:
-                answer = [choose()]
+                answer = [make()]
             except UsageError as error:
                 answer = [error]
         dist.broadcast_object_list(answer, src=0)
         if isinstance(answer[0], UsageError):
-            answer[0].told = not self.is_main  # or it would be said once for each process
-            raise answer[0]
+            with self.said_once():
+                raise answer[0]
         return answer[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over the processes; the argument stays as it is."""
+        """The sum of `values` over the processes, a new tensor."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def min(self, values: Tensor) -> Tensor:
-        """Likewise the smallest."""
+        """The smallest of the processes' values, a new tensor."""
         return self._reduced(values, dist.ReduceOp.MIN)
 
     def max(self, value: float) -> float:
         """The largest of the processes' values; of flags, whether any is set."""
         if self.size == 1:
-            return value  # every step asks: the host is not to wait for the device
+            return value  # asked in every step: the host must not wait for the device
         return self._reduced(torch.tensor(float(value), device=self.device), dist.ReduceOp.MAX).item()
 
     def _reduced(self, values: Tensor, operation) -> Tensor:
         if self.size == 1:
             return values.clone()
-        values = values.to(self.device, copy=True)  # NCCL takes nothing that a checkpoint left on the CPU
+        values = values.to(self.device, copy=True)  # NCCL takes CUDA tensors only
         dist.all_reduce(values, operation)
         return values
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Give every process the first one's buffers: BatchNorm's running statistics differ from shard to shard."""
+        """Give every process rank 0's buffers: BatchNorm's running statistics differ from shard to shard."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
+
+
+ALONE = World()
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Stops a program where a signal asks for it; `how` completes the line that is then printed."""
+
+    signals: StopSignals
+    world: World = ALONE
+    how: str = ""
+
+    def together(self) -> None:
+        """Raise Stopped in every process if a signal came to any. Every process has to call it."""
+        number = int(self.world.max(self.signals.received or 0))
+        if number:
+            raise Stopped(signal.Signals(number), self.how)
+
+    def alone(self) -> None:
+        """Raise Stopped if a signal came and there are no other processes to agree with."""
+        if self.world.size == 1:
+            self.together()

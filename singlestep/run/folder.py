@@ -52,10 +52,11 @@ def lock(path: str | Path, wait: float = -1) -> filelock.BaseFileLock | None:
 
 
 class Folder:
-    """The folder of a run at `path`."""
+    """The folder of a run at `path`; with None, a run that writes nothing."""
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path | None):
+        self.exists = path is not None
+        self.path = Path(os.devnull if path is None else path)
         self._lock: filelock.BaseFileLock | None = None
 
     def require_writable(self, flag: str = "--fname") -> None:
@@ -122,7 +123,7 @@ TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train 
 
 def render(folder: Folder, state, args) -> None:
     """Write the logs of `state`."""
-    started = {"data_set": args.data_set, "args": args.flags(), "starts": state.starts}
+    started = {"data_set": args.data_set, "statement": args.statement, "args": args.flags(), "starts": state.starts}
     folder.write("args.json", json.dumps(started, indent=1) + "\n")
     rows = [(start["epoch"], 0, resumed_line(start)) for start in state.starts if start.get("source")]
     rows += [(record["epoch"], 2, "# " + collapse_line(record)) for record in state.history if record.get("collapsed")]

@@ -28,6 +28,10 @@ from .console import UsageError
 from .device import Precision
 from .folder import Folder, read_records, render, whole_file
 
+# What is summed over the images of an epoch: the loss, correct images, images, mean abs(delta); images whose loss the
+# attack lowered, images for which that is known; correct images and images in the epoch's first half.
+SUMS = ("loss", "correct", "images", "perturbation", "abnormal", "compared", "early_correct", "early_images")
+
 
 @dataclass
 class State:
@@ -38,8 +42,7 @@ class State:
     that was not finite; history: a record for each epoch; starts: one for each time that the run was started; final:
     that of the final evaluation.
 
-    sums: this epoch's, this process's share: loss, correct images, images, mean abs(delta); images that the attack made
-    easier, images where that is known; in the first half, correct images, images.
+    sums: this process's sums over the epoch's images, in the order of SUMS.
     """
 
     model: nn.Module
@@ -51,7 +54,7 @@ class State:
     step: int = 0
     best: float = -1.0
     seconds: float = 0.0
-    sums: Tensor = field(default_factory=lambda: torch.zeros(8, dtype=torch.float64))
+    sums: Tensor = field(default_factory=lambda: torch.zeros(len(SUMS), dtype=torch.float64))
     first_fault: Tensor = field(default_factory=lambda: torch.tensor(math.inf))
     history: list[dict] = field(default_factory=list)
     starts: list[dict] = field(default_factory=list)
@@ -60,13 +63,17 @@ class State:
     PLAIN = ("epoch", "step", "best", "seconds", "sums", "first_fault", "history", "starts", "final")
 
     @property
-    def judged(self) -> nn.Module:
-        """The network that is evaluated: the average, if one is kept."""
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and saved: the moving average, if there is one."""
         return self.ema.module if self.ema else self.model
 
     def begin_epoch(self, epoch: int) -> None:
         """Be before the first step of `epoch`."""
         self.epoch, self.step, self.seconds, self.sums = epoch, 0, 0.0, torch.zeros_like(self.sums)
+
+    def add(self, **values: Tensor) -> None:
+        """Add a step's values, by their names in SUMS, to the epoch's."""
+        self.sums += torch.stack([values[name] for name in SUMS])
 
     def training(self, args, sums: Tensor) -> dict:
         """The optimizer's state dict and, under "run", the rest; `sums` are those of all processes."""
@@ -109,6 +116,11 @@ class State:
             return dict(run.get("args", {}))
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
             raise UsageError(f"--resume: {source} holds no optimizer state for this network") from None
+
+
+def named(sums: Tensor) -> dict[str, float]:
+    """The sums of an epoch by name."""
+    return dict(zip(SUMS, sums.tolist()))
 
 
 class Found(NamedTuple):
@@ -192,14 +204,11 @@ def resume(state: State, found: Found, args) -> list[str]:
     if found.epoch is not None:
         state.begin_epoch(found.epoch)
         state.final = None
-    if args.eval:
-        return notes
     if before.get("on_collapse") == "rollback":
         notes.append("--on-collapse=rollback is no longer supported: the run continues with --on-collapse="
                      f"{args.on_collapse}")
     if state.epoch > args.epochs:
-        raise UsageError(f"--resume: {found.source} has {state.epoch} epochs behind it, more than --epochs "
-                         f"{args.epochs}")
+        raise UsageError(f"--resume: {found.source} is at epoch {state.epoch}, beyond --epochs {args.epochs}")
     if not args.allow_changes:
         for name in args.changed(before, "fixed"):
             flag = f"--{name.replace('_', '-')}"
@@ -257,7 +266,7 @@ def save(path: Path, content: dict) -> None:
 
 def save_state(folder: Folder, state: State, args, sums: Tensor) -> None:
     """Save all that --resume auto needs, and render what there is to be read of it."""
-    save(folder.path / "state.pth", {"model": state.judged.state_dict(), "opt": state.training(args, sums)})
+    save(folder.path / "state.pth", {"model": state.evaluated.state_dict(), "opt": state.training(args, sums)})
     render(folder, state, args)
 
 
