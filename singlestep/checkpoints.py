@@ -15,8 +15,11 @@ from .run.state import find, read_checkpoint
 
 
 class Opened(NamedTuple):
-    """A network in eval mode, the arguments and the data set of its run, what it was read from, the folder of that, the
-    run's own flags, and notes to print."""
+    """A network in eval mode.
+
+    args, dataset: those of its run; source: the file that it was read from; folder: that file's folder; run: the run's
+    own flags; notes: lines to print; epoch: the epoch, counted from 0, in or after which the network was saved.
+    """
 
     model: nn.Module
     args: Any
@@ -25,6 +28,7 @@ class Opened(NamedTuple):
     folder: Folder
     run: dict[str, Any]
     notes: list[str]
+    epoch: int | None = None
 
 
 def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
@@ -53,15 +57,16 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
             found = find(folder, "auto", evaluation=True)
             if found is None:
                 raise UsageError(f"{path} holds no model: it has neither state.pth nor a model_E.pth")
-            content, source = found.model, found.source
+            content, source, epoch = found.model, found.source, found.newest
         else:
             file = folder.file("model", which) if path.is_dir() else path
-            content, source = read_checkpoint(file), str(file)
+            number = re.fullmatch(r"model_(\d+)\.pth", file.name)
+            content, source, epoch = read_checkpoint(file), str(file), int(number[1]) if number else None
         model = new_network(dataset, args)
         notes = load_network(model, content.get(which, content), source, "mean" not in given and "std" not in given)
     except UsageError as error:
         raise UsageError(str(error).removeprefix("--resume: ")) from None
-    return Opened(model.eval(), args, dataset, source, folder, run, options.differing(given, run) + notes)
+    return Opened(model.eval(), args, dataset, source, folder, run, options.differing(given, run) + notes, epoch)
 
 
 def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Module, Any]:

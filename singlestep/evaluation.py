@@ -1,8 +1,7 @@
 """What evaluate.py and --eval do: networks under attacks by name, a table, and a record in evaluation.json."""
-import copy
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 
 from . import options
 from .autoattack import AutoAttack, library
-from .checkpoints import Opened, fingerprint, load_network, open_run
+from .checkpoints import Opened, fingerprint, open_run
 from .data import Images, testing
-from .networks import new_network
 from .options import Args, DataSet
 from .robustness import PGD, Restart, Result, attack_steps, shown
 from .run import folder as folders
-from .run import state as states
 from .run.console import Screen, StopSignals, UsageError, one_line_errors, say
 from .run.device import Precision, advised, choose_device, describe, evaluation_batch, memory_format
 from .run.distributed import Stop, World
@@ -69,111 +66,90 @@ def main(args) -> None:
 
 def evaluate_file(path: str, args, device: torch.device, stop: Stop) -> None:
     """Evaluate the network at `path`, print the table and keep it."""
-    world = stop.world
     epsilon = args.epsilons[0] if args.epsilons and len(args.epsilons) == 1 else None
     flags = {name: getattr(args, name) for name in ("data_set", "seed", *options.RUNS)}
-
-    def load() -> tuple[Opened, Images]:
-        opened = open_run(path, args.which, epsilon=epsilon, **flags)
-        opened.folder.require_writable("RUN_OR_FILE")
-        folders.evaluations(opened.folder)  # raises where the file is damaged, before anything is measured
-        return opened, testing(opened.dataset, opened.args.data_dir, opened.args.dummy)[:args.samples]
-
-    opened, images = world.from_main(load)
-    epsilons = args.epsilons or (opened.args.epsilon,)
-    for note in opened.notes if world.is_main else ():
-        say(f"# {opened.source}: {note}")
-    layout = memory_format(opened.model, device)
-    opened.model.to(device).to(memory_format=layout)
-    job = Job(opened, images.to(device, layout), args.batch_size, Precision.float32(device, tf32=False), stop,
-              Screen(world.is_main))
+    job = open_job(path, args.which, {**flags, "epsilon": epsilon}, device, Precision.float32(device, tf32=False),
+                   args.batch_size, stop, Screen(stop.world.is_main))
+    job.images = job.images[:args.samples]
+    epsilons = args.epsilons or (job.opened.args.epsilon,)
     warnings = mismatch(job)
     for attack in args.attacks:
         for epsilon in (0.0,) if attack == "clean" else epsilons:
             measure(job, attack, epsilon)
-    rows = job.rows + worst(job, epsilons)
-    warnings += suspicions(job, epsilons)
-    if world.is_main:
-        keep(job, {"samples": len(images), "batch_size": args.batch_size, "attacks": rows, "warnings": warnings})
+    job.rows += worst(job, epsilons)
+    keep(job, {"warnings": warnings + suspicions(job, epsilons)})
 
 
 def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> None:
-    """What --eval does: evaluate the network that --resume names as after the last epoch, then, unless --final-iters
-    is 0, the last or the best network as in the final evaluation."""
+    """What --eval does: evaluate the network that --resume names as after the last epoch; and the last or the best
+    network as in the final evaluation, unless --final-iters is 0."""
     device = choose_device(args)
-    world = World.join(device)
-    stop, folder = Stop(signals, world), Folder(args.fname)
-
-    def load():
-        folder.require_writable()
-        found = states.find(folder, args.resume, evaluation=True)
-        if found is None:
-            raise UsageError(f"--eval: --fname {args.fname} holds no model to evaluate")
-        folders.evaluations(folder)
-        use_best = args.final_model == "best" and folder.file("model", "best").exists()
-        best = states.read_checkpoint(folder.file("model", "best")) if use_best else None
-        return found, best, testing(dataset, args.data_dir, args.dummy)
-
-    found, best, images = world.from_main(load)
-    run = (found.training or {}).get("run", {})
-    if run.get("args", {}).get("data_set", args.data_set) != args.data_set:
-        raise UsageError(f"--resume: {found.source} is of a run on {run['args']['data_set']}, not {args.data_set}")
-    model = new_network(dataset, args)
-    with world.said_once():
-        notes = load_network(model, found.model, found.source)
+    world, folder = World.join(device), Folder(args.fname)
+    precision, batch_size = Precision(args, device), evaluation_batch(args, device)
     screen = Screen(world.is_main, args.quiet)
-    for note in notes:
-        screen.say(f"# {found.source}: {note}")
-    layout = memory_format(model, device)
-    model = model.to(device).to(memory_format=layout)
-    images = images.to(device, layout)
-    opened = Opened(model, args, dataset, found.source, folder, {}, notes)
-    samples = max(args.test_samples, args.last_samples or len(images))
-    job = Job(opened, images[:len(images) if args.full_test else samples], evaluation_batch(args, device),
-              Precision(args, device), stop, screen)
-    epoch, step = (found.epoch, 0) if found.epoch is not None else (run.get("epoch", 0), run.get("step", 0))
-    record: dict[str, Any] = {"epoch": max(epoch - 1, 0) if step == 0 else epoch, "resumed": found.source}
-    began = time.perf_counter()
-    with advised(signals, f"an evaluation takes up to {job.batch_size} images at once: lower --batch-size below that"):
-        clean = measure_pgd(job, "clean", 0.0)
-        if not math.isfinite(clean.metrics()["clean_loss"]):
-            raise UsageError(f"--eval: the network in {found.source} produces non-finite outputs")
-        fgsm = measure_pgd(job, "fgsm", args.epsilon)
+    flags = {name: getattr(args, name) for name in ("seed", *options.RUNS)} | {"data_set": dataset}
+
+    def opened(path: str | Path, which: str) -> Job:
+        return open_job(path, which, flags, device, precision, batch_size, Stop(signals, world), screen)
+
+    trained_on = options.run_flags(args.fname).get("data_set", dataset.name)
+    if trained_on != dataset.name:
+        raise UsageError(f"--resume: the run in --fname {args.fname} is on {trained_on}, not {dataset.name}")
+    job = opened(args.fname if args.resume == "auto" else folder.file("model", int(args.resume) - 1), "last")
+    test = job.images
+    job.images = test if args.full_test else test[:max(args.test_samples, args.last_samples or len(test))]
+    began, epoch = time.perf_counter(), job.opened.epoch
+    with advised(signals, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
+        if not math.isfinite(measure_pgd(job, "clean", 0.0).metrics()["clean_loss"]):
+            raise UsageError(f"--eval: the network in {job.opened.source} produces non-finite outputs")
+        fgsm = measure_pgd(job, "fgsm", args.epsilon).metrics()
         pgd = measure_pgd(job, f"pgd-{args.test_iters}-{args.test_restarts}", args.epsilon, args.pgd_alpha).metrics()
-        record |= {"test_loss": pgd["clean_loss"], "test_acc": pgd["clean_acc"], "test_robust_loss": pgd["robust_loss"],
-                   "test_robust_acc": pgd["robust_acc"], "attack_mean": pgd["attack_mean"],
-                   "no_gradient": pgd["no_gradient"], "test_images": pgd["images"],
-                   "fgsm_acc": fgsm.metrics()["robust_acc"], "test_time": time.perf_counter() - began}
+        record: dict[str, Any] = {
+            "epoch": epoch, "test_loss": pgd["clean_loss"], "test_acc": pgd["clean_acc"],
+            "test_robust_loss": pgd["robust_loss"], "test_robust_acc": pgd["robust_acc"],
+            "attack_mean": pgd["attack_mean"], "no_gradient": pgd["no_gradient"], "test_images": pgd["images"],
+            "fgsm_acc": fgsm["robust_acc"], "test_time": time.perf_counter() - began}
         if args.final_iters:
-            final, rows = evaluate_final(job, best, images[:args.final_samples])
-            record["final"] = {**final, "epoch": record["epoch"]}
-            job.rows += rows
-    if world.is_main:
-        keep(job, {**record, "samples": len(job.images), "batch_size": job.batch_size, "attacks": job.rows})
+            best = args.final_model == "best" and world.from_main(folder.file("model", "best").exists)
+            final, began = opened(args.fname, "best") if best else replace(job, rows=[]), time.perf_counter()
+            final.images, final.clean = test[:args.final_samples], None
+            torch.backends.cudnn.benchmark = False  # batches of every size are to come
+            result = measure_pgd(final, f"pgd-{args.final_iters}-{args.final_restarts}", args.epsilon, args.pgd_alpha)
+            job.rows += final.rows
+            record["final"] = {
+                "model": "best" if best else "last", "iters": args.final_iters, "restarts": args.final_restarts,
+                "alpha": args.pgd_alpha, "epsilon": args.epsilon, "epoch": epoch,
+                "seconds": time.perf_counter() - began, **result.metrics()}
+    keep(job, record)
+    world.leave()
 
 
-def evaluate_final(job: Job, best: dict[str, Any] | None,
-                   images: Images) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The final evaluation in a run of --eval, of the best network if its checkpoint is given; and its row."""
-    args, opened, began = job.opened.args, job.opened, time.perf_counter()
-    if best:
-        model, path = copy.deepcopy(opened.model), opened.folder.file("model", "best")
-        load_network(model, best, path.name)
-        opened = opened._replace(model=model, source=str(path))
-    final = Job(opened, images, job.batch_size, job.precision, job.stop, job.screen)
-    torch.backends.cudnn.benchmark = False  # batches of every size are to come
-    result = measure_pgd(final, f"pgd-{args.final_iters}-{args.final_restarts}", args.epsilon, args.pgd_alpha)
-    found = {"model": "best" if best else "last", "iters": args.final_iters, "restarts": args.final_restarts,
-             "alpha": args.pgd_alpha, "epsilon": args.epsilon, "seconds": time.perf_counter() - began,
-             **result.metrics()}
-    return found, final.rows
+def open_job(path: str | Path, which: str, flags: dict[str, Any], device: torch.device, precision: Precision,
+             batch_size: int, stop: Stop, screen: Screen) -> Job:
+    """Open the network at `path` and its test images on rank 0, print the notes about it, and move both to the
+    device."""
+    def load() -> tuple[Opened, Images]:
+        opened = open_run(path, which, **flags)
+        opened.folder.require_writable("RUN_OR_FILE")
+        folders.evaluations(opened.folder)  # raises where the file is damaged, before anything is measured
+        return opened, testing(opened.dataset, opened.args.data_dir, opened.args.dummy)
+
+    opened, images = stop.world.from_main(load)
+    for note in opened.notes:
+        screen.say(f"# {opened.source}: {note}")
+    layout = memory_format(opened.model, device)
+    opened.model.to(device).to(memory_format=layout)
+    return Job(opened, images.to(device, layout), batch_size, precision, stop, screen)
 
 
 def keep(job: Job, found: dict[str, Any]) -> None:
-    """Add the record of an evaluation to evaluation.json, and print its table."""
+    """Add the record of an evaluation to evaluation.json, and print its table. Rank 0 alone does it."""
     opened = job.opened
+    if not job.stop.world.is_main:
+        return
     record = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "file": opened.source,
-              "network": fingerprint(opened.model), **parameters(opened), "seed": opened.args.seed, **found,
+              "network": fingerprint(opened.model), **parameters(opened), "seed": opened.args.seed,
+              "samples": len(job.images), "batch_size": job.batch_size, "attacks": job.rows, **found,
               "notes": opened.notes, **describe(job.images.labels.device, job.stop.world.size)}
     try:
         folders.add_evaluation(opened.folder, record)
@@ -181,7 +157,7 @@ def keep(job: Job, found: dict[str, Any]) -> None:
             file.unlink(missing_ok=True)
     finally:  # the disk may be full
         if job.screen.shown:
-            say(table(opened.source, found["attacks"]))
+            say(table(opened.source, job.rows))
         for warning in found.get("warnings", ()):
             say(f"\nwarning: {warning}")
 

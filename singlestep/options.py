@@ -447,7 +447,7 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
     given = {name: values[name] for name in FLAGS if values[name] is not unset}
     try:
         run = evaluated_flags(dataset, named.fname) if named.eval else {}
-        for line in differing(given, run):
+        for line in differing({name: given[name] for name in given.keys() - {*RUNS, "seed"}}, run):
             say(f"# {line}", error=True)
         return arguments(dataset, given, run)
     except UsageError as error:

@@ -25,24 +25,10 @@ from .methods import ATTACKS, OBJECTIVES
 from .networks import new_network
 from .options import Args, DataSet
 from .robustness import PGD, Restart, Result
+from .run import console
 from .run import folder as folders
 from .run import state as states
-from .run.console import (
-    Failure,
-    Progress,
-    Screen,
-    Stopped,
-    StopSignals,
-    UsageError,
-    banner,
-    collapse_line,
-    epoch_line,
-    final_estimate,
-    final_line,
-    one_line_errors,
-    summary_line,
-    where,
-)
+from .run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError, one_line_errors
 from .run.device import (
     Compiled,
     Precision,
@@ -228,7 +214,7 @@ def run_training(dataset: DataSet, args: Args, folder: Folder, signals: StopSign
         train_epochs(run)
         finish(run)
         if folder.exists:
-            screen.say(where(args))
+            screen.say(console.where(args))
     world.leave()
     return state
 
@@ -328,9 +314,10 @@ def start(run: Run, plan: Plan) -> None:
                          "source": plan.found.source if plan.found else None, "aside": plan.aside})
     if run.writes:
         folders.render(run.folder, state, args)
-    parameters = sum(p.numel() for p in state.model.parameters())
-    run.screen.say(banner(args, options.as_flags(options.in_effect(args)), parameters, run.network is not state.model,
-                          state.starts[-1], (len(run.train), len(run.held_out), len(run.test)), run.steps))
+    method, parameters = options.as_flags(options.in_effect(args)), sum(p.numel() for p in state.model.parameters())
+    images = (len(run.train), len(run.held_out), len(run.test))
+    run.screen.say(console.banner(args, method, parameters, run.network is not state.model, state.starts[-1], images,
+                                  run.steps))
     for note in notes(run, plan):
         run.screen.say(f"# {note}")
 
@@ -507,7 +494,7 @@ def measure(run: Run) -> dict[str, Any]:
     pgd = PGD(epsilon, args.pgd_alpha / 255, args.test_iters, args.test_restarts, args.seed)
     result = evaluate_network(run, state.evaluated, test, pgd)
     if args.epochs > 1 and not state.history:
-        run.screen.say(final_estimate(args, time.perf_counter() - began, len(test),
+        run.screen.say(console.final_estimate(args, time.perf_counter() - began, len(test),
                                       asked(args, state, run.folder, len(run.test))["images"]))
     score, found = result.metrics(fixed)["robust_acc"], result.metrics()
     metrics = {title: found[name] for title, name in (
@@ -565,9 +552,9 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
             states.save(run.folder.file("model", state.epoch - 1), network)
             states.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
     save(run)
-    run.screen.say(epoch_line(record, state.history, args.epochs))  # last: standard output may be closed
+    run.screen.say(console.epoch_line(record, state.history, args.epochs))  # last: standard output may be closed
     if record.get("collapsed"):
-        run.screen.warn(collapse_line(record))
+        run.screen.warn(console.collapse_line(record))
 
 
 def stop_on_collapse(run: Run) -> None:
@@ -636,7 +623,7 @@ def finish(run: Run) -> None:
     state, history = run.state, run.state.history
     if not len(run.test):
         return
-    run.screen.say("# " + summary_line(collapse.summary(history), len(history)))
+    run.screen.say("# " + console.summary_line(collapse.summary(history), len(history)))
     if not run.args.final_iters:
         return
     found = final_evaluation(run)
@@ -644,7 +631,7 @@ def finish(run: Run) -> None:
     save(run)
     if run.writes:
         (run.folder.path / "final.pth").unlink(missing_ok=True)
-    run.screen.say(final_line(found))
+    run.screen.say(console.final_line(found))
     if found["no_gradient"] > 0.01:
         run.screen.warn(f"for {100 * found['no_gradient']:.0f}% of the images the attack had no gradient to follow: "
                         f"the network may only look robust; try an attack without gradients, such as Square")

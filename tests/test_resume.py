@@ -457,7 +457,7 @@ def test_a_network_alone_is_evaluated_and_named(tmp_path, call, small_dummy):
         shutil.copy(tmp_path / "whole" / name, lone)
         assert call("train_cifar.py", *flags, "--eval", "--resume=auto", "--fname", lone)[0] == 0
         found, = evaluations_of(lone)
-        assert found["resumed"] == str(lone / name) and found["final"]["robust_loss"] == final["robust_loss"]
+        assert found["file"] == str(lone / name) and found["final"]["robust_loss"] == final["robust_loss"]
 
 
 def test_a_state_of_an_older_format_is_refused(tmp_path, call, small_dummy):

@@ -338,7 +338,7 @@ def test_eval_writes_its_own_logs_keeps_them_all_and_changes_nothing_else(tmp_pa
         assert float(cells["Test Acc"]) == pytest.approx(trained["test_acc"], abs=1e-4)
         assert float(cells["Test Robust Acc"]) == pytest.approx(trained["test_robust_acc"], abs=1e-4)
         evaluation, = json.loads((folder / "evaluation.json").read_text())
-        assert evaluation["resumed"] == f"{folder / 'model_1.pth'} and opt_1.pth" and evaluation["final"]["epoch"] == 1
+        assert evaluation["file"] == str(folder / "model_1.pth") and evaluation["final"]["epoch"] == 1
         for key, value in json.loads(before["final.json"]).items():
             assert key in ("seconds", *collapse.summary([])) or evaluation["final"][key] == value
         status, output, _ = call(name, *SMALL, "--fname", folder, "--eval", "--resume=auto", "--final-iters=1")

@@ -132,6 +132,14 @@ class Found(NamedTuple):
     epoch: int | None
     source: str
 
+    @property
+    def newest(self) -> int | None:
+        """The epoch, counted from 0, that the network was saved in or after; None if it is not known."""
+        if self.epoch is not None:
+            return self.epoch - 1
+        run = (self.training or {}).get("run", {})
+        return run["epoch"] if run.get("step") else max(run["epoch"] - 1, 0) if "epoch" in run else None
+
 
 def find(folder: Folder, resume: int | str, evaluation: bool = False) -> Found | None:
     """The checkpoint that `resume` (an epoch above 0, or "auto") asks for; None where auto finds no run.
