@@ -50,9 +50,9 @@ def installed(tmp_path_factory) -> Path:
     if not (ROOT / ".git").exists():
         pytest.skip("git lists the project's files")
     work = tmp_path_factory.mktemp("install")
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                            check=True, capture_output=True, text=True).stdout.split("\0")
-    for name in filter(None, listed):
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", ".", ":!build", ":!*.egg-info"]
+    listed = subprocess.run(listing, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
             (work / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, work / "copy" / name)
