@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .checkpoints import load_run as load_run
     from .data import load_test as load_test
+    from .robustness import PGD as PGD
     from .robustness import evaluate as evaluate
     from .run.device import seed_everything as seed_everything
 
-WHERE = {"load_run": "checkpoints", "load_test": "data", "evaluate": "robustness", "seed_everything": "run.device"}
+WHERE = {"load_run": "checkpoints", "load_test": "data", "PGD": "robustness", "evaluate": "robustness",
+         "seed_everything": "run.device"}
 __all__ = list(WHERE)
 
 

@@ -47,6 +47,8 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
         dataset = named
     else:
         dataset = recorded if recorded and recorded.name == named else options.data_set(named)
+    if dataset.source == options.OWN:
+        raise UsageError(f"{path}: the run trained a network of yours: load its state dict into that network")
     args = options.arguments(dataset, {})
     given["data_set"] = dataset.name
     for name, value in {**run, **given}.items():

@@ -104,6 +104,8 @@ SVHN = DataSet(
                   zero_qval=0.7, final_model="best"),
 )
 
+OWN = "own"  # name and source of the data set of `train.train`, whose network is the user's
+
 DATA_SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN}
 
 

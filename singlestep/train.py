@@ -174,11 +174,10 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, ep
     Raises:
         UsageError: a flag is wrong. Failure: the loss is no longer finite, or memory ran out.
     """
-    classes = int(labels.max()) + 1
-    dataset = DataSet("own", "none", classes, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), options.CIFAR10.defaults,
-                      augment or {})
+    dataset = DataSet(options.OWN, options.OWN, int(labels.max()) + 1, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0),
+                      options.CIFAR10.defaults, augment or {})
     given = {"quiet": True, "final_iters": 0, "epochs": epochs, "seed": seed, **flags, "method": method}
-    args = options.arguments(dataset, {**given, "fname": str(folder or "")})
+    args = options.arguments(dataset, {**given, "fname": str(folder)} if folder else given)
     own, empty = Images.of(images, labels), Images.of(images[:0], labels[:0])
     held_out = own[len(own) - args.val_size:] if args.val_size else empty
     loaded = (own[:args.train_samples or len(own) - args.val_size], held_out, Images.of(*test) if test else empty)

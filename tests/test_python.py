@@ -1,0 +1,106 @@
+"""The public interface: training, evaluating and the rule of collapse from Python."""
+import os
+import re
+
+import pytest
+import torch
+from helpers import ROOT, epochs_of
+
+import singlestep
+from singlestep import collapse, data, options
+from singlestep.attacks import fgsm
+from singlestep.networks import PreActResNet18
+from singlestep.run.console import UsageError
+from singlestep.run.device import seed_everything
+from singlestep.train import WEIGHTS, train
+
+FLAGS = dict(lr_schedule="cyclic", lr_max=0.1, batch_size=32, train_samples=80, test_iters=2, device="cpu")
+CIFAR10 = options.CIFAR10
+
+
+def network_of_seed(seed: int) -> PreActResNet18:
+    seed_everything(WEIGHTS, seed)
+    return PreActResNet18(10, base_width=4, mean=CIFAR10.mean, std=CIFAR10.std)
+
+
+def tensors(images: data.Images) -> tuple[torch.Tensor, torch.Tensor]:
+    return images.pixels.permute(0, 3, 1, 2), images.labels
+
+
+@pytest.mark.parametrize("method, more", [("zerograd", {}), ("pgi", {"ema": 0.9}), ("free", {"free_replays": 2})])
+def test_a_call_ends_with_the_scripts_bits(method, more, tmp_path, call, small_dummy, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    argv = [f"--{name.replace('_', '-')}={value}" for name, value in {**FLAGS, **more}.items()]
+    assert call("train_cifar.py", "--dummy", "--epochs=2", "--base-width=4", "--final-iters=0", f"--method={method}",
+                "--seed=3", "--fname=script", *argv)[0] == 0
+    before = sorted(os.listdir(tmp_path))
+    images, test = map(tensors, data.dummy(10))
+    for given in (images[0], images[0].float() / 255):
+        network = network_of_seed(3)
+        history = train(network, given, images[1], method, epochs=2, seed=3, augment=CIFAR10.augmentation, test=test,
+                        **FLAGS, **more)
+        saved = torch.load(tmp_path / "script" / "state.pth", weights_only=True)
+        expected = saved["opt"]["run"].get("raw", saved["model"])
+        assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+        seconds = {"train_time", "test_time"}
+        assert [{name: value for name, value in record.items() if name not in seconds} for record in history] == [
+            {name: value for name, value in record.items() if name not in seconds}
+            for record in epochs_of(tmp_path / "script")]
+    assert sorted(os.listdir(tmp_path)) == before  # nothing was written
+
+
+def test_without_test_images_no_epoch_is_evaluated_and_a_folder_can_be_resumed(tmp_path, small_dummy):
+    images, labels = tensors(data.dummy(10)[0])
+    network = network_of_seed(0)
+    keywords = dict(folder=tmp_path / "run", resume="auto", **FLAGS)
+    history = train(network, images, labels, "fgsm", epochs=1, **keywords)
+    assert history[0]["train_images"] == 80 and "test_acc" not in history[0]
+    again = train(network_of_seed(0), images, labels, "fgsm", epochs=2, allow_changes=True, **keywords)
+    assert again[0] == history[0] and len(again) == 2
+    assert (tmp_path / "run" / "model_1.pth").exists() and epochs_of(tmp_path / "run") == again
+    with pytest.raises(UsageError, match="a network of yours"):  # its normalization is not recorded
+        singlestep.load_run(tmp_path / "run")
+
+
+@pytest.mark.parametrize("flags, named", [
+    ({"method": "zerogad"}, "--method must be one of"), ({"lr_mx": 0.1}, "did you mean --lr-max"),
+    ({"zero_qval": 7}, "--zero-qval must be a number, from 0 to 1"), ({"multi_th": 4}, "--multi-th must be from 1"),
+    ({"epochs": 0}, "--epochs must be a whole number")])
+def test_a_wrong_flag_is_an_error_that_names_it(flags, named):
+    images, labels = torch.zeros(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    given = {"method": "zerograd", "epochs": 1, **flags}
+    with pytest.raises(UsageError, match=named):
+        train(network_of_seed(0), images, labels, given.pop("method"), **given)
+
+
+def test_images_of_another_form_are_refused():
+    labels = torch.zeros(4, dtype=torch.long)
+    for images in (torch.zeros(4, 3, 8), torch.full((4, 3, 8, 8), 255.0), torch.zeros(4, 3, 8, 8, dtype=torch.int32),
+                   torch.zeros(3, 3, 8, 8)):
+        with pytest.raises(ValueError, match=r"images|labels"):
+            singlestep.evaluate(network_of_seed(0), images, labels, singlestep.PGD(0.1, 0.1, 1, 1))
+
+
+def test_evaluate_counts_what_the_attack_leaves(small_dummy):
+    network, (images, labels) = network_of_seed(1).train(), tensors(data.dummy(10)[1])
+    result = singlestep.evaluate(network, images, labels, singlestep.PGD(4 / 255, 4 / 255, 1, 1, init="zero"), 24)
+    assert network.training
+    network.eval()
+    x = images / 255
+    delta = fgsm(network, x, labels, 4 / 255, 4 / 255, init="zero")
+    with torch.no_grad():
+        clean, attacked = (network(x + shift).argmax(dim=1) == labels for shift in (0, delta))
+    assert torch.equal(result.right.bool(), clean) and torch.equal(result.robust.bool(), clean & attacked)
+    assert result.metrics()["robust_acc"] == pytest.approx((clean & attacked).double().mean().item())
+
+
+def test_the_page_works_block_by_block(tmp_path, small_dummy, monkeypatch):
+    """Its signatures apart, which are compared with the code."""
+    page = (ROOT / "docs/python.md").read_text()
+    images, test = map(tensors, data.dummy(10))
+    names = {"images": images[0][:32], "labels": images[1][:32], "x": test[0] / 255, "y": test[1]}
+    for block in re.findall(r"```python\n(.*?)```", page, re.S):
+        imports = "\n".join(line for line in block.splitlines() if line.startswith("from "))
+        exec(block if "def " not in block and "class " not in block else imports, names)
+    assert collapse.collapsed([{"fgsm_acc": 0.4, "test_robust_acc": 0.35},
+                               {"fgsm_acc": 0.8, "test_robust_acc": 0.02}]) == [False, True]
