@@ -5,14 +5,17 @@ import io
 import re
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import DATASETS, ROOT, SMALL, epochs_of, write_cifar10
+from processes import forked
 
-from singlestep import attacks, methods, options
+from singlestep import methods, options
 
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*.md"),
                 *ROOT.glob("benchmarks/*.md")])
@@ -60,7 +63,8 @@ def takes(monkeypatch):
 
 
 # Commands of others; their files are looked for, and they are not run.
-OTHERS = r"python -m venv|(\.venv/bin/)?(pip|ruff|mypy|python -m pytest|pytest)\b|source |pre-commit |git "
+OTHERS = r"python -m venv|(\.venv/bin/)?(pip|ruff|mypy|python -m pytest|pytest)\b|source |pre-commit |git |" \
+    r"python (docs/tables\.py|tests/same_bits\.py|train_five\.py|evaluate\.py five_model|-m singlestep\.evaluation)\b"
 COMMANDS = {command: None for page in PAGES for command in commands(page.read_text())}
 
 
@@ -167,17 +171,64 @@ def test_every_flag_that_the_docs_name_exists_and_the_other_way_round():
     assert known - named - unneeded == set()
 
 
-def test_the_worked_example_of_a_method_works(tmp_path, call, small_dummy, monkeypatch):
-    text = (ROOT / "docs/methods.md").read_text()
-    function, record = (re.search(rf"<!-- example: {file} -->\n```python\n(.*?)```", text, re.S)[1] for file in (
-        "attacks.py", "methods.py"))
-    name, = re.findall(r"def (\w+)", function)
-    monkeypatch.setattr(attacks, name, None, raising=False)
-    monkeypatch.setitem(methods.ATTACKS, name, None)
-    exec(function, vars(attacks))
-    exec(record, vars(methods))
-    assert call("train_cifar.py", *SMALL, f"--attack={name}", "--fname", tmp_path / "run")[0] == 0
-    assert 0 < epochs_of(tmp_path / "run")[0]["defence_mean"] <= 8
+@pytest.fixture
+def project(tmp_path) -> Path:
+    """A copy of the scripts and of the package."""
+    shutil.copytree(ROOT / "singlestep", tmp_path / "project" / "singlestep",
+                    ignore=shutil.ignore_patterns("__pycache__"))
+    for path in (*ROOT.glob("train_*.py"), ROOT / "evaluate.py"):
+        shutil.copy(path, tmp_path / "project")
+    return tmp_path / "project"
+
+
+def follow(page: str, project: Path) -> list[str]:
+    """Apply a section's blocks to the project, as the comments above them say. Returns the files that changed."""
+    changed = []
+    for order, block in re.findall(r"<!-- (.*?) -->\n```python\n(.*?)```", page, re.S):
+        where, _, file = order.rpartition(" ")
+        path = project / file
+        text = path.read_text() if path.exists() else ""
+        if where.startswith("insert below"):
+            end = text.index("\n    ", text.index(f"\n    {where.split()[2]}: ") + 1) + 1
+            while text[end:].startswith("     "):  # the line goes on
+                end = text.index("\n", end) + 1
+            text = text[:end] + block + text[end:]
+        else:
+            text += ("\n\n" if text else "") + block
+        path.write_text(text)
+        changed.append(file)
+    return changed
+
+
+def section(title: str) -> str:
+    return re.search(rf"^## {title}\n(.*?)^## ", (ROOT / "CONTRIBUTING.md").read_text(), re.M | re.S)[1]
+
+
+def test_the_worked_example_of_a_method_works(tmp_path, project):
+    changed = follow(section("Add a method"), project)
+    assert changed == ["singlestep/attacks.py", "singlestep/methods.py", "singlestep/options.py"]
+    flags = [*SMALL, "--method=random-length", "--shortest-step=0.5", "--fgsm-alpha=0.25", "--epsilon=8"]
+    done = forked(project / "train_cifar.py", *flags, "--fname", tmp_path / "run")
+    assert done.returncode == 0 and "--shortest-step=0.5" in done.stdout, done.stderr
+    # A step of r alpha from a uniform start in the ball, clipped to the ball: on average a little over half of epsilon.
+    assert 3.5 < epochs_of(tmp_path / "run")[0]["defence_mean"] < 5
+    done = forked(project / "train_cifar.py", *flags, "--fname", tmp_path / "run", "--resume=auto", "--shortest-step=1")
+    assert done.returncode == 2 and "--shortest-step 0.5, not 1.0" in done.stderr
+
+
+def test_the_worked_example_of_a_data_set_works(tmp_path, project, monkeypatch):
+    write_cifar10(tmp_path / "data", monkeypatch)
+    follow(section("Add a data set"), project)
+    unchecked = ("from torchvision import datasets\n"  # the test's files have other sums
+                 "datasets.CIFAR10._check_integrity = datasets.CIFAR10._load_meta = lambda self: True\n")
+    (project / "five.py").write_text(unchecked + (project / "five.py").read_text())
+    small = [flag for flag in SMALL if flag not in ("--dummy", "--train-samples=80")]
+    done = forked(project / "train_five.py", *small, "--data-dir", tmp_path / "data", "--fname", tmp_path / "run",
+                  cwd=project)
+    assert done.returncode == 0 and "CIFAR-10, five classes: 25 training images" in done.stdout, done.stderr
+    assert torch.load(tmp_path / "run" / "model_1.pth", weights_only=True)["linear.weight"].shape[0] == 5
+    done = forked(project / "evaluate.py", tmp_path / "run", "--device=cpu", "--attacks=clean,fgsm", cwd=project)
+    assert done.returncode == 0 and "| clean |  | 5 |" in done.stdout, done.stderr
 
 
 def test_the_readme_is_short_and_names_every_method():
