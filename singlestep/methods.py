@@ -3,6 +3,9 @@
 The key of an attack, an objective or a network is the name of its function or class in attacks.py, objectives.py or
 networks.py. `keywords` says which flag each of its keywords gets its value from, in the unit that `options.Args`
 states for the flag. To add a method, add its function, its record here and, if it has one, its flag in options.py.
+
+The texts are for the tables in README.md and docs/methods.md, which explains their symbols. `python docs/tables.py
+--write` copies them there.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +20,9 @@ class Attack:
     which an objective may use; update: function of attacks.py for the gradient that the backward pass leaves in delta;
     replays: flag that says how many steps train on one batch; defaults: flags whose default is another with this
     attack; requires: flags that must have these values.
+
+    Texts: starts_at: the starting point of delta; step: formula of the next delta, before the clip; clip: what the next
+    delta is clipped to.
     """
 
     keywords: dict[str, str] = field(default_factory=dict)
@@ -25,6 +31,9 @@ class Attack:
     replays: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     requires: dict[str, Any] = field(default_factory=dict)
+    starts_at: str = ""
+    step: str = ""
+    clip: str = "ball, pixels"
 
     @property
     def flags(self) -> list[str]:
@@ -39,6 +48,8 @@ class Objective:
     keywords: keyword of the function -> flag; start: it needs what the attack computed at its start; graph: and the
     graph behind those logits; second_derivative: it differentiates an input gradient; whole_batch: it is no mean over
     images, so that a process's share of a batch has another value than the whole batch.
+
+    Texts: loss: formula of the training loss; weighting: how the weight in it is chosen.
     """
 
     keywords: dict[str, str] = field(default_factory=dict)
@@ -46,6 +57,8 @@ class Objective:
     graph: bool = False
     second_derivative: bool = False
     whole_batch: bool = False
+    loss: str = ""
+    weighting: str = ""
 
     @property
     def flags(self) -> list[str]:
@@ -63,13 +76,15 @@ class Method:
     """A published pair of attack and objective.
 
     flags: the flags that it sets; passes: forward and backward passes of a training step, counted as one each pair;
-    source: its paper; on: flags that it sets on one data set alone, by the data set's name.
+    source: its paper; on: flags that it sets on one data set alone, by the data set's name; text: one line on what the
+    method does.
     """
 
     flags: dict[str, Any]
     passes: str
     source: str
     on: dict[str, dict[str, Any]] = field(default_factory=dict)
+    text: str = ""
 
     def flags_on(self, data_set: str) -> dict[str, Any]:
         """The flags that it sets on a data set."""
@@ -77,54 +92,140 @@ class Method:
 
 
 ATTACKS: dict[str, Attack] = {
-    "multigrad": Attack(dict(alpha="fgsm_alpha", samples="multi_samps", threshold="multi_th",
-                             parallel="multi_parallel")),
-    "zerograd": Attack(dict(alpha="fgsm_alpha", q="zero_qval", steps="zero_iters", init="fgsm_init")),
-    "fgsm": Attack(dict(alpha="fgsm_alpha", init="fgsm_init")),
-    "pgd": Attack(dict(alpha="pgd_alpha", steps="pgd_iters")),
-    "none": Attack(start=False),
-    "nfgsm": Attack(dict(alpha="fgsm_alpha", k="noise_k"), defaults=dict(fgsm_alpha=1.0)),
-    "sora": Attack(update="sora_update", requires=dict(objective="ce", label_smoothing=0.0, amp_impl="native")),
-    "ckpt": Attack(dict(alpha="fgsm_alpha", count="ckpt_count"), defaults=dict(fgsm_alpha=1.25)),
-    "free": Attack(start=False, update="free_update", replays="free_replays"),
-    "pgi": Attack(dict(alpha="fgsm_alpha", reset="pgi_reset", smoothing="label_smoothing"),
-                  defaults=dict(fgsm_alpha=1.0)),
-    "kl": Attack(dict(alpha="pgd_alpha", steps="pgd_iters"), start=False),
-    "nuclear": Attack(dict(alpha="fgsm_alpha", weight="nuclear_lambda"), start=False, defaults=dict(fgsm_alpha=1.0)),
+    "multigrad": Attack(
+        dict(alpha="fgsm_alpha", samples="multi_samps", threshold="multi_th", parallel="multi_parallel"),
+        starts_at="0",
+        step="delta + alpha s; s: the sign on which at least `--multi-th` (-1: all) of the gradients at "
+             "`--multi-samps` points x + U(±epsilon) agree, else 0"),
+    "zerograd": Attack(
+        dict(alpha="fgsm_alpha", q="zero_qval", steps="zero_iters", init="fgsm_init"),
+        starts_at="0 or U(±epsilon)",
+        step="delta + alpha sign(z), `--zero-iters` times; z: g, but 0 where abs(g) is below the q-quantile of its "
+             "image; q: `--zero-qval`"),
+    "fgsm": Attack(
+        dict(alpha="fgsm_alpha", init="fgsm_init"),
+        starts_at="0 or U(±epsilon)", step="delta + alpha sign(g)"),
+    "pgd": Attack(
+        dict(alpha="pgd_alpha", steps="pgd_iters"),
+        starts_at="U(±epsilon)", step="delta + alpha sign(g), `--pgd-iters` times"),
+    "none": Attack(start=False, starts_at="0", step="none", clip="none"),
+    "nfgsm": Attack(
+        dict(alpha="fgsm_alpha", k="noise_k"), defaults=dict(fgsm_alpha=1.0),
+        starts_at="U(±k epsilon); k: `--noise-k`", step="delta + alpha sign(g)", clip="pixels"),
+    "sora": Attack(
+        update="sora_update", requires=dict(objective="ce", label_smoothing=0.0, amp_impl="native"),
+        starts_at="U(±epsilon)",
+        step="delta + a r sign(g); r ~ U(0, 1) for each entry; a = 2 epsilon min(1, 0.02 / (1 - v)); v: moving average "
+             "(weight 0.05, from 0.99) of the mean over images of sum(sign(g) g') / norm1(g); g': the gradient at the "
+             "next delta",
+        clip="pixels"),
+    "ckpt": Attack(
+        dict(alpha="fgsm_alpha", count="ckpt_count"), defaults=dict(fgsm_alpha=1.25),
+        starts_at="U(±epsilon)",
+        step="(k / c) box(delta + alpha sign(g)); k: the smallest of 1, ..., c - 1 at which the network in eval mode "
+             "misclassifies the image, else c; k = 0 if the start is misclassified; c: `--ckpt-count`"),
+    "free": Attack(
+        start=False, update="free_update", replays="free_replays",
+        starts_at="delta of the previous step",
+        step="delta + epsilon sign(g), for the next step; g is from the backward pass of the weights"),
+    "pgi": Attack(
+        dict(alpha="fgsm_alpha", reset="pgi_reset", smoothing="label_smoothing"), defaults=dict(fgsm_alpha=1.0),
+        starts_at="D, stored for each image; every `--pgi-reset` epochs, D = ±epsilon at random and M = 0",
+        step="D + alpha sign(g), g with smoothed labels; then M = 0.3 M + g / norm1(g), D = box(D + alpha sign(M))"),
+    "kl": Attack(
+        dict(alpha="pgd_alpha", steps="pgd_iters"), start=False,
+        starts_at="0.001 N(0, 1)",
+        step="delta + alpha sign(h), `--pgd-iters` times; h: the gradient of KL(p(x) ‖ p(x + delta)) in eval mode"),
+    "nuclear": Attack(
+        dict(alpha="fgsm_alpha", weight="nuclear_lambda"), start=False, defaults=dict(fgsm_alpha=1.0),
+        starts_at="±epsilon / 2 at random",
+        step="delta + alpha sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda "
+             "norm_nuclear(f(x) - f(x + delta)) / B, with f(x + delta) in eval mode; lambda is that of the objective"),
 }
 
 OBJECTIVES: dict[str, Objective] = {
-    "ce": Objective(dict(smoothing="label_smoothing")),
-    "gradalign": Objective(dict(smoothing="label_smoothing", weight="gradalign_lambda"), start=True,
-                           second_derivative=True),
-    "elle": Objective(dict(smoothing="label_smoothing", weight="elle_lambda", adaptive="elle_adaptive")),
-    "aaer": Objective(dict(smoothing="label_smoothing", weights="aaer_lambdas"), start=True, whole_batch=True),
-    "trades": Objective(dict(smoothing="label_smoothing", beta="trades_beta")),
-    "nuclear": Objective(dict(smoothing="label_smoothing", weight="nuclear_lambda"), whole_batch=True),
-    "logits": Objective(dict(smoothing="label_smoothing", weight="logits_lambda"), start=True, graph=True),
+    "ce": Objective(dict(smoothing="label_smoothing"), loss="CE(x + delta)", weighting="none"),
+    "gradalign": Objective(
+        dict(smoothing="label_smoothing", weight="gradalign_lambda"), start=True, second_derivative=True,
+        loss="CE(x + delta) + lambda (1 - mean cos(g(eta), g(u))); u ~ U(±epsilon); g(eta) is a constant",
+        weighting="0.2 · 10^((epsilon - 8) / 8); on SVHN 2.5 · 10^((epsilon - 8) / 39.2)"),
+    "elle": Objective(
+        dict(smoothing="label_smoothing", weight="elle_lambda", adaptive="elle_adaptive"),
+        loss="CE(x + delta) + lambda mean((CE_i(x_c) - (1 - t) CE_i(x_a) - t CE_i(x_b))^2); x_a, x_b ~ x + "
+             "U(±epsilon); x_c = (1 - t) x_a + t x_b; t ~ U(0, 1)",
+        weighting="1000 up to epsilon 8, 5000 up to 20, 10000 above; with `--elle-adaptive`, 0 at first, 4000 after a "
+                  "batch whose penalty exceeds mean + 2 standard deviations of all earlier batches, 0.99 times the "
+                  "previous lambda otherwise"),
+    "aaer": Objective(
+        dict(smoothing="label_smoothing", weights="aaer_lambdas"), start=True, whole_batch=True,
+        loss="CE(x + delta) + l1 (n / B) (l2 mean_A(CE_i(x + eta) - CE_i(x + delta)) + l3 max(V_A - V_N, 0)); A: the n "
+             "images whose CE_i the attack lowered; N: the others; V: mean of norm2(f(x + eta) - f(x + delta))^2; no "
+             "penalty if A or N is empty",
+        weighting="l1, l2, l3 of the nearest published epsilon (8, 12, 16, 32); `nfgsm` has its own, 1,1.5,0.15 at "
+                  "epsilon 8; SVHN takes those of CIFAR-10"),
+    "trades": Objective(
+        dict(smoothing="label_smoothing", beta="trades_beta"),
+        loss="CE(x) + beta KL(p(x) ‖ p(x + delta))", weighting="fixed"),
+    "nuclear": Objective(
+        dict(smoothing="label_smoothing", weight="nuclear_lambda"), whole_batch=True,
+        loss="CE(x) + lambda norm_nuclear(f(x) - f(x + delta)) / B",
+        weighting="grows linearly from 0 to `--nuclear-lambda` over the first 0.9 of the epochs"),
+    "logits": Objective(
+        dict(smoothing="label_smoothing", weight="logits_lambda"), start=True, graph=True,
+        loss="CE(x + delta) + lambda mean((f(x + delta) - f(x + eta))^2); the mean is over images and classes",
+        weighting="fixed"),
 }
 
 METHODS: dict[str, Method] = {
-    "fgsm": Method(dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0), "2", "arXiv 1412.6572"),
-    "fgsm-rs": Method(dict(attack="fgsm", fgsm_alpha=1.25), "2", "arXiv 2001.03994"),
-    "zerograd": Method(dict(attack="zerograd"), "2", "arXiv 2103.15476"),
-    "multigrad": Method(dict(attack="multigrad"), "4", "arXiv 2103.15476"),
-    "pgd": Method(dict(attack="pgd"), "11", "arXiv 1706.06083"),
-    "n-fgsm": Method(dict(attack="nfgsm", fgsm_alpha=1.0), "2", "arXiv 2202.01181"),
-    "n-aaer": Method(dict(attack="nfgsm", fgsm_alpha=1.0, objective="aaer"), "2", "arXiv 2404.08154"),
-    "rs-aaer": Method(dict(attack="fgsm", fgsm_alpha=1.25, objective="aaer"), "2", "arXiv 2404.08154"),
-    "gradalign": Method(dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.25, objective="gradalign"), "5",
-                        "arXiv 2007.02617"),
-    "elle": Method(dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle"), "5", "arXiv 2401.11618"),
-    "elle-a": Method(dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle", elle_adaptive=True), "5",
-                     "arXiv 2401.11618"),
-    "free": Method(dict(attack="free"), "1", "arXiv 1904.12843"),
-    "ckpt": Method(dict(attack="ckpt", fgsm_alpha=1.25), "2.7", "arXiv 2010.01799"),
-    "pgi": Method(dict(attack="pgi", fgsm_alpha=1.0, objective="logits", label_smoothing=4 / 9), "2.7",
-                  "arXiv 2207.08859", {"CIFAR-100": dict(label_smoothing=40 / 99, pgi_reset=10)}),
-    "nuat": Method(dict(attack="nuclear", fgsm_alpha=1.0, objective="nuclear"), "3.3", "NeurIPS 2021"),
-    "trades": Method(dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573"),
-    "sora": Method(dict(attack="sora"), "2", "arXiv 2606.00738"),
+    "fgsm": Method(
+        dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0), "2", "arXiv 1412.6572",
+        text="one step along the gradient's sign, from zero"),
+    "fgsm-rs": Method(
+        dict(attack="fgsm", fgsm_alpha=1.25), "2", "arXiv 2001.03994", text="FGSM from a random start"),
+    "zerograd": Method(
+        dict(attack="zerograd"), "2", "arXiv 2103.15476",
+        text="FGSM-RS without the smallest entries of each image's gradient"),
+    "multigrad": Method(
+        dict(attack="multigrad"), "4", "arXiv 2103.15476",
+        text="one step, in the entries where the gradients at several random points agree in sign"),
+    "pgd": Method(dict(attack="pgd"), "11", "arXiv 1706.06083", text="multi-step training: ten steps"),
+    "n-fgsm": Method(
+        dict(attack="nfgsm", fgsm_alpha=1.0), "2", "arXiv 2202.01181",
+        text="FGSM-RS with more noise and without the clip to the epsilon ball"),
+    "n-aaer": Method(
+        dict(attack="nfgsm", fgsm_alpha=1.0, objective="aaer"), "2", "arXiv 2404.08154",
+        text="N-FGSM with a penalty on images whose loss the attack lowers"),
+    "rs-aaer": Method(
+        dict(attack="fgsm", fgsm_alpha=1.25, objective="aaer"), "2", "arXiv 2404.08154",
+        text="FGSM-RS with a penalty on images whose loss the attack lowers"),
+    "gradalign": Method(
+        dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.25, objective="gradalign"), "5", "arXiv 2007.02617",
+        text="FGSM with a penalty that aligns the gradients at two points of the ball"),
+    "elle": Method(
+        dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle"), "5", "arXiv 2401.11618",
+        text="FGSM with a penalty on the deviation of the loss from a linear function"),
+    "elle-a": Method(
+        dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle", elle_adaptive=True), "5",
+        "arXiv 2401.11618", text="ELLE with a weight that decays until the penalty jumps"),
+    "free": Method(
+        dict(attack="free"), "1", "arXiv 1904.12843",
+        text="several steps on each batch; one backward pass updates both weights and perturbation"),
+    "ckpt": Method(
+        dict(attack="ckpt", fgsm_alpha=1.25), "2.7", "arXiv 2010.01799",
+        text="FGSM-RS, shortened for each image to a length that fools the network"),
+    "pgi": Method(
+        dict(attack="pgi", fgsm_alpha=1.0, objective="logits", label_smoothing=4 / 9), "2.7", "arXiv 2207.08859",
+        {"CIFAR-100": dict(label_smoothing=40 / 99, pgi_reset=10)},
+        text="FGSM-MEP (FGSM-PGI with momentum): one step from a perturbation stored for each image"),
+    "nuat": Method(
+        dict(attack="nuclear", fgsm_alpha=1.0, objective="nuclear"), "3.3", "NeurIPS 2021",
+        text="one step, and a penalty on the nuclear norm of the change in a batch's logits"),
+    "trades": Method(
+        dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573",
+        text="multi-step training: ten steps away from the clean prediction, and a penalty on that distance"),
+    "sora": Method(
+        dict(attack="sora"), "2", "arXiv 2606.00738",
+        text="a step of random length, shorter as the loss becomes less linear"),
 }
 
 # The training protocols of other comparisons: the flags that each sets.

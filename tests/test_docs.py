@@ -17,6 +17,9 @@ from processes import forked
 
 from singlestep import methods, options
 
+sys.path.insert(0, str(ROOT / "docs"))
+import tables
+
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("experiments/*.md"),
                 *ROOT.glob("benchmarks/*.md")])
 
@@ -237,3 +240,21 @@ def test_the_readme_is_short_and_names_every_method():
     assert all(f"`{name}`" in text for name in methods.METHODS)
     page = (ROOT / "docs/methods.md").read_text()
     assert all(f"`{name}`" in page for name in (*methods.ATTACKS, *methods.OBJECTIVES))
+
+
+def test_the_tables_of_methods_are_those_of_the_records(monkeypatch):
+    pages = {page: (ROOT / page).read_text() for page in tables.PAGES}
+    for page, text in pages.items():
+        assert tables.refreshed(text) == text, f"{page} differs from the records: run python docs/tables.py --write"
+        assert tables.refreshed(re.sub(r"(<!-- table: \w+ -->\n)(\|.*\n)+", r"\1", text)) == text
+    for name, records in (("methods", methods.METHODS), ("attacks", methods.ATTACKS),
+                          ("objectives", methods.OBJECTIVES)):
+        shown, = (re.search(rf"^<!-- table: {name} -->\n((?:\|.*\n)+)", text, re.M) for text in pages.values()
+                  if f"<!-- table: {name} -->" in text)
+        rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown[1].splitlines()]
+        assert [row[0] for row in rows[2:]] == [f"`{record}`" for record in records]
+        assert {len(row) for row in rows} == {len(rows[0])} and all(all(row[:-1]) for row in rows)
+    monkeypatch.setitem(methods.ATTACKS, "nfgsm", methods.Attack(
+        dict(alpha="fgsm_alpha", q="zero_qval", parallel="multi_parallel"), defaults=dict(fgsm_alpha=0.5)))
+    assert "`--fgsm-alpha=0.5`, `--zero-qval=0.35` (CIFAR-100: 0.45, SVHN: 0.7), `--multi-parallel` (off)" in (
+        tables.attacks())

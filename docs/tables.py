@@ -1,0 +1,89 @@
+"""Print the tables of methods, perturbations and objectives, made from the records in singlestep/methods.py.
+
+    python docs/tables.py --write
+
+writes them into README.md and docs/methods.md, each in place of the table under its comment `<!-- table: NAME -->`.
+"""
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from singlestep.methods import ATTACKS, METHODS, OBJECTIVES
+from singlestep.options import CIFAR10, DATA_SETS, Parser, arguments, as_flags, option
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "docs/methods.md")
+
+
+def table(*rows: tuple[str, ...]) -> str:
+    """A Markdown table; the first row holds the titles."""
+    titles, *others = rows
+    return "".join(f"| {' | '.join(row)} |\n" for row in (titles, ("---",) * len(titles), *others))
+
+
+def methods() -> str:
+    """The published methods, a row each."""
+    return table(("`--method`", "what it is", "paper", "forward and backward passes per step"),
+                 *((f"`{name}`", method.text, paper(method.source), method.passes) for name, method in METHODS.items()))
+
+
+def attacks() -> str:
+    """The perturbations, a row each."""
+    return table(("`--attack`", "start", "step", "clip", "flags and defaults"),
+                 *((f"`{name}`", attack.starts_at, attack.step, attack.clip, flags(attack.flags, attack=name))
+                   for name, attack in ATTACKS.items()))
+
+
+def objectives() -> str:
+    """The objectives, a row each, without label smoothing, which all of them take."""
+    return table(("`--objective`", "loss", "weight", "flags and defaults"),
+                 *((f"`{name}`", objective.loss, objective.weighting,
+                    flags([flag for flag in objective.flags if flag != "label_smoothing"], objective=name))
+                   for name, objective in OBJECTIVES.items()))
+
+
+def paper(source: str) -> str:
+    """A source, with its link if it is on arXiv."""
+    return re.sub(r"^arXiv (\S+)$", r"[\1](https://arxiv.org/abs/\1)", source)
+
+
+def flags(names: list[str], **chosen: str) -> str:
+    """Flags with their defaults beside the `chosen` flags: CIFAR-10's, then those of other data sets that differ."""
+    by_data_set = {dataset.name: arguments(dataset, chosen) for dataset in DATA_SETS.values()}
+    return ", ".join(flag(name, {data_set: getattr(args, name) for data_set, args in by_data_set.items()})
+                     for name in names)
+
+
+def flag(name: str, values: dict[str, Any]) -> str:
+    """A flag with its value on each data set."""
+    written = {data_set: as_flags({name: value}) for data_set, value in values.items()}
+    default = written.pop(CIFAR10.name)
+    others = [f"{data_set}: {text.partition('=')[2]}" for data_set, text in written.items() if text != default]
+    return f"`{default or option(name)}`" + (f" ({', '.join(others)})" if others else "" if default else " (off)")
+
+
+TABLES = {"methods": methods, "attacks": attacks, "objectives": objectives}
+
+
+def refreshed(text: str) -> str:
+    """The text of a page with its tables made anew."""
+    return re.sub(r"^(<!-- table: (\w+) -->\n)(?:\|.*\n)*", lambda found: found[1] + TABLES[found[2]](), text,
+                  flags=re.M)
+
+
+def main() -> None:
+    p = Parser(__doc__)
+    p.add_argument("--write", action="store_true", help="write the tables into the pages instead of printing them")
+    if not p.parse_args().write:
+        print("\n".join(make() for make in TABLES.values()), end="")
+        return
+    for page in PAGES:
+        path = ROOT / page
+        path.write_text(refreshed(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
