@@ -66,8 +66,9 @@ def takes(monkeypatch):
 
 
 # Commands of others; their files are looked for, and they are not run.
-OTHERS = r"python -m venv|(\.venv/bin/)?(pip|ruff|mypy|python -m pytest|pytest)\b|source |pre-commit |git |" \
-    r"python (docs/tables\.py|tests/same_bits\.py|train_five\.py|evaluate\.py five_model|-m singlestep\.evaluation)\b"
+OTHERS = r"python -m venv|(\.venv/bin/)?(pip|ruff|mypy|python -m pytest|pytest)\b|source |pre-commit |git "
+# Commands that tests of their own run.
+TESTED = r"python (docs/tables\.py|tests/same_bits\.py|train_five\.py|evaluate\.py five_model|-m singlestep\.evaluation)"
 COMMANDS = {command: None for page in PAGES for command in commands(page.read_text())}
 
 
@@ -77,6 +78,8 @@ def test_every_command_is_one_that_its_script_takes(command, takes):
     while words and re.match(r"[A-Z_]+=", words[0]):
         del words[0]
     scripts = [i for i, word in enumerate(words) if word.endswith((".py", ".sh", ".slurm"))]
+    if re.match(TESTED, " ".join(words)):
+        return
     if words[:2] == ["python", "-c"]:
         compile(words[2], "README", "exec")
     elif scripts:
