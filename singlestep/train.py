@@ -157,7 +157,9 @@ def main(dataset: DataSet, args: Args) -> None:
 def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, epochs: int, seed: int = 0,
           augment: dict[str, Any] | None = None, test: tuple[Tensor, Tensor] | None = None,
           folder: str | Path | None = None, **flags: Any) -> list[dict[str, Any]]:
-    """Train a network of yours by a method of this package; it is left in eval mode, on the device of --device.
+    """Train a network of yours by a method of this package.
+
+    The network is left in eval mode, on the device of --device, with --ema as the moving average.
 
     Args:
         network: images in [0, 1], (B, C, H, W), to logits (B, classes).
@@ -183,9 +185,12 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, ep
     loaded = (own[:args.train_samples or len(own) - args.val_size], held_out, Images.of(*test) if test else empty)
     place = Folder(folder)
     try:
-        return run_training(dataset, args, place, StopSignals(), network, loaded).history
+        state = run_training(dataset, args, place, StopSignals(), network, loaded)
     finally:
         place.release()
+    network.load_state_dict(state.evaluated.state_dict())
+    network.eval()
+    return state.history
 
 
 def run_training(dataset: DataSet, args: Args, folder: Folder, signals: StopSignals, network: nn.Module | None = None,
