@@ -15,6 +15,9 @@ published methods.
 
 "Passes: N" is the cost of one training step with this attack, including the weight update. One pass is a forward and a
 backward pass; a forward pass alone counts 1/3.
+
+In formulas, g is the gradient of the mean cross-entropy with respect to delta, and box(delta) projects delta to the
+ball and clips x + delta to [0, 1].
 """
 import contextlib
 import math

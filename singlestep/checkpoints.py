@@ -158,22 +158,22 @@ def _unwrapped(content: dict) -> dict[str, Tensor]:
 
 def _normalized(model: nn.Module, constants: dict[str, Tensor], source: str, wanted: bool) -> list[str]:
     """Set the network's mean and std to those constants of the file that have three values. Returns notes to print."""
-    found: dict[str, Tensor] = {}
+    own: dict[str, Tensor] = {}
     for key, value in constants.items():
         kind = CONSTANT.search(key)
         if kind and isinstance(value, Tensor) and value.numel() == 3:
-            found.setdefault("mean" if kind[2] else "std", value.float().view(1, 3, 1, 1))
-    if not found:
+            own.setdefault("mean" if kind[2] else "std", value.float().view(1, 3, 1, 1))
+    if not own:
         return []
-    said = ", ".join(f"{name} {','.join(f'{number:.4g}' for number in value.flatten().tolist())}"
-                     for name, value in found.items())
+    shown = ", ".join(f"{name} {','.join(f'{number:.4g}' for number in value.flatten().tolist())}"
+                      for name, value in own.items())
     if not wanted:
-        return [f"the file's normalization ({said}) is overridden by --mean and --std"]
-    if not all(value.isfinite().all() for value in found.values()) or not (found.get("std", torch.ones(1)) > 0).all():
-        raise UsageError(f"--resume: {source} has invalid normalization constants: {said}")
-    for name, value in found.items():
+        return [f"the file's normalization ({shown}) is overridden by --mean and --std"]
+    if not all(value.isfinite().all() for value in own.values()) or not (own.get("std", torch.ones(1)) > 0).all():
+        raise UsageError(f"--resume: {source} has invalid normalization constants: {shown}")
+    for name, value in own.items():
         model.get_buffer(f"normalize.{name}").copy_(value)
-    return [f"normalized as in the file: {said}"]
+    return [f"normalized as in the file: {shown}"]
 
 
 def fingerprint(model: nn.Module) -> str:

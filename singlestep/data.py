@@ -237,7 +237,7 @@ def have(data_dir: str, files: dict[str, str], download: Callable[[str], Any]) -
             file = root / name
             again = file if "/" not in name else file.parent
             if not file.exists():
-                raise UsageError(f"--data-dir {data_dir} lacks {file}: put it there, or delete {again} to download again")
+                raise UsageError(f"--data-dir {data_dir} lacks {file}: put it there, or delete {again} to download")
             if not check_integrity(str(file), md5):
                 raise UsageError(f"--data-dir {data_dir}: {file} is truncated or altered (its MD5 sum should be {md5}):"
                                  f" replace it, or delete {again} to download again")

@@ -129,14 +129,14 @@ def name(flags: dict[str, Any], among: list[str], by_method: bool) -> str:
         among: flags in which the compared runs differ.
         by_method: whether they differ in the method; the name then begins with it.
     """
-    words, told = [], without_effect(flags)
+    words, omitted = [], without_effect(flags)
     usual = {flag for flag, value in dependent(flags).items() if flags[flag] == value}
     if by_method:
         word, own = method(flags)
-        words, told = [word], told | own | usual
+        words, omitted = [word], omitted | own | usual
     if "epsilon" in among:
-        told |= usual - {"fgsm_alpha"} | ({"pgd_alpha"} if flags["pgd_alpha"] == flags["epsilon"] / 4 else set())
-    words += [_word(flag, flags[flag]) for flag in among if flag not in told]
+        omitted |= usual - {"fgsm_alpha"} | ({"pgd_alpha"} if flags["pgd_alpha"] == flags["epsilon"] / 4 else set())
+    words += [_word(flag, flags[flag]) for flag in among if flag not in omitted]
     return ", ".join(words)
 
 
@@ -159,16 +159,16 @@ def named(runs: list[Run]) -> dict[str, list[Run]]:
     by_name: dict[str, list[Run]] = {}
     for run in runs:
         by_name.setdefault(name(run.flags, among, by_method), []).append(run)
-    told: dict[str, list[Run]] = {}
+    groups: dict[str, list[Run]] = {}
     for title, own in by_name.items():
         if len({run.flags["seed"] for run in own}) == len(own) and (title or len(own) > 1):
-            told[title or method(own[0].flags)[0]] = own
+            groups[title or method(own[0].flags)[0]] = own
         else:  # the runs differ only in their folders
             paths = [run.folder.resolve() for run in own]
             unique = len({path.name for path in paths}) == len(own)
-            told |= {", ".join(filter(None, (title, path.name if unique else str(path)))): [run]
+            groups |= {", ".join(filter(None, (title, path.name if unique else str(path)))): [run]
                      for path, run in zip(paths, own)}
-    return told
+    return groups
 
 
 def mean(values: list[float], scale: float = 100) -> str:
@@ -294,17 +294,17 @@ def style_of_method(flags: dict[str, Any]) -> Style | None:
 
 def curve(axes, title: str, style: Style, runs: list[list[dict[str, Any]]], key: str) -> None:
     """Draw the mean of the runs over epochs, a band from minimum to maximum, and a cross where a run collapses."""
-    scale, found = 100 if key.endswith(IN_PERCENT) else 1, {}
+    scale, values_at = 100 if key.endswith(IN_PERCENT) else 1, {}
     for i in range(max(map(len, runs))):
         values = [scale * epochs[i][key] for epochs in runs if i < len(epochs) and epochs[i].get(key) is not None]
         if values:
-            found[i + 1] = values
-    means = {epoch: statistics.mean(values) for epoch, values in found.items()}
+            values_at[i + 1] = values
+    means = {epoch: statistics.mean(values) for epoch, values in values_at.items()}
     axes.plot(list(means), list(means.values()), color=style.colour, marker=style.marker, linestyle=style.dash,
               label=title, zorder=3, clip_on=False)
     if len(runs) > 1:
-        axes.fill_between(list(found), [min(values) for values in found.values()],
-                          [max(values) for values in found.values()], color=style.colour, alpha=0.2, linewidth=0)
+        axes.fill_between(list(values_at), [min(values) for values in values_at.values()],
+                          [max(values) for values in values_at.values()], color=style.colour, alpha=0.2, linewidth=0)
     for epochs in runs:
         states = collapsed(epochs)
         if any(states) and epochs[states.index(True)].get(key) is not None:

@@ -147,5 +147,5 @@ def logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
     loss = CE(x + delta) + weight mean((f(x + delta) - f(x + start))^2), a mean over images and classes, with gradients
     through both logits.
     """
-    loss, found = ce(model, x, y, delta, epsilon, step, smoothing)
-    return loss + weight * (found - step.logits).square().mean(), found
+    loss, attacked = ce(model, x, y, delta, epsilon, step, smoothing)
+    return loss + weight * (attacked - step.logits).square().mean(), attacked

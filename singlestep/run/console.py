@@ -283,10 +283,10 @@ def where(args) -> str:
 
 def collapse_line(record: dict[str, Any]) -> str:
     """Return the message about an epoch in collapse."""
-    said = (f"catastrophic overfitting in epoch {1 + record['epoch']}: accuracy {100 * record['fgsm_acc']:.1f}% under "
+    line = (f"catastrophic overfitting in epoch {1 + record['epoch']}: accuracy {100 * record['fgsm_acc']:.1f}% under "
             f"FGSM, {100 * record['test_robust_acc']:.1f}% under PGD")
     easier = record.get("abnormal") or 0.0
-    return said + (f"; the training attack lowered the loss of {100 * easier:.1f}% of the images" if easier > 0.5
+    return line + (f"; the training attack lowered the loss of {100 * easier:.1f}% of the images" if easier > 0.5
                    else "")
 
 
@@ -295,6 +295,6 @@ def summary_line(summary: dict[str, Any], epochs: int) -> str:
     if not epochs:  # checkpoints of the published scripts have no history
         return "no epochs recorded"
     first, best, last = (summary[name] for name in ("collapse_epoch", "best_robust_acc", "last_robust_acc"))
-    said = "no catastrophic overfitting" if first is None else \
+    line = "no catastrophic overfitting" if first is None else \
         f"catastrophic overfitting in {summary['collapsed_epochs']} of {epochs} epochs, first in epoch {first + 1}"
-    return f"{said}; PGD accuracy: best {100 * best:.1f}%, last {100 * last:.1f}%"
+    return f"{line}; PGD accuracy: best {100 * best:.1f}%, last {100 * last:.1f}%"

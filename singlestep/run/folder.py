@@ -113,12 +113,12 @@ class Folder:
         if not names:
             return None
         number = 1
-        while (aside := self.path / f"earlier_{number}").exists():
+        while (earlier := self.path / f"earlier_{number}").exists():
             number += 1
-        aside.mkdir()
+        earlier.mkdir()
         for name in names:
-            os.rename(self.path / name, aside / name)
-        return str(aside)
+            os.rename(self.path / name, earlier / name)
+        return str(earlier)
 
 
 TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
@@ -201,9 +201,9 @@ def resumed_line(start: dict[str, Any]) -> str:
 
 
 def final_line(final: dict[str, Any]) -> str:
-    found = (f"{name.replace('_', ' ')}: {final[name]:.4f}" for name in
-             ("clean_loss", "clean_acc", "robust_loss", "robust_acc"))
-    return "\t".join([f"PGD{final['iters']}", f"time: {final['seconds']:.1f}", *found])
+    metrics = (f"{name.replace('_', ' ')}: {final[name]:.4f}" for name in
+               ("clean_loss", "clean_acc", "robust_loss", "robust_acc"))
+    return "\t".join([f"PGD{final['iters']}", f"time: {final['seconds']:.1f}", *metrics])
 
 
 def read_records(folder: Folder) -> list[dict]:
