@@ -255,18 +255,18 @@ def final_line(final: dict[str, Any]) -> str:
             f"robust {100 * final['robust_acc']:.2f}  {clock(final['seconds'])}")
 
 
-def final_estimate(args, seconds: float, judged: int, images: int) -> str:
+def final_estimate(args, seconds: float, evaluated: int, images: int) -> str:
     """Estimate the duration of the final evaluation, assuming that 40% of the images stay robust.
 
     Args:
-        seconds, judged: duration and number of images of an epoch's evaluation.
+        seconds, evaluated: duration and number of images of an epoch's evaluation.
         images: number of images of the final evaluation.
 
     Returns:
         A line to print; empty if the estimate is under 5 minutes.
     """
     passes = args.final_iters * (1 + 0.4 * (args.final_restarts - 1)) / (args.test_iters * args.test_restarts)
-    expected = seconds / judged * images * passes
+    expected = seconds / evaluated * images * passes
     if expected < 300:
         return ""
     return (f"# the final evaluation (PGD-{args.final_iters}-{args.final_restarts} on {images:,} images) may take "
