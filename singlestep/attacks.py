@@ -1,12 +1,23 @@
-"""Adversarial perturbations, for training and for evaluation.
+"""Adversarial attacks for training and evaluation.
 
-Everything is in pixel space: images x in [0, 1] of shape (B, C, H, W), labels y of shape (B,), epsilon and alpha in
-the same unit (8/255, not 8), and a `model` (an nn.Module) that takes images in [0, 1] to logits (B, classes). Each
-attack returns a perturbation delta, shaped like x, detached, with 0 <= x + delta <= 1 and abs(delta) <= epsilon (for
-l_2: its norm) unless it says otherwise. It leaves the model's parameters, their `.grad` and the model's mode as it
-found them; in train mode its forward passes move BatchNorm's running statistics, as in the published methods. "Passes"
-counts the forward and backward passes of a training step, that of the weights included. `step` carries what an attack
-shares with the rest of a training step; only `sora`, `free` and `pgi` need it.
+All attacks work in pixel space and share these arguments:
+
+    model             nn.Module from images in [0, 1] to logits, (B, classes)
+    x                 images in [0, 1], (B, C, H, W)
+    y                 labels, (B,)
+    epsilon, alpha    radius of the ball and step size, in the unit of x: 8/255, not 8
+    step              context of the training step; only `sora`, `free` and `pgi` require it
+
+An attack returns a detached perturbation delta of the shape of x with 0 <= x + delta <= 1. Unless its docstring says
+otherwise, abs(delta) <= epsilon (for l_2: the l_2 norm of each image's delta). The parameters, their `.grad` and the
+model's mode stay unchanged. In train mode, the forward passes update BatchNorm's running statistics, as in the
+published methods.
+
+"Passes: N" is the cost of one training step with this attack, including the weight update. One pass is a forward and a
+backward pass; a forward pass alone counts 1/3.
+
+In formulas, g is the gradient of the mean cross-entropy with respect to delta, and box(delta) projects delta to the
+ball and clips x + delta to [0, 1].
 """
 import contextlib
 import math
@@ -21,17 +32,20 @@ from torch import Tensor, nn
 
 @dataclass
 class Step:
-    """A training step, beside its images and labels.
+    """Context of one training step.
 
-    network: the model without DistributedDataParallel, for passes beside the one that is trained on; images: how many
-    training images there are; whole: (global batch,) which of them these are, of all processes; epoch, batch: both
-    count from 0, batch within the epoch; done: the share of the run's epochs that is over; kept: what the method itself
-    keeps from step to step, by name, a part of the run's state; rank, size: of the processes, each of which takes
-    every size-th image; sum: adds tensors up over the processes.
-
-    start, logits, gradient: where the attack's first forward pass was (a perturbation), what it found there, and the
-    gradient of the mean cross-entropy; keeps_graph: whether the objective needs these logits with the way back to the
-    weights.
+    Attributes:
+        network: the model without DistributedDataParallel, for the extra forward passes of objectives.
+        images: number of training images.
+        whole: training-set indices of the global batch, (global batch,).
+        epoch, batch: number of the epoch, and of the batch within the epoch; both count from 0.
+        done: completed epochs / epochs of the run, from 0 to 1.
+        kept: the method's own tensors by name; they persist between steps and are saved with the run.
+        rank, size: rank of this process and number of processes; a process takes every size-th image of the batch.
+        sum: sums a tensor over all processes.
+        keeps_graph: whether the objective backpropagates through `logits`.
+        start: perturbation at which the attack ran its first forward pass.
+        logits, gradient: logits at x + start, and the gradient of the mean cross-entropy with respect to start.
     """
 
     network: nn.Module
@@ -51,29 +65,38 @@ class Step:
 
     @property
     def index(self) -> Tensor:
-        """Which training images this process's share of the batch are."""
+        """Training-set indices of this process's share of the batch."""
         return self.whole[self.rank::self.size]
 
     @property
     def ramp(self) -> float:
-        """How much of NuAT's weight there is: all of it in the last tenth of the epochs, linearly more up to there."""
+        """Factor of NuAT's weight: min(done / 0.9, 1)."""
         return min(self.done / 0.9, 1.0)
 
     def store(self, name: str, rows: Tensor, whole: Tensor) -> None:
-        """Put this process's rows, and those of the others, at `whole` of what is kept under `name`."""
+        """Write the rows of all processes into `kept[name]`.
+
+        Args:
+            name: key of a tensor in `kept`.
+            rows: this process's rows, one for each image of its share.
+            whole: row indices in `kept[name]` for the global batch.
+        """
         together = torch.zeros(len(whole), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
         together[self.rank::self.size] = rows
         self.kept[name][whole] = self.sum(together).to(self.kept[name].dtype)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean of `values` (B,) over the images of all processes, detached."""
+        """Return the mean of `values` (B,) over the images of all processes, detached."""
         return self.sum(values.detach().double().sum()) / len(self.whole)
 
 
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, init: str = "random",
          step: Step | None = None) -> Tensor:
-    """One step of alpha along the gradient's sign, from zero (Goodfellow et al., arXiv 1412.6572) or from a uniform
-    start (FGSM-RS, Wong et al., arXiv 2001.03994). Passes: 2."""
+    """FGSM (Goodfellow et al., arXiv 1412.6572) or, with a random start, FGSM-RS (Wong et al., arXiv 2001.03994).
+
+    delta = box(eta + alpha sign(g)), g the gradient at x + eta; eta = 0 with init "zero", eta ~ U(-epsilon, epsilon)
+    with init "random". Passes: 2.
+    """
     delta = start(x, in_pixels(epsilon), init)
     grad, _ = input_gradient(model, x, y, delta, step)
     return box(delta + alpha * grad.sign(), x, epsilon)
@@ -81,10 +104,10 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, i
 
 def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, q: float, steps: int = 1,
              init: str = "random", step: Step | None = None) -> Tensor:
-    """FGSM without the smallest entries of each image's gradient (arXiv 2103.15476, ZeroGrad).
+    """ZeroGrad (arXiv 2103.15476): FGSM that ignores the smallest gradient entries of each image.
 
-    In each step at most a fraction `q` of an image's entries are made to stay where they are; see `quantile_mask`.
-    Passes: 2, and one more for each further step.
+    delta = box(eta + alpha sign(g')); g' is the gradient g with at most a fraction `q` of each image's entries set to
+    0, those of the smallest magnitude (see `quantile_mask`). `steps` repeats this update. Passes: 1 + steps.
     """
     delta = start(x, in_pixels(epsilon), init)
     for _ in range(steps):
@@ -95,11 +118,15 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: floa
 
 def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, samples: int = 3,
               threshold: int | None = None, parallel: bool = False, step: Step | None = None) -> Tensor:
-    """One step from zero where the gradient signs at `samples` uniform starts agree (arXiv 2103.15476, MultiGrad).
+    """MultiGrad (arXiv 2103.15476): one step along the signs on which several gradients agree.
 
-    `threshold` of the samples must agree, all of them if None; see `sign_consensus`. `parallel` computes the samples
-    as one batch of samples * B, over which BatchNorm then normalizes, instead of one after another.
-    Passes: 1 + samples.
+    delta = box(alpha s); s is the sign on which the gradients at x + eta_i, eta_i ~ U(-epsilon, epsilon), i = 1 ..
+    samples, agree, and 0 where they disagree (see `sign_consensus`). Passes: 1 + samples.
+
+    Args:
+        samples: number of gradients, 1 or more.
+        threshold: number of gradients that must agree; None: all.
+        parallel: compute all gradients in one batch of samples * B images, over which BatchNorm then normalizes.
     """
     epsilon = in_pixels(epsilon)
     if samples < 1:
@@ -114,11 +141,14 @@ def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: flo
 
 def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, steps: int, restarts: int = 1,
         norm: str = "l_inf", early_stop: bool = False, step: Step | None = None) -> Tensor:
-    """`steps` projected steps from each of `restarts` random starts; per image, the delta of the highest loss.
+    """PGD (Madry et al., arXiv 1706.06083).
 
-    Madry et al. (arXiv 1706.06083). Passes, with one restart: 1 + steps.
+    delta <- box(delta + alpha sign(g)), `steps` times from each random start. Passes with one restart: 1 + steps.
 
-    `norm` is "l_inf" or "l_2". With `early_stop` an image that is already misclassified moves no further.
+    Args:
+        restarts: number of random starts; of several, each image keeps the delta with the highest loss.
+        norm: "l_inf" or "l_2"; with "l_2", g / norm2(g) replaces sign(g).
+        early_stop: stop updating an image once it is misclassified.
     """
     best_delta, best_loss = torch.zeros_like(x), x.new_full((len(x),), -math.inf)
     for _ in range(restarts):
@@ -143,25 +173,30 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
 
 
 def none(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step | None = None) -> Tensor:
-    """No perturbation: ordinary training. Passes: 1."""
+    """No perturbation (standard training): delta = 0. Passes: 1."""
     return torch.zeros_like(x)
 
 
 def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, k: float = 2.0,
           step: Step | None = None) -> Tensor:
-    """N-FGSM (de Jorge et al., arXiv 2202.01181): a step from noise of k epsilon, and no clip to the ball, so that
-    abs(delta) can be k epsilon + alpha. Passes: 2."""
+    """N-FGSM (de Jorge et al., arXiv 2202.01181): FGSM from larger noise, without projection to the ball.
+
+    delta = eta + alpha sign(g), eta ~ U(-k epsilon, k epsilon), clipped to the pixel range only, so abs(delta) can
+    reach k epsilon + alpha. Passes: 2.
+    """
     eta = start(x, k * in_pixels(epsilon))
     grad, _ = input_gradient(model, x, y, eta, step)
     return box(eta + alpha * grad.sign(), x, math.inf)
 
 
 def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> Tensor:
-    """SORA (arXiv 2606.00738): a step of random length, shorter as the loss becomes less linear. Passes: 2.
+    """SORA (arXiv 2606.00738): a step of random length that shrinks as the loss becomes less linear. Passes: 2.
 
-    delta = eta + a r sign(g), eta ~ U(-epsilon, epsilon), r ~ U(0, 1) for each entry, clipped to the pixel box
-    alone: abs(delta) can be 3 epsilon. a = 2 epsilon min(1, 0.02 / (1 - v)); v, a moving average (weight 0.05, from
-    0.99) of the mean over images of <sign(g), g'> / norm1(g), says how well g foretells g', the gradient at x + delta.
+    delta = eta + a r sign(g), eta ~ U(-epsilon, epsilon), r ~ U(0, 1) for each entry, clipped to the pixel range only,
+    so abs(delta) can reach 3 epsilon.
+
+    a = 2 epsilon min(1, 0.02 / (1 - v)). v measures how well g predicts g', the gradient at x + delta: it starts at
+    0.99 and is updated after each step (see `sora_update`).
     """
     v = step.kept.setdefault("sora", torch.tensor(0.99, dtype=torch.float64, device=x.device))
     eta = start(x, epsilon)
@@ -171,26 +206,26 @@ def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> 
 
 
 def sora_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: float) -> None:
-    """SORA's v <- 0.95 v + 0.05 mean(<sign(g), g'> / norm1(g)), with g' = `grad`."""
+    """Update SORA's v: v <- 0.95 v + 0.05 mean(<sign(g), g'> / norm1(g)), with g' = `grad`."""
     g, v = step.gradient, step.kept["sora"]
     ratio = (g.sign() * grad).flatten(1).sum(dim=1) / g.abs().flatten(1).sum(dim=1).clamp(min=1e-12)
-    u = step.mean(ratio)  # not finite where float16 overflows, and the step is skipped
+    u = step.mean(ratio)  # not finite if float16 overflows; the optimizer step is then skipped, too
     v.copy_(torch.where(u.isfinite(), 0.95 * v + 0.05 * u.clamp(-1, 1), v))
 
 
 def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, count: int = 3,
          step: Step | None = None) -> Tensor:
-    """FGSM-RS, cut short where less of it is enough (Kim et al., arXiv 2010.01799). Passes: 2 + (count - 1) / 3.
+    """FGSM-RS with checkpoints (Kim et al., arXiv 2010.01799). Passes: 2 + (count - 1) / 3.
 
-    Per image, the smallest k / count, k = 1 .. count - 1, of the whole perturbation at which the model in eval mode is
-    wrong, else all of it; an image that is wrong at its random start is left as it is.
+    delta = (k / count) delta_RS. For each image, k is the smallest of 1 .. count - 1 at which the model in eval mode
+    misclassifies the image, else count. delta = 0 for an image that is misclassified at its random start.
     """
     eta = start(x, epsilon)
     grad, logits = input_gradient(model, x, y, eta, step)
     delta = box(eta + alpha * grad.sign(), x, epsilon)
     share = torch.ones(len(x), dtype=x.dtype, device=x.device)
     with torch.no_grad(), frozen(model), evaluating(model):
-        for k in range(count - 1, 0, -1):  # the smallest is written last
+        for k in range(count - 1, 0, -1):  # descending, so the smallest k is written last
             wrong = model(x + k / count * delta).argmax(dim=1) != y
             share = torch.where(wrong, k / count, share)
     share = torch.where(logits.argmax(dim=1) != y, 0, share)
@@ -200,9 +235,9 @@ def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, c
 def free(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> Tensor:
     """Free adversarial training (Shafahi et al., arXiv 1904.12843). Passes: 1.
 
-    Each batch is used several times (--free-replays), and one backward pass gives both the weights' step and delta's:
-    delta = box(delta + epsilon sign(g)). The delta of a place in the batch goes on to the image that is there next,
-    brought into its box.
+    delta <- box(delta + epsilon sign(g)). One backward pass gives the gradient of the weights and g. Each batch is
+    used --free-replays times. delta belongs to a position in the batch: the next batch starts from the delta of the
+    last one, clipped for the new images, and the first batch from 0.
     """
     places = torch.arange(len(step.whole), device=x.device)
     kept = step.kept.get("free")
@@ -212,19 +247,27 @@ def free(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> 
 
 
 def free_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: float) -> None:
-    """Free's delta <- box(delta + epsilon sign(g)), with g = `grad`."""
+    """Update Free's delta: delta <- box(delta + epsilon sign(g)), with g = `grad`."""
     places = torch.arange(len(step.whole), device=x.device)
     step.store("free", box(delta + epsilon * grad.sign().nan_to_num(), x, epsilon), places)
 
 
 def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, step: Step, reset: int = 40,
         smoothing: float = 0.0) -> Tensor:
-    """FGSM-MEP, from a prior kept for each training image (Jia et al., arXiv 2207.08859). Passes: 2.7 with `logits`.
+    """FGSM-MEP, the momentum variant of FGSM-PGI (Jia et al., arXiv 2207.08859).
 
-    delta = box(D + alpha sign(g)), from the D stored for the image; M <- 0.3 M + g / norm1(g), norm1 over the whole
-    batch; D <- box(D + alpha sign(M)). Every `reset` epochs D is random corners of the ball and M is 0. D does not move
-    with an image's crop and flip. g is of the smoothed cross-entropy. (D and M are kept in half precision, M times the
-    entries of 128 images, so that it is about 1.)
+    Passes with the objective `logits`: 2.7.
+
+    For each training image, an initial perturbation D and a momentum M are stored:
+
+        delta = box(D + alpha sign(g))
+        M <- 0.3 M + g / norm1(g), with norm1 over the global batch
+        D <- box(D + alpha sign(M))
+
+    g is the gradient at x + D of the cross-entropy with label smoothing `smoothing`. Every `reset` epochs, D becomes a
+    random corner of the ball and M becomes 0. D is not cropped or flipped with its image.
+
+    D and M are stored in half precision. M is stored times the number of entries of 128 images, which makes it about 1.
     """
     for name in ("pgi", "pgi momentum"):
         if name not in step.kept or len(step.kept[name]) != step.images:
@@ -234,7 +277,7 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     else:
         d, m = (step.kept[name][step.index].to(x.dtype) for name in ("pgi", "pgi momentum"))
     grad, _ = input_gradient(model, x, y, d, step, smoothing)
-    grad = grad * len(y)  # that of the sum: shares of a last batch can differ by an image
+    grad = grad * len(y)  # gradient of the sum, since the processes' shares of a last batch can differ by one image
     norm = step.sum(grad.abs().sum()) / (128 * x[0].numel())
     m = 0.3 * m + grad / norm.clamp(min=torch.finfo(grad.dtype).tiny)
     step.store("pgi", box(d + alpha * m.sign(), x, epsilon), step.whole)
@@ -244,10 +287,10 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
 
 def kl(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, steps: int = 10,
        step: Step | None = None) -> Tensor:
-    """The inner maximization of TRADES (Zhang et al., arXiv 1901.08573). Passes, with that objective: 2.3 + steps.
+    """The attack of TRADES (Zhang et al., arXiv 1901.08573). Passes with the objective `trades`: 2.3 + steps.
 
-    From x + 0.001 normal noise, `steps` steps of alpha up the Kullback-Leibler divergence from the model's answer at x
-    to that at x + delta, in eval mode.
+    delta <- box(delta + alpha sign(g)), `steps` times from 0.001 N(0, 1); g is the gradient of KL(p(x) || p(x + delta))
+    with the model in eval mode.
     """
     delta = 0.001 * torch.randn_like(x)
     with evaluating(model):
@@ -262,16 +305,16 @@ def kl(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, ste
 
 def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, weight: float,
             step: Step | None = None) -> Tensor:
-    """The attack of NuAT (Sriramanan et al., NeurIPS 2021). Passes, with that objective: 3.3.
+    """The attack of NuAT (Sriramanan et al., NeurIPS 2021). Passes with the objective `nuclear`: 3.3.
 
-    From Bernoulli noise of epsilon / 2, one step of alpha up the cross-entropy and, in every other batch,
-    + weight * norm_nuclear(f(x) - f(x + delta)) / B, f(x) in train mode, f(x + delta) in eval mode. `weight` grows as
-    `Step.ramp` says.
+    delta = box(eta + alpha sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
+    x + eta of CE(f(x + eta), y) and, in every second batch, of CE(f(x + eta), y) + ramp weight norm_nuclear(f(x) -
+    f(x + eta)) / B, with `Step.ramp`. f(x) is computed in train mode, f(x + eta) in eval mode.
     """
     delta = (epsilon / 2 * (2 * torch.rand_like(x) - 1).sign()).clamp(-x, 1 - x)
     odd = step is not None and step.batch % 2 == 1
     with torch.no_grad(), frozen(model):
-        clean = model(x).float()  # in every batch, as published: BatchNorm's statistics move with it
+        clean = model(x).float()  # in every batch, as published, since it updates BatchNorm's running statistics
 
     def loss(logits: Tensor) -> Tensor:
         ce = F.cross_entropy(logits, y)
@@ -284,31 +327,43 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
 
 
 def pgd_step(delta: Tensor, grad: Tensor, x: Tensor, epsilon: float, alpha: float, norm: str = "l_inf") -> Tensor:
-    """`delta` after one step of PGD, projected to the ball and the box."""
+    """Return `delta` after one PGD step along `grad`, projected to the ball and clipped to the pixel range."""
     step = grad.sign() if norm == "l_inf" else grad / _norm(grad)
     return box(delta + alpha * step, x, epsilon, norm)
 
 
 def quantile_mask(grad: Tensor, q: float) -> Tensor:
-    """`grad` (B, C, H, W) with every entry 0 whose magnitude is strictly below its image's q-quantile.
+    """Return `grad` (B, C, H, W) with 0 for entries whose magnitude is strictly below their image's q-quantile.
 
-    The quantile interpolates linearly between two neighbours in order of magnitude, so exactly the entries below the
-    upper one are below it: to find that one, the smallest that is kept, is enough, and no sort is needed. Raises
-    ValueError unless 0 <= q <= 1.
+    The quantile interpolates linearly between two magnitudes that are neighbors in sorted order. The entries below the
+    quantile are those below the larger neighbor, so finding the smallest kept entry suffices, without a full sort.
+
+    Raises:
+        ValueError: q is not in [0, 1].
     """
     if not 0 <= q <= 1:
         raise ValueError(f"q must be from 0 to 1, not {q}")
     magnitude = grad.abs().flatten(1)
-    below = math.ceil(q * (magnitude.shape[1] - 1))  # in order of magnitude, as many stand before that one
+    below = math.ceil(q * (magnitude.shape[1] - 1))  # number of entries before the smallest kept one in sorted order
     smallest_kept = magnitude.topk(magnitude.shape[1] - below, dim=1, sorted=False).values.amin(dim=1)
     return grad.masked_fill(grad.abs() < _per_image(smallest_kept), 0)
 
 
 def sign_consensus(grads: Tensor, threshold: int) -> Tensor:
-    """The sign on which at least `threshold` of the n gradients (n, B, C, H, W) agree, else 0: (B, C, H, W).
+    """Return the sign on which at least `threshold` of n gradients agree, and 0 where they do not.
 
-    As published, by the sum s of the signs: 0 where abs(s) < threshold - (n - threshold), else the sign of s; this is
-    the same where no gradient is 0 and threshold > n / 2. Raises ValueError unless 1 <= threshold <= n.
+    As published, computed from the sum of signs: s = sum_i sign(g_i); the result is sign(s) where abs(s) >=
+    2 threshold - n, else 0. Both definitions are equal if no gradient entry is 0 and threshold > n / 2.
+
+    Args:
+        grads: the gradients g_i, (n, B, C, H, W).
+        threshold: from 1 to n.
+
+    Returns:
+        -1, 0 or 1 for each entry, (B, C, H, W).
+
+    Raises:
+        ValueError: threshold is not in 1 .. n.
     """
     n = len(grads)
     if not 1 <= threshold <= n:
@@ -319,7 +374,10 @@ def sign_consensus(grads: Tensor, threshold: int) -> Tensor:
 
 def input_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, step: Step | None = None,
                    smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The gradient of the mean cross-entropy at x + delta with respect to delta alone, and the logits there."""
+    """Return the gradient of the mean cross-entropy at x + delta with respect to delta, and the logits, both detached.
+
+    The first call in a training step stores its results in `step` for the objective.
+    """
     first = step if step and step.start is None else None
     grad, logits = gradient(model, x, delta, lambda logits: F.cross_entropy(logits, y, label_smoothing=smoothing),
                             keep=first is not None and first.keeps_graph)
@@ -330,27 +388,30 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, step: 
 
 def gradient(model: nn.Module, x: Tensor, delta: Tensor, mean_loss: Callable[[Tensor], Tensor],
              keep: bool = False) -> tuple[Tensor, Tensor]:
-    """The gradient of `mean_loss(logits)`, a mean over images, with respect to delta alone, and the logits.
+    """Return the gradient of `mean_loss(logits)` at x + delta with respect to delta, and the logits.
 
-    The parameters are frozen, so that no gradient of theirs is computed and less is stored for it, unless `keep` asks
-    for logits that they can be reached through.
+    Args:
+        mean_loss: logits (B, classes) to a scalar, a mean over images.
+        keep: return logits with their graph, so that an objective can backpropagate through them to the parameters. By
+            default the parameters are frozen, which saves time and memory, and the logits are detached.
     """
     delta = delta.detach().requires_grad_()
     with contextlib.nullcontext() if keep else frozen(model), torch.enable_grad():
         logits = model(x + delta)
-        scale = 8 * 2 ** (len(x) - 1).bit_length()  # a power of two: exact, and float16 gradients do not vanish
+        scale = 8 * 2 ** (len(x) - 1).bit_length()  # keeps float16 gradients from vanishing; a power of two is exact
         grad, = torch.autograd.grad(mean_loss(logits) * scale, delta, retain_graph=keep)
     return grad / scale, logits if keep else logits.detach()
 
 
 def confident_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor,
                        loss: str = "ce") -> tuple[Tensor, Tensor]:
-    """As `input_gradient`, but each image's gradient is scaled so that it does not vanish however sure the model is.
+    """Like `input_gradient`, but with gradients that do not vanish when the model is confident.
 
-    With m = logsumexp of the other classes' logits - the label's logit, the cross-entropy is log(1 + exp(m)): m has the
-    same gradient but for a positive factor, which rounds to 0 where the label's probability rounds to 1. For attacks
-    that take the gradient's sign or direction alone. With the loss "cw", the highest of the other logits stands for
-    their logsumexp (Carlini and Wagner, arXiv 1608.04644).
+    Loss "ce": m = logsumexp_{k != y} f_k - f_y. The cross-entropy is log(1 + exp(m)), so its gradient is that of m
+    times a positive factor for each image. This factor rounds to 0 where the probability of the label rounds to 1; the
+    gradient of m does not. The result is for attacks that use only the sign or the direction of the gradient.
+
+    Loss "cw" (Carlini and Wagner, arXiv 1608.04644): m = max_{k != y} f_k - f_y.
     """
     label = y.unsqueeze(1)
 
@@ -365,11 +426,15 @@ def confident_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor,
 
 @torch.no_grad()
 def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") -> Tensor:
-    """Where an attack begins: "zero", or "random" in the ball of `norm`, clipped to the box."""
+    """Return the initial perturbation: "zero", or "random" in the ball of `norm`, clipped to the pixel range.
+
+    Raises:
+        ValueError: init is not "zero" or "random", or norm is not "l_inf" or "l_2".
+    """
     if init == "zero":
         return torch.zeros_like(x)
     if init != "random" or norm not in ("l_inf", "l_2"):
-        raise ValueError(f"init must be zero or random, norm l_inf or l_2, not {init!r}, {norm!r}")
+        raise ValueError(f"init must be zero or random and norm l_inf or l_2, not {init!r} and {norm!r}")
     if norm == "l_inf":
         delta = torch.empty_like(x).uniform_(-epsilon, epsilon)
     else:
@@ -380,22 +445,22 @@ def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") 
 
 
 def in_pixels(epsilon: float) -> float:
-    """`epsilon`, unless it is more than all that a pixel can be: then it was most likely meant in 255ths."""
+    """Return `epsilon`. Raises ValueError if it exceeds 1, most likely because it was given in units of 1/255."""
     if epsilon > 1:
-        raise ValueError(f"epsilon is in pixel units: 8/255, not {epsilon}")
+        raise ValueError(f"epsilon must be in pixel units: 8/255, not {epsilon}")
     return epsilon
 
 
 @torch.no_grad()
 def box(delta: Tensor, x: Tensor, epsilon: float, norm: str = "l_inf") -> Tensor:
-    """`delta` brought into the ball of radius epsilon, then into [-x, 1-x]."""
+    """Project `delta` to the ball of radius epsilon, then clip it to [-x, 1 - x]."""
     inside = delta.clamp(-epsilon, epsilon) if norm == "l_inf" else delta * (epsilon / _norm(delta).clamp(min=epsilon))
     return inside.clamp(-x, 1 - x)
 
 
 @contextlib.contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """The model's parameters need no gradient in here, so that none is computed and less is kept for it."""
+    """Freeze the parameters in this context: no gradients are computed for them, and less memory is used."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     for p in parameters:
         p.requires_grad_(False)
@@ -408,7 +473,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model is in eval mode in here."""
+    """Put the model in eval mode in this context."""
     training = model.training
     model.eval()
     try:
@@ -422,5 +487,5 @@ def _per_image(values: Tensor) -> Tensor:
 
 
 def _norm(values: Tensor) -> Tensor:
-    """Each image's l_2 norm, never quite 0: (B, C, H, W) -> (B, 1, 1, 1)."""
+    """Return each image's l_2 norm, at least the smallest positive float: (B, C, H, W) -> (B, 1, 1, 1)."""
     return _per_image(values.flatten(1).norm(dim=1).clamp(min=torch.finfo(values.dtype).tiny))

@@ -1,4 +1,4 @@
-"""AutoAttack by its authors' code, resumable after every batch."""
+"""AutoAttack, run with its authors' code and resumable after every batch."""
 import copy
 import json
 import logging
@@ -16,30 +16,38 @@ from .run.console import UsageError
 from .run.device import Precision
 from .run.folder import whole_file
 
-EDGE = 1e-6  # tolerance for rounding at the edge of the ball
+EDGE = 1e-6  # tolerance for rounding errors in abs(delta) <= epsilon
 
-# Forward passes for an image that stays robust, a backward pass as two: 100 steps for each target class, 5,000 queries.
+# Cost of a robust image in forward passes; a backward pass counts 2. APGD and FAB take 100 steps (for each of 9 target
+# classes), Square takes 5,000 queries.
 COST = {"apgd-ce": 300, "apgd-t": 2800, "fab-t": 3600, "square": 5000}
 
 
 def library():
-    """Import AutoAttack's authors' code. Raises UsageError where it is not installed."""
+    """Import the code of AutoAttack's authors. Raises UsageError if it is not installed."""
     try:
         import pyautoattack
     except ImportError:
-        raise UsageError("--attacks: AutoAttack and its parts need a package more: pip install pyautoattack") from None
+        raise UsageError("--attacks: AutoAttack and its parts need another package: pip install pyautoattack") from None
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     return pyautoattack
 
 
 class AutoAttack:
-    """AutoAttack's standard version (Croce and Hein, arXiv 2003.01690), or some of its parts.
+    """Standard AutoAttack (Croce and Hein, arXiv 2003.01690), or some of its parts.
 
-    Each part attacks, in batches, the images that the parts before it left, and every batch starts from the same seed,
-    as in the authors' code. So an attack can be continued after any batch: its state is kept in `file`, under a `key`
-    that says what it is of, until the caller removes the file.
+    Each part attacks, batch by batch, the images that are still classified correctly after the parts before it. As in
+    the authors' code, every batch starts from the same seed, so an attack can be resumed after any batch.
 
-    left: indices of the images that are still right; broken: images that each part broke; seconds: time so far.
+    Args:
+        parts: keys of COST, in the order of the attack.
+        file: file of the attack's state; the caller removes it at the end.
+        key: what is attacked and how; only a state with an equal key is resumed.
+
+    Attributes:
+        left: indices of the images that are still classified correctly.
+        broken: number of images that each part broke.
+        seconds: time spent so far.
     """
 
     def __init__(self, model: nn.Module, images: Images, parts: tuple[str, ...], epsilon: float, seed: int,
@@ -69,13 +77,13 @@ class AutoAttack:
 
     @property
     def passes_left(self) -> int:
-        """Forward passes to come, if no further image breaks."""
+        """Remaining cost in forward passes, if no further image breaks."""
         state = self.state
         later = sum(COST[part] for part in self.parts[state["part"] + 1:])
         return COST[self.part] * (len(state["queue"]) - state["done"] * self.batch_size) + len(self.left) * later
 
     def steps(self) -> Iterator[int]:
-        """Attack batch by batch. Yields before every batch, with the forward passes that the one before it took."""
+        """Attack batch by batch. Before each batch, yield the cost of the batch before it, in forward passes."""
         state, passes = self.state, 0
         device = self.images.labels.device
         with frozen(self.model):
@@ -88,7 +96,7 @@ class AutoAttack:
                 state |= {"part": state["part"] + 1, "done": 0, "queue": state["left"]}
 
     def _attack(self, index: Tensor) -> None:
-        """Attack the images at `index` by the present part, and save the state."""
+        """Attack the images at `index` with the current part, and save the state."""
         began, state, part = time.perf_counter(), self.state, self.part
         x, y = self.images.batch(index)
         broken = set(index[self.breaks(part, x, y)].tolist())
@@ -100,7 +108,7 @@ class AutoAttack:
             out.write(json.dumps(state).encode())
 
     def breaks(self, part: str, x: Tensor, y: Tensor) -> Tensor:
-        """Which images (B,) a part changes, within the ball, to ones that are misclassified."""
+        """Return for which images (B,) a part finds a misclassified image within the ball."""
         changed = self.perturb[part](x.clone(), y.clone()).detach()
         inside = ((changed - x).abs() <= self.epsilon + EDGE) & (changed >= 0) & (changed <= 1)
         return inside.flatten(1).all(dim=1) & ~self._right(changed, y)
@@ -112,7 +120,7 @@ class AutoAttack:
         return {"key": self.key, "part": 0, "done": 0, "seconds": 0.0, "queue": right, "left": right, "broken": {}}
 
     def _saved(self) -> dict[str, Any]:
-        """The state of an interrupted attack of the same key; empty where there is none."""
+        """Return the state of an interrupted attack with the same key; empty if there is none."""
         try:
             state = json.loads(self.file.read_text(encoding="utf-8"))
             return state if state["key"] == self.key else {}
@@ -124,7 +132,7 @@ class AutoAttack:
 
 
 def perturbations(model: nn.Module, epsilon: float, seed: int, device: torch.device) -> dict[str, Callable]:
-    """The parts of AutoAttack: functions (x, y) -> perturbed images."""
+    """Return the parts of AutoAttack by name, as functions (x, y) -> perturbed images."""
     whole = library().AutoAttack(lambda x: model(x).float(), eps=epsilon, seed=seed, device=device, version="standard")
     whole.apgd.loss, whole.fab.targeted = "ce", True
     return {"apgd-ce": whole.apgd.perturb, "apgd-t": whole.apgd_targeted.perturb, "fab-t": whole.fab.perturb,

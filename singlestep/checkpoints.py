@@ -1,4 +1,4 @@
-"""A network from any file: a run's folder, a state dict of ours, or a published one."""
+"""Load networks from run folders and from checkpoint files, of these scripts or published ones."""
 import hashlib
 import re
 from pathlib import Path
@@ -15,10 +15,16 @@ from .run.state import find, read_checkpoint
 
 
 class Opened(NamedTuple):
-    """A network in eval mode.
+    """A loaded network.
 
-    args, dataset: those of its run; source: the file that it was read from; folder: that file's folder; run: the run's
-    own flags; notes: lines to print; epoch: the epoch, counted from 0, in or after which the network was saved.
+    Attributes:
+        model: the network, in eval mode.
+        args, dataset: arguments and data set of its run.
+        source: file or files that it was read from.
+        folder: folder of `source`.
+        run: flags recorded in args.json; empty without args.json.
+        notes: lines to print.
+        epoch: epoch, counted from 0, in or after which the network was saved; None if unknown.
     """
 
     model: nn.Module
@@ -32,17 +38,24 @@ class Opened(NamedTuple):
 
 
 def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
-    """The network in a run's folder, or in a model's file, ours or published, with the arguments of its run.
+    """Load the network in a run folder or in a checkpoint file, with the arguments of its run.
 
-    A run's args.json, in the folder or beside the file, tells of model and data set, and `flags` (data_set, model,
-    base_width, mean, ...) do where there is none; a flag that is not None wins. `which` is last, best or healthy.
+    The arguments are those in args.json, in the folder or in that of the file. Without args.json, give `flags`.
+
+    Args:
+        path: folder of a run, or checkpoint file of these scripts or a published one.
+        which: "last", "best" or "healthy".
+        flags: data_set, model, base_width, mean, ...; a flag that is not None overrides args.json.
+
+    Raises:
+        UsageError: there is no such network, it does not fit the flags, or its data set is unknown.
     """
     path = Path(path)
     folder = Folder(path if path.is_dir() else path.parent)
     (run, recorded), given = options.recorded(folder.path), {k: v for k, v in flags.items() if v is not None}
     named = given.pop("data_set", None) or run.get("data_set")
     if named is None:
-        raise UsageError(f"{path}: no args.json tells which data set it is of: add --data-set")
+        raise UsageError(f"{path} has no args.json that names its data set: add --data-set")
     if isinstance(named, options.DataSet):
         dataset = named
     else:
@@ -58,7 +71,7 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
         if path.is_dir() and which == "last":
             found = find(folder, "auto", evaluation=True)
             if found is None:
-                raise UsageError(f"{path} holds no model: it has neither state.pth nor a model_E.pth")
+                raise UsageError(f"{path} contains no model: neither state.pth nor model_E.pth")
             content, source, epoch = found.model, found.source, found.newest
         else:
             file = folder.file("model", which) if path.is_dir() else path
@@ -72,10 +85,13 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
 
 
 def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Module, Any]:
-    """A network in eval mode, images in [0, 1] to logits, and the arguments of its run; see `open_run`.
+    """Load a network, and print notes about it. The arguments are those of `open_run`.
 
         model, args = load_run("runs/x")
         model, args = load_run("published.pt", data_set="cifar10", model="WideResNet")
+
+    Returns:
+        The network, in eval mode, from images in [0, 1] to logits; and the arguments of its run.
     """
     opened = open_run(path, which, **flags)
     for note in opened.notes:
@@ -88,11 +104,22 @@ CONSTANT = re.compile(r"(^|\.)(?:(mu|mean|new_mean)|(sigma|std|new_std))$")
 
 
 def load_network(model: nn.Module, content: dict, source: str, normalize: bool = True) -> list[str]:
-    """Load a state dict, bare or as others wrap it: under a key of its own, every name behind `module.` or the like.
+    """Load a state dict of these scripts or of published code into `model`.
 
-    Normalization constants in the file become the network's, unless `normalize` is False. A PreActResNet loses the
-    final BatchNorm and ReLU where the file has none. Entries that belong to no layer of the network are left out.
-    Returns what there is to say of all this. Raises UsageError where the rest does not fit.
+    The state dict may be nested under a key of WRAPPERS, and its names may share a prefix such as `module.`. A
+    PreActResNet loses its final BatchNorm and ReLU if the state dict has none. Entries of layers that the network does
+    not have are ignored.
+
+    Args:
+        content: the state dict, or the content of its file.
+        source: name of the file, for error messages.
+        normalize: use the normalization constants in the file, if there are any.
+
+    Returns:
+        Notes to print.
+
+    Raises:
+        UsageError: the state dict does not fit the network.
     """
     notes, state = [], _unwrapped(content)
     if isinstance(model, PreActResNet) and not any(re.search(r"(^|\.)bn\.weight$", key) for key in state):
@@ -110,18 +137,18 @@ def load_network(model: nn.Module, content: dict, source: str, normalize: bool =
         shape = tuple(wanted[key].shape) if key in wanted else "nothing"
         found = tuple(getattr(state[key], "shape", ())) if key in state else "nothing"
         if shape != found and not (found == "nothing" and key.endswith("num_batches_tracked")):
-            raise UsageError(f"--resume: {source} is of another architecture: at {key} it has {found}, where --model, "
-                             f"--base-width and --width-factor ask for {shape}")
+            raise UsageError(f"--resume: {source} is of another architecture: at {key} it has {found}, but --model, "
+                             f"--base-width and --width-factor require {shape}")
     try:
         model.load_state_dict({**wanted, **state})
     except (RuntimeError, TypeError, AttributeError):
-        raise UsageError(f"--resume: {source} holds values that are no real tensors") from None
+        raise UsageError(f"--resume: {source} contains values that are not real tensors") from None
     if not all(value.isfinite().all() for value in model.state_dict().values()):
-        raise UsageError(f"--resume: {source} holds weights that are not finite")
+        raise UsageError(f"--resume: {source} contains non-finite weights")
     if isinstance(model, PreActResNet) and model.bn is None:
         notes.append("without BatchNorm and ReLU before the last layer, as in the file")
     if any(value.dtype is torch.float16 for value in state.values()):
-        notes.append("weights in float16, computed with in float32")
+        notes.append("weights in float16, converted to float32")
     if unused:
         notes.append(f"unused in the file: {', '.join(sorted({key.partition('.')[0] for key in unused}))} "
                      f"({len(unused)} entries)")
@@ -135,27 +162,27 @@ def _unwrapped(content: dict) -> dict[str, Tensor]:
 
 
 def _normalized(model: nn.Module, constants: dict[str, Tensor], source: str, wanted: bool) -> list[str]:
-    """Have the network subtract and divide by the file's constants, where it has three of each."""
-    found: dict[str, Tensor] = {}
+    """Set the network's mean and std to those constants of the file that have three values. Returns notes to print."""
+    own: dict[str, Tensor] = {}
     for key, value in constants.items():
         kind = CONSTANT.search(key)
         if kind and isinstance(value, Tensor) and value.numel() == 3:
-            found.setdefault("mean" if kind[2] else "std", value.float().view(1, 3, 1, 1))
-    if not found:
+            own.setdefault("mean" if kind[2] else "std", value.float().view(1, 3, 1, 1))
+    if not own:
         return []
-    said = ", ".join(f"{name} {','.join(f'{number:.4g}' for number in value.flatten().tolist())}"
-                     for name, value in found.items())
+    shown = ", ".join(f"{name} {','.join(f'{number:.4g}' for number in value.flatten().tolist())}"
+                      for name, value in own.items())
     if not wanted:
-        return [f"the file's normalization ({said}) gives way to the flags'"]
-    if not all(value.isfinite().all() for value in found.values()) or not (found.get("std", torch.ones(1)) > 0).all():
-        raise UsageError(f"--resume: {source} has normalization constants that make no sense: {said}")
-    for name, value in found.items():
+        return [f"the file's normalization ({shown}) is overridden by --mean and --std"]
+    if not all(value.isfinite().all() for value in own.values()) or not (own.get("std", torch.ones(1)) > 0).all():
+        raise UsageError(f"--resume: {source} has invalid normalization constants: {shown}")
+    for name, value in own.items():
         model.get_buffer(f"normalize.{name}").copy_(value)
-    return [f"normalized as in the file: {said}"]
+    return [f"normalized as in the file: {shown}"]
 
 
 def fingerprint(model: nn.Module) -> str:
-    """16 hexadecimal digits that tell networks of different weights or normalization apart."""
+    """Return 16 hexadecimal digits that identify the weights and the normalization of a network."""
     digest = hashlib.sha256()
     for name, value in (*model.state_dict().items(), *model.named_buffers()):
         digest.update(name.encode() + value.detach().cpu().contiguous().view(-1).numpy().tobytes())

@@ -1,7 +1,7 @@
-"""The watch over a run: signs of catastrophic overfitting, and the rule by which a run has collapsed.
+"""Detection of catastrophic overfitting: metrics, and the rule that decides whether a run has collapsed.
 
-Catastrophic overfitting: a network learns to withstand the one step that it is trained on and no other; its accuracy
-under many small steps falls to near zero. Accuracies are shares of the same images.
+Catastrophic overfitting: the network becomes robust to the single-step attack of its training only, and its accuracy
+under multi-step attacks falls to near zero. Accuracies are from 0 to 1, and are measured on the same images.
 """
 from typing import Any
 
@@ -11,23 +11,26 @@ from torch import Tensor, nn
 
 from .attacks import input_gradient
 
-GAP = 0.2  # accuracy under FGSM less that under PGD
-MOST = 0.5  # of the training images, those whose loss the attack made smaller
+GAP = 0.2  # threshold for FGSM accuracy - PGD accuracy
+MOST = 0.5  # threshold for the fraction of training images whose loss the attack lowered
 
 
 def collapsed(history: list[dict[str, Any]]) -> list[bool]:
-    """For each epoch, whether the run is in collapse after it.
+    """Return for each epoch whether the run is in collapse after it.
 
-    It is from the first epoch in which one step misleads and PGD's accuracy is low, until neither holds. One step
-    misleads where accuracy under FGSM is more than 20 points above that under PGD, or where the attack of training made
-    most training images easier. Low is under half of PGD's best so far or, as a run can be unsound from its first epoch
-    on, of FGSM's. Where FGSM's is not known, in older runs, the best alone decides.
+    A collapse starts at an epoch that meets both conditions, and ends at the next epoch that meets neither:
+
+    1. FGSM accuracy - PGD accuracy > GAP, or the training attack lowered the loss of more than half of the images.
+    2. PGD accuracy < max(best PGD accuracy of earlier epochs, FGSM accuracy) / 2. FGSM accuracy is included because a
+       run can be in collapse from epoch 1 on.
+
+    For older runs without FGSM accuracy, only condition 2 is used; it cannot be met in epoch 1.
     """
     states: list[bool] = []
     best = 0.0
     for record in history:
         robust, fgsm = record["test_robust_acc"], record.get("fgsm_acc")
-        if record.get("defence_mean") == 0:  # ordinary training cannot overfit to an attack
+        if record.get("defence_mean") == 0:  # standard training cannot overfit to an attack
             states.append(False)
             continue
         misleads = fgsm is None or fgsm - robust > GAP or (record.get("abnormal") or 0) > MOST
@@ -39,15 +42,23 @@ def collapsed(history: list[dict[str, Any]]) -> list[bool]:
 
 
 def summary(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Of a whole run: the first epoch in collapse, how many were, PGD's accuracy in the best and the last epoch."""
+    """Return the first epoch in collapse, the number of epochs in collapse, and the best and the last PGD accuracy."""
     states, robust = collapsed(history), [record["test_robust_acc"] for record in history]
     return {"collapse_epoch": states.index(True) if any(states) else None, "collapsed_epochs": sum(states),
             "best_robust_acc": max(robust, default=None), "last_robust_acc": robust[-1] if robust else None}
 
 
 def abnormal(at_start: Tensor | None, logits: Tensor, y: Tensor) -> tuple[Tensor, int]:
-    """How many images' cross-entropy an attack made smaller than at its start (arXiv 2404.08154), and of how many
-    this is known: none where the attack did not look at its start."""
+    """Count abnormal images: those whose cross-entropy the attack lowered (Lin et al., arXiv 2404.08154).
+
+    Args:
+        at_start: logits at the attack's start, (B, classes); None if the attack did not compute them.
+        logits: logits at x + delta, (B, classes).
+        y: labels, (B,).
+
+    Returns:
+        The number of abnormal images, and the number of compared images: B, or 0 without `at_start`.
+    """
     if at_start is None:
         return torch.zeros((), dtype=torch.float64, device=y.device), 0
     before, after = (F.cross_entropy(each.detach().float(), y, reduction="none") for each in (at_start, logits))
@@ -55,10 +66,14 @@ def abnormal(at_start: Tensor | None, logits: Tensor, y: Tensor) -> tuple[Tensor
 
 
 def signs(model: nn.Module, x: Tensor, y: Tensor, epsilon: float) -> dict[str, float]:
-    """Two signs from the input gradients of a batch of images (B, C, H, W), at x and at a random point of its ball.
+    """Compute two metrics of the input gradients g1 at x (B, C, H, W) and g2 at x + U(-epsilon, epsilon).
 
-    alignment: the mean cosine between the two (arXiv 2007.02617); it falls from near 1 as the loss ceases to be linear.
-    participation: (norm1(g) / norm2(g))^2 / d, the share of its d entries that a gradient is spread over.
+    Puts the model in eval mode.
+
+    Returns:
+        alignment: mean cos(g1, g2) (Andriushchenko and Flammarion, arXiv 2007.02617); it falls from near 1 as the loss
+        becomes less linear. participation: mean of (norm1(g1) / norm2(g1))^2 / d, the effective fraction of the d
+        entries that the gradient is spread over.
     """
     model.eval()
     here, _ = input_gradient(model, x, y, torch.zeros_like(x))

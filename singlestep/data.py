@@ -1,4 +1,4 @@
-"""The data sets: read by torchvision, held on the device as uint8, augmented there a batch at a time."""
+"""Data sets: read with torchvision, stored on the device as uint8, and augmented there batch by batch."""
 import contextlib
 import http.client
 import importlib
@@ -21,19 +21,22 @@ from .options import DataSet
 from .run.console import UsageError
 from .run.folder import lock
 
-DUMMY_SIZES = {True: 2048, False: 512}  # synthetic images to train and to test on
+DUMMY_SIZES = {True: 2048, False: 512}  # numbers of synthetic training (True) and test (False) images
 DUMMY_SIDE = 32
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random crop of the padded image, a left-right flip and a rotation, in this order, each optional.
+    """Random crop of the padded image, horizontal flip and rotation, in this order, each optional.
 
-    Every output pixel is a copy of one input pixel (or 0), so a batch is augmented by one look-up, and equals what
-    torchvision's RandomCrop, RandomHorizontalFlip and RandomRotation (nearest neighbour) make of PIL images.
+    Every output pixel is a copy of one input pixel or 0, so one lookup augments a batch. The result equals that of
+    torchvision's RandomCrop, RandomHorizontalFlip and RandomRotation (nearest neighbor) on PIL images.
 
-    padding: pixels added on every side before the crop; pad_mode: "reflect" or "zero"; flip: half the images;
-    degrees: the largest angle.
+    Attributes:
+        padding: pixels added on each side before the crop.
+        pad_mode: "reflect" or "zero".
+        flip: flip each image with probability 1/2.
+        degrees: maximum angle of the rotation, in either direction.
     """
 
     padding: int = 0
@@ -42,7 +45,7 @@ class Augmentation:
     degrees: float = 0.0
 
     def draw(self, n: int) -> dict[str, Tensor]:
-        """Random parameters for n images: the crop's top and left, whether to flip, the angle in degrees."""
+        """Draw parameters for n images: top and left of the crop, whether to flip, angle in degrees; each (n,)."""
         return {
             "top": torch.randint(2 * self.padding + 1, (n,)),
             "left": torch.randint(2 * self.padding + 1, (n,)),
@@ -51,7 +54,7 @@ class Augmentation:
         }
 
     def apply(self, images: Tensor, index, top: Tensor, left: Tensor, flip: Tensor, angle: Tensor) -> Tensor:
-        """The images (N, H, W, 3) at `index` (B,), augmented: (B, H, W, 3); the parameters are as `draw` gives."""
+        """Augment the images (N, H, W, 3) at `index` (B,) with parameters from `draw`. Returns (B, H, W, 3)."""
         _, height, width, _ = images.shape
         rows = torch.arange(height, device=images.device).view(1, -1, 1)
         cols = torch.arange(width, device=images.device).view(1, 1, -1)
@@ -70,9 +73,10 @@ class Augmentation:
 
 
 def rotated(rows: Tensor, cols: Tensor, angle: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the pixels at (rows, cols) come from when images turn by `angle` degrees about their centre.
+    """Return the source row and column of the pixels at (rows, cols) in images rotated by `angle` degrees.
 
-    PIL's arithmetic, on which torchvision's RandomRotation rests: coordinates in 1/65536 of a pixel, rounded down.
+    The images are rotated about their center. The arithmetic is that of PIL, which torchvision's RandomRotation uses:
+    fixed-point coordinates in 1/65536 of a pixel, rounded down.
     """
     def fixed(value: Tensor) -> Tensor:
         return (value * 65536 + 0.5).floor().long().view(-1, 1, 1)
@@ -96,7 +100,13 @@ def _reflected(position: Tensor, size: int) -> Tensor:
 
 @dataclass
 class Images:
-    """Images on a device, (N, H, W, C), uint8 or float in [0, 1], labels (N,), and the memory layout of batches."""
+    """Images and labels on a device.
+
+    Attributes:
+        pixels: (N, H, W, C), uint8 or float in [0, 1].
+        labels: (N,).
+        memory_format: memory layout of batches.
+    """
 
     pixels: Tensor
     labels: Tensor
@@ -107,7 +117,11 @@ class Images:
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor) -> "Images":
-        """Images (N, C, H, W), uint8 or float in [0, 1], and labels (N,), in PyTorch's default layout."""
+        """Create from images (N, C, H, W), uint8 or float in [0, 1], and labels (N,); batches in the default layout.
+
+        Raises:
+            ValueError: the images or the labels have another type, shape or range.
+        """
         if images.dim() != 4 or images.dtype not in (torch.uint8, torch.float32, torch.float64):
             raise ValueError(f"images must be (N, C, H, W), uint8 or float, not {images.dtype} {tuple(images.shape)}")
         if labels.shape != images.shape[:1]:
@@ -123,7 +137,7 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device), memory_format)
 
     def batch(self, index: Tensor | slice, augmentation: Augmentation = Augmentation(), drawn=None):
-        """x in [0, 1], float32 (B, 3, H, W), and y (B,); augmented where `drawn` is given."""
+        """Return x in [0, 1], float32 (B, 3, H, W), and y (B,). x is augmented if `drawn` is given, from `draw`."""
         pixels = augmentation.apply(self.pixels, index, **drawn) if drawn else self.pixels[index]
         x = pixels.permute(0, 3, 1, 2)
         x = x.float().div_(255) if x.dtype is torch.uint8 else x
@@ -131,15 +145,19 @@ class Images:
 
 
 def load(dataset: DataSet, args) -> tuple[Images, Images, Images]:
-    """The images to train on, those to choose the best checkpoint on where they are training images, and the test set.
+    """Load the training, validation and test images.
 
-    Training takes the first --train-samples of the training set; --val-size holds the last ones out. Without it, a data
-    set that validates does so on the first fiftieth of the images that it trains on.
+    Training images are the first --train-samples of the training set, validation images its last --val-size. Without
+    --val-size, there are none, except for a data set with `validate`: it uses the first 2% of the images that are
+    trained on.
+
+    Raises:
+        UsageError: --val-size or --train-samples is too large, or the data set cannot be read.
     """
     train, test = dummy(dataset.classes) if args.dummy else _read(dataset, args.data_dir)
     most = len(train) - args.val_size
     if most < 1:
-        raise UsageError(f"--val-size must leave images to train on: {len(train) - 1} or less, not {args.val_size}")
+        raise UsageError(f"--val-size must leave training images: {len(train) - 1} or less, not {args.val_size}")
     if args.train_samples is not None and args.train_samples > most:
         raise UsageError(f"--train-samples must be from 1 to {most} (all but --val-size), not {args.train_samples}")
     held_out, train = train[most:], train[:args.train_samples or most]
@@ -150,20 +168,20 @@ def load(dataset: DataSet, args) -> tuple[Images, Images, Images]:
 
 def load_test(data_set: str | DataSet, data_dir: str | None = None, n: int | None = None,
               synthetic: bool = False) -> tuple[Tensor, Tensor]:
-    """The first n test images of a data set, all if None: x in [0, 1], float32 (N, 3, H, W), and labels y (N,)."""
+    """Load the first n test images, all if None. Returns x in [0, 1], float32 (N, 3, H, W), and labels y (N,)."""
     dataset = data_set if isinstance(data_set, DataSet) else options.data_set(data_set)
     images = testing(dataset, data_dir or dataset.defaults["data_dir"], synthetic)[:n]
-    images.memory_format = torch.contiguous_format  # other people's attacks reshape by view
+    images.memory_format = torch.contiguous_format  # attack libraries call view()
     return images.batch(slice(None))
 
 
 def testing(dataset: DataSet, data_dir: str, synthetic: bool = False) -> Images:
-    """The test images of a data set."""
+    """Load the test images of a data set."""
     return (dummy(dataset.classes) if synthetic else _read(dataset, data_dir))[1]
 
 
 def dummy(classes: int) -> tuple[Images, Images]:
-    """Synthetic images to train and to test on: a coarse pattern for each class, shifted in brightness, under noise."""
+    """Create synthetic training and test images: a coarse pattern for each class, random brightness, and noise."""
     generator = torch.Generator().manual_seed(classes)
     patterns = torch.rand(classes, 4, 4, 3, generator=generator)
     patterns = patterns.repeat_interleave(DUMMY_SIDE // 4, dim=1).repeat_interleave(DUMMY_SIDE // 4, dim=2)
@@ -179,11 +197,11 @@ def dummy(classes: int) -> tuple[Images, Images]:
 
 
 def read_torchvision(name: str, data_dir: str):
-    """The training and the test images and labels of torchvision's CIFAR10, CIFAR100 or SVHN."""
+    """Read torchvision's CIFAR10, CIFAR100 or SVHN. Returns (images, labels) of the training and of the test set."""
     from torchvision import datasets  # takes two seconds to import
 
     source = getattr(datasets, name)
-    verified = type(name, (source,), {"_check_integrity": lambda self: True})  # or each file is hashed three times
+    verified = type(name, (source,), {"_check_integrity": lambda self: True})  # hashes each file once, not three times
     if name == "SVHN":  # cropped digits; the digit 0 has label 0
         splits = [source.split_list[split] for split in ("train", "test")]
         have(data_dir, {file: md5 for _, file, md5 in splits},
@@ -197,14 +215,22 @@ def read_torchvision(name: str, data_dir: str):
 
 
 def have(data_dir: str, files: dict[str, str], download: Callable[[str], Any]) -> None:
-    """Make sure that the files, a name and an MD5 sum each, are in `data_dir`; if none is, `download(folder)` them."""
+    """Verify the files in `data_dir`. If none of them exists, download all of them first.
+
+    Args:
+        files: file name -> MD5 sum.
+        download: downloads the files to a folder.
+
+    Raises:
+        UsageError: a file is missing or damaged, or the download failed.
+    """
     from torchvision.datasets.utils import check_integrity
 
     root = Path(data_dir)
     try:
         if not any((root / name).exists() for name in files):
             if any((root / Path(name).name).exists() for name in files):
-                raise UsageError(f"--data-dir {data_dir} is one level too deep: give the folder that holds it, "
+                raise UsageError(f"--data-dir {data_dir} is one level too deep: give its parent folder, "
                                  f"{root.resolve().parent}")
             _download(root, files, download)
         for name, md5 in files.items():
@@ -213,19 +239,22 @@ def have(data_dir: str, files: dict[str, str], download: Callable[[str], Any]) -
             if not file.exists():
                 raise UsageError(f"--data-dir {data_dir} lacks {file}: put it there, or delete {again} to download")
             if not check_integrity(str(file), md5):
-                raise UsageError(f"--data-dir {data_dir}: {file} is cut short or altered (its MD5 sum should be {md5}):"
-                                 f" replace it, or delete {again} to download")
-    except (ValueError, OSError) as error:  # a name that is no name to the system, a file that may not be read
+                raise UsageError(f"--data-dir {data_dir}: {file} is truncated or altered (its MD5 sum should be {md5}):"
+                                 f" replace it, or delete {again} to download again")
+    except (ValueError, OSError) as error:  # an invalid path, or a file without read permission
         raise UsageError(f"--data-dir {data_dir} cannot be read ({_one_line(error)})") from None
 
 
 def _download(root: Path, files: dict[str, str], download: Callable[[str], Any]) -> None:
-    """Into a folder of its own first, so that nothing partial is ever under a final name; one process at a time."""
+    """Download to a temporary folder, then move the files to `root`, so that no partial file gets a final name.
+
+    A file lock lets one process download at a time.
+    """
     new, held = [folder for folder in (root, *root.parents) if not folder.exists()], None
     try:
         root.mkdir(parents=True, exist_ok=True)
         held = lock(root / ".lock")
-        if any((root / name).exists() for name in files):  # another process was quicker
+        if any((root / name).exists() for name in files):  # downloaded by another process
             return
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as arriving, \
                 contextlib.redirect_stdout(io.StringIO()):
@@ -254,7 +283,7 @@ def _read(dataset: DataSet, data_dir: str) -> tuple[Images, Images]:
         parts = source(data_dir) if callable(source) else read_torchvision(source, data_dir)
     except UsageError:
         raise
-    except Exception as error:  # whatever a parser raises at a file that it cannot read
+    except Exception as error:  # parsers raise many kinds of errors for unreadable files
         raise UsageError(f"--data-dir {data_dir}: its files cannot be read ({_one_line(error)})") from None
     train, test = (_images(dataset, data_dir, *map(np.asarray, part)) for part in parts)
     return train, test
@@ -264,7 +293,8 @@ def _images(dataset: DataSet, data_dir: str, pixels: np.ndarray, labels: np.ndar
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels) or \
             labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or \
             labels.min() < 0 or labels.max() >= dataset.classes:
-        raise UsageError(f"--data-dir {data_dir} does not hold {dataset.name}: its files have other images or labels")
+        raise UsageError(f"--data-dir {data_dir} does not contain {dataset.name}: its images or labels have another "
+                         f"type, shape or range")
     return Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)))
 
 

@@ -1,7 +1,7 @@
-"""Tables and figures of runs: how they ended, and their curves.
+"""Tables and figures of runs: final accuracies, and curves over epochs.
 
-A run is named by the flags in which it differs from the others. Runs that differ in the seed alone become one: the
-mean, and from the lowest to the highest as a band. Epochs count from 1 here, from 0 in a run's files.
+A run is named by the flags in which it differs from the others. Runs that differ only in the seed are averaged; a band
+shows their minimum and maximum. Epochs count from 1 here, from 0 in the files of a run.
 """
 import difflib
 import json
@@ -21,9 +21,9 @@ from .run.console import UsageError, one_line_errors, say
 from .run.folder import whole_file
 
 PGD, FGSM, CLEAN = "test_robust_acc", "fgsm_acc", "test_acc"
-# What curves are called, where the name in metrics.jsonl says too little.
+# Axis labels of metrics whose names in metrics.jsonl are not clear enough.
 TITLES = {PGD: "accuracy under PGD, %", FGSM: "accuracy under FGSM, %", CLEAN: "clean accuracy, %",
-          "train_robust_acc": "accuracy on training images under their attack, %",
+          "train_robust_acc": "training accuracy under the run's own attack, %",
           "val_robust_acc": "accuracy under PGD on validation images, %", "lr": "learning rate",
           "abnormal": "abnormal training images, %", "defence_mean": "mean absolute perturbation, 1/255"}
 IN_PERCENT = ("_acc", "abnormal", "train_rise")
@@ -33,7 +33,7 @@ SYMBOLS = {"zero_qval": "q", "multi_samps": "samples", "multi_th": "agree"}
 
 @dataclass(frozen=True)
 class Run:
-    """A run as its files tell it: its flags, a record for each epoch, and the final evaluation if there was one."""
+    """A run as read from its files: flags, a record for each epoch, and the final evaluation if there is one."""
 
     folder: Path
     flags: dict[str, Any]
@@ -42,7 +42,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`. Raises UsageError where there is none, where it is damaged, or has no epoch behind it."""
+    """Read the run in `folder`. Raises UsageError if there is none, it is damaged, or it has no complete epoch."""
     if not (folder / "args.json").is_file():
         raise UsageError(f"{folder} is not the folder of a run: it has no args.json")
     flags, file = options.run_flags(folder), folder / "metrics.jsonl"
@@ -56,38 +56,41 @@ def read_run(folder: Path) -> Run:
         if final is not None and not math.isfinite(final["robust_acc"] + final["iters"] + final["restarts"]):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{file} is damaged: mend it, or leave this run out") from None
+        raise UsageError(f"{file} is damaged: repair it, or leave this run out") from None
     if not epochs:
         raise UsageError(f"{folder}: no epoch is complete yet")
     return Run(folder, defaults(flags), epochs, final)
 
 
 def collapsed(epochs: list[dict[str, Any]]) -> list[bool]:
-    """For each epoch whether the run is in collapse after it; older runs do not say so."""
+    """Return for each epoch whether the run is in collapse after it; computed if an older run did not record it."""
     if all("collapsed" in record for record in epochs):
         return [bool(record["collapsed"]) for record in epochs]
-    from . import collapse  # with PyTorch
+    from . import collapse  # imports PyTorch
 
     return collapse.collapsed(epochs)
 
 
 def defaults(flags: dict[str, Any]) -> dict[str, Any]:
-    """All flags of a run, at their defaults where it was made before there were such flags."""
+    """Return all flags of a run; flags that are newer than the run have their defaults."""
     try:
         dataset = options.data_set(flags["data_set"])
-    except UsageError:  # a data set of the user's own
+    except UsageError:  # the user's own data set
         dataset = options.CIFAR10
     args = options.arguments(dataset, {}).flags()
     return {**args, **dependent({**args, **flags}), **flags}
 
 
 def dependent(flags: dict[str, Any]) -> dict[str, Any]:
-    """The defaults that depend on other flags."""
+    """Return the defaults that depend on other flags."""
     return {name: default(SimpleNamespace(**flags)) for name, default in DEPENDENT.items()}
 
 
 def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
-    """The published method that flags make, else the attack and the objective; and the flags that this tells."""
+    """Return the name of the published method with these flags, and the flags that the name implies.
+
+    Without such a method, the name consists of the attack and the objective.
+    """
     usual: dict[str, Any] = {"fgsm_init": "random", "objective": "ce", "elle_adaptive": False, "label_smoothing": 0.0}
     for name, published in METHODS.items():
         stands_for = published.flags_on(flags.get("data_set", ""))
@@ -98,9 +101,9 @@ def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
 
 
 def without_effect(flags: dict[str, Any]) -> set[str]:
-    """Flags of attacks and objectives other than the run's."""
+    """Return the flags that belong to attacks and objectives other than those of the run."""
     attack, objective = ATTACKS.get(flags["attack"]), OBJECTIVES.get(flags["objective"])
-    if attack is None or objective is None:  # of another version
+    if attack is None or objective is None:  # the run is of another version
         return set()
     every = {name for each in ATTACKS.values() for name in each.flags}
     every |= {name for each in OBJECTIVES.values() for name in each.flags}
@@ -108,27 +111,32 @@ def without_effect(flags: dict[str, Any]) -> set[str]:
 
 
 def differing(runs: list[dict[str, Any]]) -> list[str]:
-    """The flags in which runs differ, but for those that say nothing of what is trained."""
+    """Return the flags in which runs differ, without flags that do not affect training."""
     return [name for name in runs[0] if name in NAMED and any(run.get(name) != runs[0][name] for run in runs)]
 
 
 def ordered(runs: list[dict[str, Any]], among: list[str]) -> list[tuple[float, ...]] | None:
-    """The numbers in which runs differ, if they differ in numbers alone."""
+    """Return each run's values of the flags `among`, to sort by; None if a value is not a number."""
     values = [tuple(run[flag] for flag in among) for run in runs]
     numbers = all(type(each) in (int, float) for value in values for each in value)
     return values if among and numbers else None
 
 
 def name(flags: dict[str, Any], among: list[str], by_method: bool) -> str:
-    """What a run is called among others, from which it differs in these flags, and perhaps in the method."""
-    words, told = [], without_effect(flags)
+    """Return the name of a run in a comparison.
+
+    Args:
+        among: flags in which the compared runs differ.
+        by_method: whether they differ in the method; the name then begins with it.
+    """
+    words, omitted = [], without_effect(flags)
     usual = {flag for flag, value in dependent(flags).items() if flags[flag] == value}
     if by_method:
         word, own = method(flags)
-        words, told = [word], told | own | usual
+        words, omitted = [word], omitted | own | usual
     if "epsilon" in among:
-        told |= usual - {"fgsm_alpha"} | ({"pgd_alpha"} if flags["pgd_alpha"] == flags["epsilon"] / 4 else set())
-    words += [_word(flag, flags[flag]) for flag in among if flag not in told]
+        omitted |= usual - {"fgsm_alpha"} | ({"pgd_alpha"} if flags["pgd_alpha"] == flags["epsilon"] / 4 else set())
+    words += [_word(flag, flags[flag]) for flag in among if flag not in omitted]
     return ", ".join(words)
 
 
@@ -142,7 +150,7 @@ def _word(flag: str, value: Any) -> str:
 
 
 def named(runs: list[Run]) -> dict[str, list[Run]]:
-    """The runs by name, in order if they differ in numbers; those that differ in the seed alone have one name."""
+    """Group runs by name. Runs that differ only in the seed share a name; runs that differ in numbers are sorted."""
     among = differing([run.flags for run in runs])
     values = ordered([run.flags for run in runs], among)
     if values:
@@ -151,20 +159,20 @@ def named(runs: list[Run]) -> dict[str, list[Run]]:
     by_name: dict[str, list[Run]] = {}
     for run in runs:
         by_name.setdefault(name(run.flags, among, by_method), []).append(run)
-    told: dict[str, list[Run]] = {}
+    groups: dict[str, list[Run]] = {}
     for title, own in by_name.items():
         if len({run.flags["seed"] for run in own}) == len(own) and (title or len(own) > 1):
-            told[title or method(own[0].flags)[0]] = own
-        else:  # nothing but where they are tells them apart
+            groups[title or method(own[0].flags)[0]] = own
+        else:  # the runs differ only in their folders
             paths = [run.folder.resolve() for run in own]
             unique = len({path.name for path in paths}) == len(own)
-            told |= {", ".join(filter(None, (title, path.name if unique else str(path)))): [run]
+            groups |= {", ".join(filter(None, (title, path.name if unique else str(path)))): [run]
                      for path, run in zip(paths, own)}
-    return told
+    return groups
 
 
 def mean(values: list[float], scale: float = 100) -> str:
-    """The mean, and from two values on the sample's standard deviation."""
+    """Format the mean and, for two or more values, the sample standard deviation; "-" without values."""
     if not values:
         return "-"
     deviation = f" ± {scale * statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -177,13 +185,16 @@ def span(values: list[int]) -> str:
 
 
 def best(epochs: list[dict[str, Any]]) -> int:
-    """The epoch, from 1, after which accuracy under PGD was highest, of those judged on as many images as the first."""
+    """Return the epoch, from 1, with the highest PGD accuracy, among those with as many test images as the first."""
     alike = [i for i, record in enumerate(epochs) if record.get("test_images") == epochs[0].get("test_images")]
     return 1 + max(alike, key=lambda i: epochs[i][PGD])
 
 
 def collapse(runs: Iterable[list[dict[str, Any]]]) -> str:
-    """Of a run, the first epoch in collapse, from 1, and whether the last one is sound again; of several, how many."""
+    """Describe the collapse of runs: "no", "epoch 5", "epoch 5, then sound" for one; "2 of 3, epoch 5-7" for several.
+
+    Epochs are the first in collapse, from 1. "then sound": the last epoch is not in collapse.
+    """
     runs = list(runs)
     states = [collapsed(epochs) for epochs in runs]
     first = [state.index(True) + 1 for state in states if any(state)]
@@ -193,7 +204,7 @@ def collapse(runs: Iterable[list[dict[str, Any]]]) -> str:
 
 
 def row(title: str, runs: list[Run]) -> list[str]:
-    """A line of the table."""
+    """Return the cells of one row of the table, for runs that differ only in the seed."""
     last = [run.epochs[-1] for run in runs]
     shown = [mean([record[key] for record in last if record.get(key) is not None]) for key in (CLEAN, FGSM, PGD)]
     peaks = [best(run.epochs) for run in runs]
@@ -209,7 +220,7 @@ def row(title: str, runs: list[Run]) -> list[str]:
 
 
 def table(groups: dict[str, list[Run]]) -> str:
-    """How the runs ended, in aligned columns; a column that is empty is left out."""
+    """Format a table of the runs' results in aligned columns; columns without values are omitted."""
     heads = ["run", "epochs", "clean", "FGSM", "PGD", "best PGD @ epoch", "collapse", "final evaluation"]
     columns = [column for column in zip(heads, *(row(title, runs) for title, runs in groups.items()))
                if set(column[1:]) != {"-"}]
@@ -226,7 +237,7 @@ class Style(NamedTuple):
     dash: str = "-"
 
 
-# A colour and a marker for each method, told apart without red and green, and in grey by the markers.
+# Style of each method. Colors do not rely on red against green; markers distinguish the curves in gray.
 STYLES = {
     "fgsm": Style("#d55e00", "X"), "fgsm-rs": Style("#e69f00", "s"), "zerograd": Style("#0072b2", "o"),
     "zerograd, large q": Style("#56b4e9", "d"), "multigrad": Style("#009e73", "^"),
@@ -236,13 +247,13 @@ STYLES = {
     "pgi": Style("#332288", "<"), "nuat": Style("#661100", ">"), "gradalign": Style("#cc6677", "v"),
     "elle": Style("#7a5cc2", "8"), "elle-a": Style("#b199e8", "8", "--"), "trades": Style("#555555", "D", "--"),
 }
-# For runs of one method that differ in this and that.
+# Styles for runs that the styles of their methods do not distinguish.
 OTHERS = (Style("#0077bb", "o"), Style("#ee7733", "s"), Style("#009988", "^"), Style("#cc3311", "D"),
           Style("#33bbee", "v"), Style("#ee3377", "P"), Style("#555555", "*"))
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot in the style of all figures. Raises UsageError where matplotlib is not installed."""
+    """Import matplotlib.pyplot and set the style of all figures. Raises UsageError if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
@@ -259,8 +270,10 @@ def pyplot() -> Any:
 
 
 def styles(runs: list[dict[str, Any]]) -> list[Style]:
-    """One for each run of these flags: from dark to light where they differ in numbers, else by method if that tells
-    them apart, else any."""
+    """Choose a style for each run: a color scale if the runs differ in numbers, else the styles of their methods.
+
+    If these are not distinct, the styles are those of OTHERS.
+    """
     values = ordered(runs, [flag for flag in differing(runs) if any(flag not in without_effect(run) for run in runs)])
     if values:
         shades, places = pyplot().get_cmap("viridis"), [sorted(set(values)).index(value) for value in values]
@@ -270,7 +283,7 @@ def styles(runs: list[dict[str, Any]]) -> list[Style]:
 
 
 def style_of_method(flags: dict[str, Any]) -> Style | None:
-    """That of a published method, everywhere the same; None where flags make none."""
+    """Return the style of the published method with these flags; None if there is no such method."""
     title, _ = method(flags)
     if title == "zerograd" and (flags["zero_qval"] or 0) > 0.6:
         title = "zerograd, large q"
@@ -280,18 +293,18 @@ def style_of_method(flags: dict[str, Any]) -> Style | None:
 
 
 def curve(axes, title: str, style: Style, runs: list[list[dict[str, Any]]], key: str) -> None:
-    """A curve over epochs: the mean of the runs, a band from the lowest to the highest, a cross where one collapses."""
-    scale, found = 100 if key.endswith(IN_PERCENT) else 1, {}
+    """Draw the mean of the runs over epochs, a band from minimum to maximum, and a cross where a run collapses."""
+    scale, values_at = 100 if key.endswith(IN_PERCENT) else 1, {}
     for i in range(max(map(len, runs))):
         values = [scale * epochs[i][key] for epochs in runs if i < len(epochs) and epochs[i].get(key) is not None]
         if values:
-            found[i + 1] = values
-    means = {epoch: statistics.mean(values) for epoch, values in found.items()}
+            values_at[i + 1] = values
+    means = {epoch: statistics.mean(values) for epoch, values in values_at.items()}
     axes.plot(list(means), list(means.values()), color=style.colour, marker=style.marker, linestyle=style.dash,
               label=title, zorder=3, clip_on=False)
     if len(runs) > 1:
-        axes.fill_between(list(found), [min(values) for values in found.values()],
-                          [max(values) for values in found.values()], color=style.colour, alpha=0.2, linewidth=0)
+        axes.fill_between(list(values_at), [min(values) for values in values_at.values()],
+                          [max(values) for values in values_at.values()], color=style.colour, alpha=0.2, linewidth=0)
     for epochs in runs:
         states = collapsed(epochs)
         if any(states) and epochs[states.index(True)].get(key) is not None:
@@ -301,7 +314,7 @@ def curve(axes, title: str, style: Style, runs: list[list[dict[str, Any]]], key:
 
 
 def curves(axes, groups: dict[str, list[list[dict[str, Any]]]], which: list[Style], key: str) -> None:
-    """A panel of curves over epochs."""
+    """Draw a panel of curves over epochs."""
     from matplotlib.ticker import MaxNLocator
 
     for (title, runs), style in zip(groups.items(), which):
@@ -315,8 +328,7 @@ def curves(axes, groups: dict[str, list[list[dict[str, Any]]]], which: list[Styl
 
 
 def label_at_the_ends(figure, size: float = 8) -> None:
-    """Name each curve of each panel at its right end, in the order of the ends and one above the other where they lie
-    together, with a line to its end."""
+    """Label each curve at its right end, with a connecting line. Labels do not overlap and keep the ends' order."""
     texts = {}
     for axes in figure.axes:
         low, high = axes.get_ylim()
@@ -325,7 +337,7 @@ def label_at_the_ends(figure, size: float = 8) -> None:
         lines = [line for line in axes.lines if not line.get_label().startswith("_") and len(line.get_xdata())]
         texts[axes] = [(line, axes.text(1.06, line.get_ydata()[-1], line.get_label(), fontsize=size, va="center",
                                         transform=axes.get_yaxis_transform())) for line in lines]
-    figure.draw_without_rendering()  # the layout makes room for the names, and the panels' heights are known
+    figure.draw_without_rendering()  # after this, the layout has room for the labels, and the panels' heights are known
     for axes, named_lines in texts.items():
         low, high = axes.get_ylim()
         height = axes.get_window_extent().height * 72 / figure.dpi
@@ -340,9 +352,12 @@ def label_at_the_ends(figure, size: float = 8) -> None:
 
 
 def _apart(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Places within (low, high), in the order of those wanted and close to them, but no two closer than the gap."""
+    """Move the wanted positions apart to a distance of at least `gap`, within (low, high) and in the same order.
+
+    Isotonic regression (pool adjacent violators) of the positions minus one gap for each position below.
+    """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    blocks: list[list[float]] = []  # less a gap for each one below, they may not fall: those that do share their mean
+    blocks: list[list[float]] = []  # pooled positions; each block takes its mean
     for below, i in enumerate(order):
         blocks.append([wanted[i] - gap * below])
         while len(blocks) > 1 and statistics.mean(blocks[-2]) > statistics.mean(blocks[-1]):
@@ -354,7 +369,7 @@ def _apart(wanted: list[float], gap: float, low: float, high: float) -> list[flo
 
 
 def save(figure, path: Path) -> None:
-    """Write a figure in the format that its name ends with; the same figure makes the same file."""
+    """Save a figure in the format given by the file name. Equal figures give identical files."""
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
     kind = path.suffix[1:].lower()
     with whole_file(path) as file:
@@ -362,7 +377,7 @@ def save(figure, path: Path) -> None:
 
 
 def draw(groups: dict[str, list[Run]], keys: list[str]) -> Any:
-    """The figure of these runs: a panel for each of the keys."""
+    """Draw a figure of the runs with one panel for each key."""
     plt = pyplot()
     columns = min(2, len(keys))
     lines = math.ceil(len(keys) / columns)
@@ -379,7 +394,7 @@ def draw(groups: dict[str, list[Run]], keys: list[str]) -> Any:
 
 
 def keys_of(text: str, groups: dict[str, list[Run]]) -> list[str]:
-    """The names in --y. Raises UsageError where no run has one of them."""
+    """Parse --y, metric names separated by commas. Raises UsageError if no run has one of the metrics."""
     records = [record for runs in groups.values() for run in runs for record in run.epochs]
     known = {key for record in records for key, value in record.items()
              if isinstance(value, (int, float)) and not isinstance(value, bool)} - {"epoch"}
@@ -387,35 +402,35 @@ def keys_of(text: str, groups: dict[str, list[Run]]) -> list[str]:
     for key in keys:
         if key not in known:
             near = difflib.get_close_matches(key, known, 1)
-            raise UsageError(f"--y {key}: {f'did you mean {near[0]}? ' if near else ''}these runs have "
+            raise UsageError(f"--y {key}: {f'did you mean {near[0]}? ' if near else ''}available metrics: "
                              f"{', '.join(sorted(known))}")
     return keys
 
 
 def read_runs(folders: list[str]) -> list[Run]:
-    """The runs in these folders; says which are left out, and why. Raises UsageError where none is left."""
+    """Read the runs in these folders. Prints which folders are left out and why; raises UsageError if all are."""
     runs: list[Run] = []
     for folder in dict.fromkeys(map(Path, folders)):
         try:
             if not folder.exists():
-                raise UsageError(f"there is no folder {folder}")
+                raise UsageError(f"{folder} does not exist")
             runs.append(read_run(folder))
         except UsageError as error:
             if len(folders) == 1 or not folder.exists():
                 raise
             say(f"# left out: {error}", error=True)
     if not runs:
-        raise UsageError("none of these is the folder of a run with a complete epoch")
+        raise UsageError("none of these folders has a run with a complete epoch")
     return runs
 
 
 def main(description: str | None = None) -> None:
-    """plot.py: print the table of runs, and draw their curves."""
+    """Run plot.py: print a table of runs, and draw their curves."""
     p = options.Parser(description)
-    p.add_argument("runs", nargs="+", type=options.path, metavar="RUN", help="a run's folder")
-    p.add_argument("--y", default=PGD, metavar="NAME,...", help="what is drawn over the epochs, by its names in "
+    p.add_argument("runs", nargs="+", type=options.path, metavar="RUN", help="folder of a run")
+    p.add_argument("--y", default=PGD, metavar="NAME,...", help="metrics to draw over the epochs, by their names in "
                    "metrics.jsonl")
-    p.add_argument("--out", type=options.figure_path, metavar="FILE", help="the figure: .png, .pdf or .svg")
+    p.add_argument("--out", type=options.figure_path, metavar="FILE", help="file of the figure: .png, .pdf or .svg")
     args = p.parse_args()
     with one_line_errors():
         out = Path(args.out) if args.out else None
@@ -423,11 +438,11 @@ def main(description: str | None = None) -> None:
         keys = keys_of(args.y, groups)
         say(table(groups))
         if not out:
-            say("# with --out=curves.png, their curves are drawn")
+            say("# to draw the curves of these runs, add --out=curves.png")
             return
         figure = draw(groups, keys)
         try:
             save(figure, out)
         except OSError as error:
             raise UsageError(f"--out {out} cannot be written ({error.strerror})") from None
-        say(f"# the curves are in {out}")
+        say(f"# saved the curves to {out}")

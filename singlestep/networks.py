@@ -1,4 +1,4 @@
-"""The networks by name: PreActResNet, ResNet18 and WideResNet for small images."""
+"""Networks for small images: PreActResNet, ResNet18 and WideResNet."""
 from collections.abc import Callable
 
 import torch
@@ -10,7 +10,7 @@ from .options import Args, DataSet
 
 
 class Normalize(nn.Module):
-    """(x - mean) / std, channel by channel; the constants travel with the module but not in its state dict."""
+    """(x - mean) / std for each channel; mean and std are buffers that are not in the state dict."""
 
     mean: Tensor
     std: Tensor
@@ -25,10 +25,10 @@ class Normalize(nn.Module):
 
 
 class PreActBlock(nn.Module):
-    """Two 3x3 convolutions, each behind BatchNorm and ReLU; (B, in_planes, H, W) -> (B, planes, H/stride, W/stride)."""
+    """Two 3x3 convolutions, each after BatchNorm and ReLU; (B, in_planes, H, W) -> (B, planes, H/stride, W/stride)."""
 
     expansion = 1
-    raw = False  # whether the shortcut's convolution reads the raw input
+    raw = False  # whether the shortcut convolution reads the input before BatchNorm and ReLU
 
     def __init__(self, in_planes: int, planes: int, stride: int):
         super().__init__()
@@ -46,12 +46,15 @@ class PreActBlock(nn.Module):
         return out + skip
 
     def skip(self, x: Tensor, activated: Tensor) -> Tensor:
-        """What is added to the convolutions' output: the raw input, or a convolution of the activated one."""
+        """Return the shortcut's output: the input itself, or a convolution of the activated or the raw input."""
         return x if self.shortcut is None else self.shortcut(x if self.raw else activated)
 
 
 class PreActBottleneck(nn.Module):
-    """1x1, 3x3 and 1x1 convolutions; (B, in_planes, H, W) -> (B, 4 * planes, H/stride, W/stride)."""
+    """1x1, 3x3 and 1x1 convolutions, each after BatchNorm and ReLU.
+
+    (B, in_planes, H, W) -> (B, 4 planes, H/stride, W/stride)
+    """
 
     expansion = 4
 
@@ -81,13 +84,15 @@ def _shortcut(in_planes: int, planes: int, stride: int) -> nn.Sequential | None:
 
 
 class PreActResNet(nn.Module):
-    """Images in [0, 1], (B, 3, H, W), to logits, (B, num_classes).
+    """Pre-activation ResNet: images in [0, 1], (B, 3, H, W), to logits, (B, num_classes).
 
-    `blocks` counts the blocks of the four stages, whose widths are 1, 2, 4 and 8 times `base_width`. The images are
-    normalized by `mean` and `std` (one value a channel) first, which adds no key to the state dict. Published networks
-    of the same names differ: with `shortcut` "raw", the convolutions of a PreActBlock's shortcut read its input before
-    BatchNorm and ReLU (github.com/locuslab/fast_adversarial); without `final_norm`, neither BatchNorm nor ReLU follows
-    the last stage (github.com/kuangliu/pytorch-cifar).
+    Args:
+        block: PreActBlock or PreActBottleneck.
+        blocks: number of blocks in each of the four stages, whose widths are 1, 2, 4 and 8 times `base_width`.
+        mean, std: one value for each channel; they normalize the images and are not in the state dict.
+        shortcut: "activated", or "raw": the shortcut convolutions of PreActBlocks read the input before BatchNorm and
+            ReLU, as in github.com/locuslab/fast_adversarial.
+        final_norm: whether BatchNorm and ReLU follow the last stage; in github.com/kuangliu/pytorch-cifar, they do not.
     """
 
     def __init__(self, block, blocks, num_classes=10, base_width=64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
@@ -130,7 +135,7 @@ PreActResNet152 = _depth(PreActBottleneck, 3, 8, 36, 3)
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, each before BatchNorm; (B, in_planes, H, W) -> (B, planes, H/stride, W/stride)."""
+    """Two 3x3 convolutions, each before a BatchNorm; (B, in_planes, H, W) -> (B, planes, H/stride, W/stride)."""
 
     def __init__(self, in_planes: int, planes: int, stride: int):
         super().__init__()
@@ -149,7 +154,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Images in [0, 1], (B, 3, H, W), to logits, (B, num_classes); see `preactresnet.PreActResNet`."""
+    """ResNet-18: images in [0, 1], (B, 3, H, W), to logits, (B, num_classes). Arguments as in `PreActResNet`."""
 
     def __init__(self, num_classes=10, base_width=64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
         super().__init__()
@@ -169,7 +174,7 @@ class ResNet18(nn.Module):
 
 
 class WideBlock(PreActBlock):
-    """The same block under the names of wide networks' checkpoints, where its shortcut is `convShortcut`."""
+    """PreActBlock whose shortcut is named `convShortcut`, as in published checkpoints of WideResNets."""
 
     def __init__(self, in_planes: int, planes: int, stride: int):
         super().__init__(in_planes, planes, stride)
@@ -181,7 +186,7 @@ class WideBlock(PreActBlock):
 
 
 class WideStage(nn.Module):
-    """`count` blocks of one width, the first of which may halve the image."""
+    """`count` blocks of one width; the first block has stride `stride`."""
 
     def __init__(self, count: int, in_planes: int, planes: int, stride: int):
         super().__init__()
@@ -193,10 +198,12 @@ class WideStage(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """Images in [0, 1], (B, 3, H, W), to logits, (B, num_classes).
+    """Wide ResNet: images in [0, 1], (B, 3, H, W), to logits, (B, num_classes).
 
-    `depth` is 6n + 4; the three stages are 16, 32 and 64 times `width_factor` wide. The images are normalized by
-    `mean` and `std` (one value a channel) first, which adds no key to the state dict.
+    Args:
+        depth: 6n + 4, with n blocks in each of the three stages.
+        width_factor: the widths of the stages are 16, 32 and 64 times this.
+        mean, std: one value for each channel; they normalize the images and are not in the state dict.
     """
 
     def __init__(self, depth=34, width_factor=10, num_classes=10, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
@@ -224,6 +231,6 @@ class WideResNet(nn.Module):
 
 
 def new_network(dataset: DataSet, args: Args) -> nn.Module:
-    """The network that the arguments name, for images of the data set."""
+    """Return a new network as given by the arguments, for the classes and the normalization of the data set."""
     return globals()[args.model](num_classes=dataset.classes, mean=args.mean or dataset.mean,
                                  std=args.std or dataset.std, **args.keywords(MODELS[args.model]))

@@ -1,9 +1,19 @@
-"""What training minimizes at perturbed images.
+"""Training objectives: losses at perturbed images.
 
-Each objective takes the model, images x in [0, 1] of shape (B, C, H, W), labels y (B,), the attack's perturbation
-delta, epsilon in pixel units, and the `Step` in which the attack left what it found at its start. It returns the loss,
-a scalar, and the logits (B, classes) of the perturbed images. Terms beside the one at the perturbed images run
-`step.network`, the same weights. "Passes" counts forward and backward passes beside the attack's.
+All objectives share these arguments:
+
+    model        nn.Module from images in [0, 1] to logits, (B, classes)
+    x, y         images in [0, 1], (B, C, H, W), and labels, (B,)
+    delta        perturbation from the attack, of the shape of x
+    epsilon      radius of the ball in the unit of x
+    step         context of the training step, with the attack's logits and gradient at its start
+    smoothing    label smoothing of the cross-entropy
+
+An objective returns the loss, a scalar, and the logits at x + delta, (B, classes). Extra forward passes use
+`step.network`, which has the same weights as `model`.
+
+In formulas, f(x) are logits, p(x) = softmax(f(x)), CE(x) is the mean cross-entropy of f(x) and y, and start is the
+initial perturbation of the attack. "Passes: N" counts forward and backward passes, excluding those of the attack.
 """
 from typing import TYPE_CHECKING
 
@@ -16,25 +26,26 @@ if TYPE_CHECKING:
 
 
 def perturbed(x: Tensor, delta: Tensor) -> Tensor:
-    """x + delta, clipped to [0, 1], with delta's gradient as if it were not: the attack left no more than rounding to
-    clip, and where that falls is no reason for a gradient of 0."""
+    """Return x + delta, clipped to [0, 1] with a straight-through gradient, since only rounding error is clipped."""
     moved = x + delta
     return moved + (moved.clamp(0, 1) - moved).detach()
 
 
 def ce(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step",
        smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The mean cross-entropy at the perturbed images, as in the published method (arXiv 2103.15476). Passes: 1."""
+    """Cross-entropy at the perturbed images (arXiv 2103.15476): loss = CE(x + delta). Passes: 1."""
     logits = model(perturbed(x, delta))
     return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
 
 
 def gradalign(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
               smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """GradAlign (Andriushchenko and Flammarion, arXiv 2007.02617). Passes: 4, one of them a double backward.
+    """GradAlign (Andriushchenko and Flammarion, arXiv 2007.02617). Passes: 4, one of them a double backward pass.
 
-    + weight (1 - mean cos(g1, g2)): g1 the input gradient at the attack's start, detached; g2 that at x + U(-epsilon,
-    epsilon), not clipped to the pixel box, with its graph. Images with a zero gradient are left out of the mean.
+    loss = CE(x + delta) + weight (1 - mean cos(g1, g2))
+
+    g1 is the input gradient at x + start, detached. g2 is the input gradient at x + eta, eta ~ U(-epsilon, epsilon),
+    with its graph; x + eta is not clipped to [0, 1]. The mean excludes images where g1 or g2 is 0.
     """
     loss, logits = ce(model, x, y, delta, epsilon, step, smoothing)
     noise = torch.empty_like(x).uniform_(-epsilon, epsilon).requires_grad_()
@@ -48,12 +59,15 @@ def gradalign(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: fl
 
 def elle(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
          adaptive: bool = False, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """ELLE and, adaptive, ELLE-A (Abad Rocamora et al., arXiv 2401.11618). Passes: 4.
+    """ELLE and, with `adaptive`, ELLE-A (Abad Rocamora et al., arXiv 2401.11618). Passes: 4.
 
-    + weight mean((l(x_c) - (1 - t) l(x_a) - t l(x_b))^2), l the cross-entropy of each image, x_a and x_b at x +
-    U(-epsilon, epsilon), not clipped, x_c = (1 - t) x_a + t x_b, t ~ U(0, 1) for each image. Adaptive: the weight
-    begins at 0, and is `weight` after a batch whose term is above the mean and two standard deviations of all before,
-    else 0.99 of itself.
+    loss = CE(x + delta) + weight mean((l(x_c) - (1 - t) l(x_a) - t l(x_b))^2)
+
+    l is the cross-entropy of each image, x_c = (1 - t) x_a + t x_b, and t ~ U(0, 1) for each image. x_a and x_b are
+    independent samples of x + U(-epsilon, epsilon), not clipped to [0, 1].
+
+    ELLE-A starts with weight 0. After a batch whose mean squared error exceeds the mean of all earlier batches (three
+    or more) by more than two standard deviations, its weight becomes `weight`; otherwise, it is multiplied by 0.99.
     """
     loss, logits = ce(model, x, y, delta, epsilon, step, smoothing)
     x_a, x_b = (x + torch.empty_like(x).uniform_(-epsilon, epsilon) for _ in range(2))
@@ -65,7 +79,7 @@ def elle(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
     if not adaptive:
         return loss + weight * errors.mean(), logits
     kept = step.kept.setdefault("elle", torch.zeros(4, dtype=torch.float64, device=x.device))
-    current, n, total, squares = kept.clone()  # the weight now; of all terms so far: how many, their sum, of squares
+    current, n, total, squares = kept.clone()  # current weight; number, sum and sum of squares of all earlier errors
     error = step.mean(errors)
     mean = total / n.clamp(min=1)
     deviation = (squares / n.clamp(min=1) - mean**2).clamp(min=0).sqrt()
@@ -76,12 +90,17 @@ def elle(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
 
 def aaer(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step",
          weights: tuple[float, float, float], smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Abnormal adversarial examples regularization (Lin et al., NeurIPS 2023, arXiv 2404.08154). Passes: 1.
+    """AAER, abnormal adversarial examples regularization (Lin et al., NeurIPS 2023, arXiv 2404.08154). Passes: 1.
 
-    Abnormal are images whose cross-entropy the attack made smaller. + l1 (n_abnormal / B) (l2 mean_abnormal(
-    CE(x + start) - CE(x + delta)) + l3 max(V_abnormal - V_normal, 0)), where both kinds occur; V is the mean over a
-    kind's images of norm2(f(x + start) - f(x + delta))^2. As in the authors' code, only V_abnormal has a gradient,
-    through f(x + delta).
+    loss = CE(x + delta) + lambda_1 (n_a / B) (lambda_2 D_a + lambda_3 max(V_a - V_n, 0))
+
+    An image is abnormal (a) if the attack lowered its cross-entropy l, else normal (n). n_a is the number of abnormal
+    images and D_a their mean of l(x + start) - l(x + delta). V_a and V_n are the means of norm2(f(x + start) -
+    f(x + delta))^2 over abnormal and over normal images. The regularizer is 0 if all images of the batch are abnormal
+    or all are normal. As in the authors' code, only V_a has a gradient, through f(x + delta).
+
+    Args:
+        weights: (lambda_1, lambda_2, lambda_3).
     """
     l1, l2, l3 = weights
     loss, logits = ce(model, x, y, delta, epsilon, step, smoothing)
@@ -100,8 +119,10 @@ def aaer(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
 
 def trades(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", beta: float,
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """TRADES (Zhang et al., arXiv 1901.08573): CE(f(x), y) + beta KL(p(x) || p(x + delta)), both with their gradients.
-    Passes: 2."""
+    """TRADES (Zhang et al., arXiv 1901.08573). Passes: 2.
+
+    loss = CE(x) + beta KL(p(x) || p(x + delta)), with gradients through both p(x) and p(x + delta).
+    """
     clean, logits = step.network(x), model(perturbed(x, delta))
     divergence = F.kl_div(logits.float().log_softmax(dim=1), clean.float().log_softmax(dim=1), log_target=True,
                           reduction="batchmean")
@@ -110,8 +131,10 @@ def trades(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
 
 def nuclear(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
             smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """NuAT (Sriramanan et al., NeurIPS 2021): CE(f(x), y) + weight norm_nuclear(f(x) - f(x + delta)) / B, the weight
-    growing as `Step.ramp` says. Passes: 2."""
+    """NuAT (Sriramanan et al., NeurIPS 2021). Passes: 2.
+
+    loss = CE(x) + ramp weight norm_nuclear(f(x) - f(x + delta)) / B, with `Step.ramp`.
+    """
     logits, clean = model(perturbed(x, delta)), step.network(x)
     norm = torch.linalg.matrix_norm(clean.float() - logits.float(), ord="nuc")
     return F.cross_entropy(clean, y, label_smoothing=smoothing) + weight * step.ramp * norm / len(x), logits
@@ -119,9 +142,10 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: floa
 
 def logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The regularizer of FGSM-MEP (Jia et al., arXiv 2207.08859). Passes: 1.7.
+    """The objective of FGSM-MEP (Jia et al., arXiv 2207.08859). Passes: 1.7.
 
-    + weight times the mean square over images and classes of f(x + delta) - f(x + start), both with their gradients.
+    loss = CE(x + delta) + weight mean((f(x + delta) - f(x + start))^2), a mean over images and classes, with gradients
+    through both logits.
     """
-    loss, found = ce(model, x, y, delta, epsilon, step, smoothing)
-    return loss + weight * (found - step.logits).square().mean(), found
+    loss, attacked = ce(model, x, y, delta, epsilon, step, smoothing)
+    return loss + weight * (attacked - step.logits).square().mean(), attacked

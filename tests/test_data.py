@@ -288,7 +288,7 @@ def test_images_and_labels_of_another_kind_are_refused(pixels, labels, tmp_path,
     source = dataclasses.replace(options.CIFAR10, source=lambda data_dir: [(pixels, labels)] * 2)
     monkeypatch.setitem(DATASETS, "train_cifar.py", source)
     status, output, error = call("train_cifar.py", "--device=cpu", "--base-width=4", "--fname", tmp_path / "run")
-    assert (status, output) == (2, "") and error.count("\n") == 1 and "does not hold CIFAR-10" in error
+    assert (status, output) == (2, "") and error.count("\n") == 1 and "does not contain CIFAR-10" in error
     assert not (tmp_path / "run").exists()
 
 

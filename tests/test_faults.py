@@ -42,7 +42,7 @@ def test_a_closed_standard_output_costs_no_epoch(tmp_path):
     process.stdout.close()
     error = process.stderr.read()
     assert process.wait(timeout=60) == 1
-    assert error == "train_cifar.py: error: standard output was closed; --resume auto goes on\n"
+    assert error == "train_cifar.py: error: standard output was closed; --resume auto continues this run\n"
     done = forked("train_cifar.py", *flags, "--resume=auto")
     assert done.returncode == 0 and "# resumed after 1 epoch, from" in done.stdout
 
@@ -279,7 +279,7 @@ def test_what_is_refused_for_safety_is_told_by_its_type(tmp_path, call, small_du
     assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path / "run")[0] == 0
     path = tmp_path / "run" / "model_0.pth"
     torch.save({"state_dict": torch.load(path, weights_only=True), "args": argparse.Namespace(epochs=1)}, path)
-    one_line(call("train_cifar.py", *TINY, "--fname", tmp_path / "run", "--resume=1"), "holds argparse.Namespace")
+    one_line(call("train_cifar.py", *TINY, "--fname", tmp_path / "run", "--resume=1"), "contains argparse.Namespace")
 
 
 def test_without_a_folder_for_temporary_files_tmpdir_is_named(tmp_path, call, monkeypatch):

@@ -120,7 +120,7 @@ FORMS = {
                    **{f"model.{k}": v for k, v in s.items()}}, {},
         lambda s, x: preact(s, scaled(x, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1))), "normalized as in the file"),
     "a flag over mu and sigma": (lambda s: {**s, **WONG}, dict(mean=(0.0,) * 3, std=(1.0,) * 3),
-                                 lambda s, x: preact(s, x), "gives way to the flags'"),
+                                 lambda s, x: preact(s, x), "is overridden by --mean and --std"),
     "last and best": (lambda s: {"last": wrong_block(s), "best": {k: 0 * v for k, v in s.items()}}, {},
                       lambda s, x: preact(s, scaled(x)), "unused in the file: model_preact_hl1"),
     "half": (lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()}, {},
@@ -152,7 +152,7 @@ def test_a_deeper_network_and_foreign_constants_are_refused():
     from singlestep.networks import PreActResNet34
     with pytest.raises(UsageError, match=r"another architecture: at layer1\.2"):
         load_network(PreActResNet18(base_width=4), PreActResNet34(base_width=4).state_dict(), "a file")
-    with pytest.raises(UsageError, match="make no sense"):
+    with pytest.raises(UsageError, match="invalid normalization constants"):
         load_network(PreActResNet18(base_width=4), {**narrow(), "sigma": torch.zeros(3)}, "a file")
 
 
@@ -229,7 +229,7 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
     for flags, told in (([tmp_path / "alone.pt"], "add --data-set"), ([tmp_path / "none.pt"], "add --data-set"),
                         ([tmp_path / "none.pt", "--data-set=svhn"], "none.pt is missing"),
-                        ([tmp_path / "empty", "--data-set=svhn"], "holds no model"),
+                        ([tmp_path / "empty", "--data-set=svhn"], "contains no model"),
                         ([tmp_path / "alone.pt", "--data-set=cifar10"], "another architecture: at bn.bias"),
                         ([run, "--attacks=pgd-0-3"], "must be of clean"), ([run, "--epsilons=8,x"], "must be a number"),
                         ([run, "--std=0.5,0,0.5"], "must be three numbers above 0"),

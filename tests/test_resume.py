@@ -171,7 +171,7 @@ def test_auto_falls_back_to_the_newest_complete_pair(tmp_path, call, small_dummy
     (part / "model_1.pth").unlink()
     status, output, _ = call("train_cifar.py", *THREE, "--fname", part, "--resume=auto")
     assert status == 0 and "resumed after 1 epoch, from" in output
-    assert "model_0.pth and opt_0.pth, as state.pth is damaged" in output
+    assert "model_0.pth and opt_0.pth, because state.pth is damaged" in output
     assert_same_run(part, tmp_path / "whole")
     aside = {path.name for path in (part / "earlier_1").iterdir()}
     assert aside >= {"state.pth", "model_2.pth", "opt_1.pth", "opt_2.pth", "final.json", "output.log"}

@@ -106,7 +106,7 @@ def test_a_terminal_without_columns_shows_lines(tmp_path):
     wait = tmp_path / "wait.py"
     wait.write_text("from singlestep.run import console\nconsole.MINUTES = 0\n"
                     "with console.Screen().progress('waiting', 2, 'step') as bar:\n    bar.update()\n")
-    assert "# waiting: 1 of 2 steps, some time left" in on_a_terminal(Started, wait, columns=0)
+    assert "# waiting: 1 of 2 steps, time left unknown" in on_a_terminal(Started, wait, columns=0)
     assert "0%|" in on_a_terminal(Started, wait) and "1 of 2" not in on_a_terminal(Started, wait)
 
 
@@ -117,7 +117,7 @@ def test_off_a_terminal_a_long_wait_says_a_line_now_and_then(monkeypatch, capsys
         for _ in range(3):
             bar.update(40)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "# epoch 0: 50 of 100 steps, loss 1.23, some time left"
+    assert lines[0] == "# epoch 0: 50 of 100 steps, loss 1.23, time left unknown"
     assert re.fullmatch(r"# epoch 0: 90 of 100 steps, loss 1\.23, about 0 s left", lines[1])
     assert lines[2].startswith("# epoch 0: 100 of 100 steps")  # never more than there are
 

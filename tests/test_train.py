@@ -376,7 +376,7 @@ def test_a_gpu_whose_driver_does_not_start_is_none(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device(argparse.Namespace(device="auto", deterministic=False)) == torch.device("cpu")
-    with pytest.raises(UsageError, match=r"--device cuda is not there.*take --device cpu"):
+    with pytest.raises(UsageError, match=r"--device cuda is not available.*use --device cpu"):
         choose_device(argparse.Namespace(device="cuda", deterministic=False))
 
 

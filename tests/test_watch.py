@@ -38,8 +38,8 @@ def test_an_attack_that_helps_most_images_misleads_whatever_fgsm_finds(abnormal,
 
 def test_the_line_says_what_gave_a_collapse_away():
     record = {"epoch": 1, "fgsm_acc": 0.111, "test_robust_acc": 0.016, "abnormal": 0.763}
-    said = "catastrophic overfitting in epoch 2: 11.1% right under FGSM, 1.6% under PGD"
-    assert console.collapse_line(record) == f"{said}; training's attack made 76.3% of the images easier"
+    said = "catastrophic overfitting in epoch 2: accuracy 11.1% under FGSM, 1.6% under PGD"
+    assert console.collapse_line(record) == f"{said}; the training attack lowered the loss of 76.3% of the images"
     for abnormal in (None, 0.2):
         assert console.collapse_line({**record, "abnormal": abnormal}) == said
 
@@ -55,9 +55,9 @@ def test_a_whole_run_is_summed_up_in_a_line():
 
     fell = curve((0.3, 0.2), (0.5, 0.412), (0.9, 0.1), (0.9, 0.05), (0.45, 0.3))
     assert line(fell) == \
-        "catastrophic overfitting in 2 of 5 epochs, first in epoch 3; under PGD 41.2% at best, 30.0% at last"
-    assert line(fell[:2]) == "no catastrophic overfitting; under PGD 41.2% at best, 41.2% at last"
-    assert line([]) == "no epoch is on record"
+        "catastrophic overfitting in 2 of 5 epochs, first in epoch 3; PGD accuracy: best 41.2%, last 30.0%"
+    assert line(fell[:2]) == "no catastrophic overfitting; PGD accuracy: best 41.2%, last 41.2%"
+    assert line([]) == "no epochs recorded"
 
 
 # Of every committed run that fell, the epochs (from 1) in which the rule says that it is in collapse.
@@ -153,8 +153,8 @@ def test_a_collapse_is_said_and_kept(tmp_path, call, small_dummy, monkeypatch):
     fall(monkeypatch, 1, 2)
     status, output, _ = call("train_cifar.py", *FOUR, "--fname", tmp_path / "run")
     assert status == 0 and output.count("catastrophic overfitting in epoch ") == 2
-    assert "# catastrophic overfitting in 2 of 4 epochs, first in epoch 2; under PGD" in output
-    assert "catastrophic overfitting in epoch 2: 90.0% right under FGSM, 10.0% under PGD" in output
+    assert "# catastrophic overfitting in 2 of 4 epochs, first in epoch 2; PGD accuracy: best" in output
+    assert "catastrophic overfitting in epoch 2: accuracy 90.0% under FGSM, 10.0% under PGD" in output
     assert "catastrophic overfitting in epoch 3" in (tmp_path / "run" / "output.log").read_text()
     assert [record["collapsed"] for record in epochs_of(tmp_path / "run")] == [False, True, True, False]
     final = json.loads((tmp_path / "run" / "final.json").read_text())

@@ -1,4 +1,4 @@
-"""What a run prints: lines, bars and one-line errors; and the signals that stop it."""
+"""Console output (lines, progress bars, one-line errors) and stop signals."""
 import contextlib
 import os
 import shlex
@@ -12,21 +12,21 @@ from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-MINUTES = 3  # off a terminal, a long wait prints a line this often
+MINUTES = 3  # between two progress lines if there is no terminal
 
 
 class UsageError(Exception):
-    """A mistake the user can mend: one line that names the flag or file and says what would be right."""
+    """An error that the user can correct: one line that names the flag or file and says what would be right."""
 
-    told = False  # by another process
+    told = False  # whether another process prints this error
 
 
 class Failure(Exception):
-    """What ends a run though no flag or file is wrong: one line, exit status 1."""
+    """An error that ends a run although no flag or file is wrong: one line, exit status 1."""
 
 
 class Stopped(Exception):
-    """A signal asked the run to end; `midway`: within a step, so that the state is not one to save."""
+    """A signal stopped the run. `midway`: within a step, so that the state must not be saved."""
 
     def __init__(self, number: signal.Signals, how: str = "", midway: bool = False):
         super().__init__(f"stopped by {number.name}{how}")
@@ -34,22 +34,24 @@ class Stopped(Exception):
 
 
 def say(text: str, error: bool = False) -> None:
-    """Print a line, above a progress bar if there is one. A stream that is closed or that a letter does not fit into
-    is no reason to end."""
+    """Print a line, above the progress bar if there is one.
+
+    Without a stream, nothing is printed. Characters that the stream cannot encode are escaped.
+    """
     stream = sys.stderr if error else sys.stdout
     if stream is None:
         return
     encoding = stream.encoding or "utf-8"
     line = f"{text}\n".encode(encoding, "backslashreplace").decode(encoding)
-    tqdm.write(line, stream, end="")  # at once, also where nothing is buffered
+    tqdm.write(line, stream, end="")  # text and newline in one write, even if unbuffered
     stream.flush()
 
 
 class StopSignals:
-    """Within `with`, notes SIGINT, SIGTERM and SIGHUP, for loops to obey between two steps; a second one acts at once.
+    """Context that records SIGINT, SIGTERM and SIGHUP, so that loops can stop between two steps.
 
-    A signal that is ignored, as SIGHUP is under nohup, stays ignored. Only a program's main thread can do this; in
-    another one nothing changes.
+    A second signal acts immediately, except under torchrun. An ignored signal stays ignored, as SIGHUP does under
+    nohup. Outside the main thread, signals are not recorded.
     """
 
     received: signal.Signals | None = None
@@ -69,20 +71,23 @@ class StopSignals:
 
     def _note(self, number: int, frame) -> None:
         self.received = signal.Signals(number)
-        if "WORLD_SIZE" not in os.environ:  # a scheduler and torchrun may both pass on the same signal
+        if "WORLD_SIZE" not in os.environ:  # a scheduler and torchrun may both forward the same signal
             signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def one_line_errors(folder: str = "") -> Iterator[None]:
-    """Errors of the kinds above, and those of the system, end the process with a line on standard error."""
+    """On an error of this module or of the system, print one line to standard error and end the process.
+
+    Exit status: 2 for UsageError, 1 for Failure and OSError, 128 + signal number for Stopped.
+    """
     def end(status: int, text: str) -> NoReturn:
         if text:
             say(f"{Path(sys.argv[0]).name}: {text}", error=True)
         sys.exit(status)
 
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, stream) is None:  # closed: else the next file would take its place
+        if getattr(sys, stream) is None:  # closed: the next file to be opened would take its number
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     try:
         yield
@@ -92,17 +97,17 @@ def one_line_errors(folder: str = "") -> Iterator[None]:
         end(1, f"error: {error}")
     except Stopped as stop:
         end(128 + stop.number, str(stop))
-    except KeyboardInterrupt:  # before there was anything to save
+    except KeyboardInterrupt:  # outside StopSignals, or a second SIGINT
         end(128 + signal.SIGINT, "stopped by SIGINT")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python, at its end, would fail again
-        end(1, f"error: standard output was closed{'; --resume auto goes on' if folder else ''}")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # prevents a second error at exit
+        end(1, f"error: standard output was closed{'; --resume auto continues this run' if folder else ''}")
     except OSError as error:
         end(1, f"error: {error.filename or folder}: {error.strerror or error}")
 
 
 class Screen:
-    """Of a run's first process; those of the others show nothing, and that of --quiet warnings alone."""
+    """Console of a process. Only rank 0 prints; with --quiet, it prints only warnings."""
 
     def __init__(self, is_main: bool = True, quiet: bool = False):
         self.is_main, self.shown = is_main, is_main and not quiet
@@ -117,7 +122,7 @@ class Screen:
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int | None = None, unit: str = "", done: int = 0) -> Iterator["Progress"]:
-        """A bar over `total` units, of which some may be done; without a total, the time that has gone by."""
+        """Show a progress bar over `total` units, `done` of them complete; without a total, show the elapsed time."""
         bar = Progress(self, what, total, unit, done)
         try:
             yield bar
@@ -126,13 +131,13 @@ class Screen:
 
 
 class Progress:
-    """A bar that moves while the program waits; off a terminal, a line now and then."""
+    """Progress bar that keeps its clock running between updates; without a terminal, a line every MINUTES."""
 
     def __init__(self, screen: Screen, what: str, total: int | None, unit: str, done: int):
         self.screen, self.what, self.total, self.unit = screen, what, total, unit
         self.done, self.first = done, done
         self.said, self.values, self.over = time.monotonic(), "", threading.Event()
-        self.timed: tuple[float, int] | None = None  # after the first step, which may have compiled: when, how many
+        self.timed: tuple[float, int] | None = None  # time and units after the first step, which may compile
         self.bar = tqdm(desc=what, total=total, unit=unit, initial=done, leave=False, dynamic_ncols=True,
                         bar_format=None if total else "{desc} {elapsed}", disable=not (screen.shown and drawable()))
         if not self.bar.disable:
@@ -143,18 +148,18 @@ class Progress:
             self.bar.refresh()
 
     def tell(self, what: str, **values: str) -> None:
-        """Change what the bar says before and behind itself."""
+        """Set the description in front of the bar and the values behind it."""
         self.what, self.values = what, "".join(f", {name} {value}" for name, value in values.items())
         self.bar.total = self.total  # it may have changed
         self.bar.set_description(what, refresh=False)
         self.bar.set_postfix(values, refresh=False)
 
     def update(self, n: int = 1) -> None:
-        """Note that n more are done; never more than there are."""
+        """Count n more units, but never more than `total`."""
         n = n if self.total is None else min(n, self.total - self.done)
         self.done += n
         self.bar.update(n)
-        if self.done == self.total:  # the last step may have come too soon after one that was drawn
+        if self.done == self.total:  # tqdm may skip drawing the last step if it follows another too soon
             self.bar.refresh()
         now = time.monotonic()
         self.timed = self.timed or (now, self.done)
@@ -163,10 +168,10 @@ class Progress:
             self.screen.say(f"# {self.what}: {self.done:,} of {self.total:,} {self.unit}s{self.values}, {self.left()}")
 
     def left(self) -> str:
-        """How long the rest will take at the pace so far."""
+        """Return the remaining time at the pace so far, as text."""
         since, then = self.timed or (0.0, self.done)
         if self.total is None or self.done == then:
-            return "some time left"
+            return "time left unknown"
         return f"about {duration((time.monotonic() - since) / (self.done - then) * (self.total - self.done))} left"
 
     def close(self) -> None:
@@ -175,15 +180,15 @@ class Progress:
 
 
 def drawable() -> bool:
-    """Whether there is a terminal to draw bars on. That of a container or a job can have no columns."""
+    """Return whether standard error is a terminal that can show bars. In containers and jobs, it may have 0 columns."""
     try:
         return os.get_terminal_size(sys.stderr.fileno()).columns > 0
-    except (AttributeError, OSError, ValueError):  # there is no stream, it is closed, or no terminal
+    except (AttributeError, OSError, ValueError):  # no stream, a closed stream, or no terminal
         return False
 
 
 def duration(seconds: float) -> str:
-    """Roughly, as one would say it."""
+    """Format a rounded duration: 95 s, 12 min, 2 h 05 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -191,16 +196,21 @@ def duration(seconds: float) -> str:
 
 
 def clock(seconds: float) -> str:
-    """As a clock shows it: 2:04, 1:02:11."""
+    """Format a duration like a clock: 2:04, 1:02:11."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
 def banner(args, method: str, parameters: int, compiled: bool, start: dict[str, Any], images: tuple[int, int, int],
            steps: int) -> str:
-    """What is about to run: the method with its numbers, the data, the network and the machine, the folder.
+    """Return the first lines that a run prints: method, data, network and hardware, folder.
 
-    start: as `device.describe` gives it; images: how many to train, to validate and to test on.
+    Args:
+        method: flags of the method.
+        parameters: number of the network's parameters.
+        start: dict from `device.describe`.
+        images: numbers of training, validation and test images.
+        steps: steps in an epoch.
     """
     train, held_out, test = images
     first = test if args.full_test else min(args.test_samples, test)
@@ -210,7 +220,7 @@ def banner(args, method: str, parameters: int, compiled: bool, start: dict[str, 
     return "\n".join([
         f"method   {args.method + ': ' if args.method else ''}{method}",
         f"data     {args.data_set}{' (synthetic)' if args.dummy else ''}: {train:,} training images, {args.epochs} "
-        f"epochs of {steps:,} steps; judged on {f'{held_out:,} validation and ' if held_out else ''}{first:,} test "
+        f"epochs of {steps:,} steps; evaluated on {f'{held_out:,} validation and ' if held_out else ''}{first:,} test "
         f"images after an epoch, {last:,} after the last",
         f"network  {args.model}{width}, {parameters / 1e6:.1f} M parameters, "
         f"{precision}{', compiled' * compiled}, on {start['device']}, threads: {start['threads']}, "
@@ -219,7 +229,7 @@ def banner(args, method: str, parameters: int, compiled: bool, start: dict[str, 
 
 
 def epoch_line(record: dict[str, Any], history: list[dict[str, Any]], epochs: int) -> str:
-    """An epoch's line: accuracy in %, on training images, clean test images, and those under FGSM and PGD."""
+    """Return an epoch's line: accuracy in % on training images, clean test images, and under FGSM and PGD."""
     def percent(name: str) -> str:
         return "    -" if record.get(name) is None else f"{100 * record[name]:5.1f}"
 
@@ -239,44 +249,52 @@ def epoch_line(record: dict[str, Any], history: list[dict[str, Any]], epochs: in
 
 
 def final_line(final: dict[str, Any]) -> str:
-    """That of the final evaluation, in %."""
+    """Return the line of the final evaluation, with accuracy in %."""
     return (f"final evaluation of the {final['model']} model, {final['images']:,} images, "
             f"PGD-{final['iters']}-{final['restarts']}: clean {100 * final['clean_acc']:.2f}  "
             f"robust {100 * final['robust_acc']:.2f}  {clock(final['seconds'])}")
 
 
-def final_estimate(args, seconds: float, judged: int, images: int) -> str:
-    """How long the final evaluation will take if four images of ten withstand it, when an epoch's, on `judged` images,
-    took `seconds`; empty if it is not worth a word."""
+def final_estimate(args, seconds: float, evaluated: int, images: int) -> str:
+    """Estimate the duration of the final evaluation, assuming that 40% of the images stay robust.
+
+    Args:
+        seconds, evaluated: duration and number of images of an epoch's evaluation.
+        images: number of images of the final evaluation.
+
+    Returns:
+        A line to print; empty if the estimate is under 5 minutes.
+    """
     passes = args.final_iters * (1 + 0.4 * (args.final_restarts - 1)) / (args.test_iters * args.test_restarts)
-    expected = seconds / judged * images * passes
+    expected = seconds / evaluated * images * passes
     if expected < 300:
         return ""
     return (f"# the final evaluation (PGD-{args.final_iters}-{args.final_restarts} on {images:,} images) may take "
-            f"{duration(expected)}; --final-iters, --final-restarts and --final-samples shorten it")
+            f"{duration(expected)}; to shorten it, lower --final-iters, --final-restarts or --final-samples")
 
 
 def where(args) -> str:
-    """Where everything is, and what to do with it."""
-    return (f"# everything is in {args.fname}\n"
-            f"# to attack it further:  python evaluate.py {shlex.quote(args.fname)}\n"
-            f"# to plot it:            python plot.py {shlex.quote(args.fname)} "
+    """Return lines about the folder of the results and the next commands."""
+    return (f"# results are in {args.fname}\n"
+            f"# evaluate the model:  python evaluate.py {shlex.quote(args.fname)}\n"
+            f"# plot the run:        python plot.py {shlex.quote(args.fname)} "
             f"--out={shlex.quote(args.fname + '/curves.png')}")
 
 
 def collapse_line(record: dict[str, Any]) -> str:
-    """What to say of an epoch in collapse."""
-    said = (f"catastrophic overfitting in epoch {1 + record['epoch']}: {100 * record['fgsm_acc']:.1f}% right under "
+    """Return the message about an epoch in collapse."""
+    line = (f"catastrophic overfitting in epoch {1 + record['epoch']}: accuracy {100 * record['fgsm_acc']:.1f}% under "
             f"FGSM, {100 * record['test_robust_acc']:.1f}% under PGD")
     easier = record.get("abnormal") or 0.0
-    return said + (f"; training's attack made {100 * easier:.1f}% of the images easier" if easier > 0.5 else "")
+    return line + (f"; the training attack lowered the loss of {100 * easier:.1f}% of the images" if easier > 0.5
+                   else "")
 
 
 def summary_line(summary: dict[str, Any], epochs: int) -> str:
-    """What to say of a whole run of so many epochs, of which `collapse.summary` tells."""
-    if not epochs:  # the run of published files has none
-        return "no epoch is on record"
+    """Return the message about a whole run of `epochs` epochs; `summary` is from `collapse.summary`."""
+    if not epochs:  # checkpoints of the published scripts have no history
+        return "no epochs recorded"
     first, best, last = (summary[name] for name in ("collapse_epoch", "best_robust_acc", "last_robust_acc"))
-    said = "no catastrophic overfitting" if first is None else \
+    line = "no catastrophic overfitting" if first is None else \
         f"catastrophic overfitting in {summary['collapsed_epochs']} of {epochs} epochs, first in epoch {first + 1}"
-    return f"{said}; under PGD {100 * best:.1f}% at best, {100 * last:.1f}% at last"
+    return f"{line}; PGD accuracy: best {100 * best:.1f}%, last {100 * last:.1f}%"

@@ -1,4 +1,4 @@
-"""The device of a run, its precision, the network's layout and compiling, and random seeds."""
+"""Device, precision, memory layout, compilation and random seeds."""
 import contextlib
 import ctypes
 import os
@@ -23,11 +23,11 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def seed_everything(*key: int) -> None:
-    """Make all random numbers from here on a function of `key` (whole numbers, 0 or more) alone.
+    """Seed all random number generators from `key` (integers, 0 or more).
 
-    Every training step and every evaluated batch starts with this, so that a run that goes on from any step draws
-    what an unbroken run draws, and no random state needs saving. NumPy fills a short key up with zeros: (5,) is the
-    same as (5, 0, 0, 0), so that every purpose needs a first number of its own.
+    Every training step and every evaluation batch is seeded. So a resumed run draws the same numbers as an
+    uninterrupted one, without saved random states. NumPy pads short keys with zeros: (5,) equals (5, 0, 0, 0). So
+    each purpose needs a different first number.
     """
     state = np.random.SeedSequence(key).generate_state(2)
     random.seed(int(state[0]))
@@ -36,9 +36,9 @@ def seed_everything(*key: int) -> None:
 
 
 def choose_device(args) -> torch.device:
-    """The device that --device names. Raises UsageError where it is not there."""
+    """Return the device named by --device. Raises UsageError if it is not available."""
     name = args.device
-    count = 0 if name == "cpu" else cuda_devices()  # a driver that is too old complains
+    count = 0 if name == "cpu" else cuda_devices()  # --device cpu avoids the warning of an outdated driver
     if name == "auto":
         name = "cuda" if count else "cpu"
     try:
@@ -51,11 +51,11 @@ def choose_device(args) -> torch.device:
         keep_freed_memory()
         return device
     if device.index is not None and os.environ.get("WORLD_SIZE", "1") != "1":
-        raise UsageError(f"--device {name} is one for all processes: under torchrun, use --device cuda")
+        raise UsageError(f"--device {name} is the same for all processes: under torchrun, use --device cuda")
     index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
     if index >= count:
-        raise UsageError(f"--device {name} is not there: cuda:{index} is asked for, and {count} CUDA devices can be "
-                         f"used here; take --device cpu")
+        raise UsageError(f"--device {name} is not available: cuda:{index} is needed, and the number of usable CUDA "
+                         f"devices is {count}; use --device cpu")
     torch.cuda.set_device(index)
     torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
@@ -65,64 +65,64 @@ def choose_device(args) -> torch.device:
 
 
 def cuda_devices() -> int:
-    """How many GPUs can be used: none where the driver is missing, or too old for this PyTorch."""
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0  # the count alone asks no driver to start
+    """Return the number of usable GPUs: 0 if the driver is missing or too old for this version of PyTorch."""
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0  # device_count() does not test the driver
 
 
 def hardware(device: torch.device) -> str:
-    """The name of the GPU; or that of the processor and the instruction set that PyTorch uses, which decides bits."""
+    """Return the name of the GPU, or the CPU with the instruction set used by PyTorch, which affects rounding."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     about = {}
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as lines:
         about = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     name = about.get("model name") or platform.processor() or platform.machine()
-    if "cpu family" in about:  # a virtual machine may hide which of the maker's processors it is
+    if "cpu family" in about:  # in a virtual machine, the model name may be generic
         name += f" (family {about['cpu family']}, model {about['model']})"
     amx = ", AMX" if "amx_tile" in about.get("flags", "").split() else ""
     return f"{name}, {torch.backends.cpu.get_cpu_capability()}{amx}"
 
 
 def commit() -> str | None:
-    """The commit of this code, with "-dirty" if a file has changed; None where the code is in no git repository."""
+    """Return the commit of this code, with "-dirty" after uncommitted changes; None outside a git repository."""
     def git(*words: str) -> str:
         done = subprocess.run(["git", *words], text=True, cwd=Path(__file__).resolve().parent, capture_output=True)
         return done.stdout.strip()
 
     try:
-        tracked = git("ls-files", "--", Path(__file__).name)  # an installed copy may lie in a repository of the user's
+        tracked = git("ls-files", "--", Path(__file__).name)  # an installed copy may be inside another repository
         return (tracked and git("describe", "--always", "--dirty", "--abbrev=40")) or None
     except OSError:  # git is not installed
         return None
 
 
 def describe(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """What a figure has to stand with: versions, hardware and the commit of this code."""
+    """Return versions, hardware, command line and commit, to be recorded with every result."""
     return {"commit": commit(), "python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": version("torchvision"), "device": hardware(device), "threads": torch.get_num_threads(),
             "processes": processes, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
 
 
 def keep_freed_memory(keep: bool = True) -> None:
-    """Have the C library keep freed memory for this process, or no longer; does nothing where that is not glibc.
+    """Make glibc keep freed memory for reuse, or restore its defaults. With another C library, do nothing.
 
-    By default, glibc gives the large blocks that activations live in back to the kernel, which zeroes their pages anew
-    for every layer: a tenth of a training step on a CPU.
+    By default, glibc returns the large blocks of activations to the kernel, which zeroes their pages again for every
+    layer. On a CPU, this takes a tenth of a training step.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0 if keep else 65536)      # M_MMAP_MAX: how many blocks are mapped apart, and so unmapped
-        libc.mallopt(-1, -1 if keep else 64 << 20)  # M_TRIM_THRESHOLD: from where on the heap shrinks (-1: never)
-        if not keep:  # these are the defaults, and the thresholds that glibc comes to by itself
+        libc.mallopt(-4, 0 if keep else 65536)      # M_MMAP_MAX: number of blocks in mappings of their own
+        libc.mallopt(-1, -1 if keep else 64 << 20)  # M_TRIM_THRESHOLD: free bytes that shrink the heap (-1: never)
+        if not keep:  # the defaults, with the thresholds that glibc would have adapted to
             libc.mallopt(-3, 32 << 20)              # M_MMAP_THRESHOLD
             libc.malloc_trim(0)
 
 
 def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format:
-    """The layout in which convolutions are fastest, where it can be trusted.
+    """Return the fastest correct memory layout for convolutions: channels_last unless a oneDNN bug affects the model.
 
-    On CPUs, oneDNN computes the weight gradient of a strided 1x1 convolution in channels_last with memory errors if it
-    has fewer than 16 input channels (uxlfoundation/oneDNN issue 6035).
+    On CPUs, oneDNN makes memory errors in the weight gradient of strided 1x1 convolutions with fewer than 16 input
+    channels in channels_last (uxlfoundation/oneDNN issue 6035).
     """
     faulty = any(isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1) and layer.stride != (1, 1) and
                  layer.in_channels < 16 for layer in model.modules())
@@ -130,15 +130,15 @@ def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format
 
 
 class Compiled(nn.Module):
-    """`model`, compiled for training on whole batches of `batch_size`; whatever else it is given, it runs as it is.
+    """`model`, compiled for training batches whose size is a multiple of `batch_size`; all others run uncompiled.
 
-    So neither the last short batch of an epoch nor an evaluation costs a graph, and a run that goes on takes the same
-    path as an unbroken one.
+    So the short last batch of an epoch and evaluations need no graphs of their own, and a resumed run takes the same
+    code path as an uninterrupted one.
     """
 
     def __init__(self, model: nn.Module, batch_size: int, mode: str):
         super().__init__()
-        torch._dynamo.config.recompile_limit = 64  # the attack and the training step, each at each size
+        torch._dynamo.config.recompile_limit = 64  # one graph each for attack and training step, at each size
         self.model, self.batch_size, self.overwritten = model, batch_size, mode != "default"
         self.compiled = torch.compile(model.forward, mode=mode, dynamic=False)
 
@@ -147,11 +147,11 @@ class Compiled(nn.Module):
         if not whole:
             return self.model(x)
         logits = self.compiled(x)
-        return logits.clone() if self.overwritten else logits  # a CUDA graph answers in the same memory every time
+        return logits.clone() if self.overwritten else logits  # CUDA graphs reuse their output memory
 
 
 class Precision:
-    """The precision of a run's attacks and training steps, and the float32 in which accuracy is judged."""
+    """Precision of attacks and training steps, and float32 forward passes for measuring accuracy."""
 
     def __init__(self, args, device: torch.device):
         self.device = device
@@ -164,7 +164,7 @@ class Precision:
 
     @classmethod
     def float32(cls, device: torch.device, tf32: bool = True) -> "Precision":
-        """Float32, on CUDA with or without TF32 in attacks."""
+        """Return float32 precision. On CUDA, `tf32` allows TF32 in attacks."""
         return cls(SimpleNamespace(amp=False, tf32=tf32), device)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -172,12 +172,12 @@ class Precision:
             self.apex.initialize(model, optimizer, opt_level="O1", verbosity=0)
 
     def autocast(self) -> contextlib.AbstractContextManager:
-        """Forward passes in here use the run's precision."""
+        """Return a context in which forward passes use the run's precision."""
         native = self.dtype is not torch.float32 and not self.apex
         return torch.autocast(self.device.type, self.dtype, enabled=native)
 
     def float32_logits(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """The logits of a float32 forward pass, such as decides every accuracy."""
+        """Return the logits of a float32 forward pass without gradients or TF32; all accuracies are measured so."""
         before = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
         try:
@@ -192,10 +192,10 @@ class Precision:
         return self.dtype is torch.float32 and not self.tf32
 
     def backward_and_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-        """One step of the optimizer down `loss`. Returns whether loss and gradient were finite, as a tensor.
+        """Backpropagate `loss` and take one optimizer step. Returns whether loss and gradient are finite, a tensor.
 
-        With float16 the loss is scaled; a step whose scaled gradient overflows is then skipped and no fault, and so
-        apex, which scales too, is asked about the loss only.
+        With float16, the loss is scaled. A step whose scaled gradient overflows is skipped and is not an error, so only
+        the loss is checked, also with apex.
         """
         optimizer.zero_grad(set_to_none=True)
         finite = loss.detach().isfinite()
@@ -223,9 +223,9 @@ class Precision:
 
 
 def evaluation_batch(args, device: torch.device) -> int:
-    """How many images a process evaluates at once, fewer where --batch-size, of all processes, is small.
+    """Return the number of images that each process evaluates at once; it decreases with --batch-size below 128.
 
-    For an image, an attack stores as much as a training step: 4 MiB in float32, or 23 with a WideResNet-34-10.
+    An attack stores as much for each image as a training step: 4 MiB in float32, or 23 MiB with a WideResNet-34-10.
     """
     fuller = device.type == "cuda" and args.model != "WideResNet"
     return min(args.batch_size, 128) * (4 if fuller else 1)
@@ -233,15 +233,15 @@ def evaluation_batch(args, device: torch.device) -> int:
 
 @contextlib.contextmanager
 def advised(signals: StopSignals, advice: str) -> Iterator[None]:
-    """If memory runs out, or a compiler is missing, end the run with one line of advice."""
+    """Context that raises Failure with one line of advice if memory runs out or compilation fails."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # PyTorch has no class of its own for a CPU's memory.
+        # PyTorch has no exception class for running out of CPU memory.
         if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
             raise Failure(f"out of memory: {advice}") from None
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):
-            if signals.received:  # which the compiler's own processes received, too
+            if signals.received:  # the compiler's subprocesses received the signal, too
                 raise Stopped(signals.received, " while compiling; --resume auto continues from the newest state",
                               midway=True) from None
             raise Failure(f"--compile: {str(error).partition(chr(10))[0]}; use --no-compile") from None
@@ -249,7 +249,7 @@ def advised(signals: StopSignals, advice: str) -> Iterator[None]:
 
 
 def slowdown(dtype: torch.dtype) -> float:
-    """How many times as long as in float32 a convolution and its gradients take on this CPU: measured, in a moment."""
+    """Measure how many times longer a convolution and its gradients take in `dtype` than in float32 on this CPU."""
     layer = nn.Conv2d(32, 32, 3, padding=1).to(memory_format=torch.channels_last)
     x = torch.zeros(16, 32, 16, 16).to(memory_format=torch.channels_last).requires_grad_()
 
@@ -267,8 +267,8 @@ def _apex(dtype: torch.dtype, device: torch.device):
     try:
         from apex import amp
     except ImportError:
-        raise UsageError("--amp-impl apex needs an NVIDIA apex from before 2025-05-08, which still has apex.amp; "
-                         "here there is none: use --amp-impl native") from None
+        raise UsageError("--amp-impl apex needs NVIDIA apex from before 2025-05-08 (later versions have no apex.amp), "
+                         "which is not installed: use --amp-impl native") from None
     if dtype is not torch.float16 or device.type != "cuda":
-        raise UsageError("--amp-impl apex needs --amp-dtype float16 and a CUDA --device; or use --amp-impl native")
+        raise UsageError("--amp-impl apex needs --amp-dtype float16 and a CUDA --device, or use --amp-impl native")
     return amp

@@ -1,4 +1,4 @@
-"""The folder of a run: whole files, a lock, what an earlier run left, logs, TensorBoard."""
+"""Run folder: atomic writes, file locks, logs, TensorBoard."""
 import contextlib
 import json
 import os
@@ -15,7 +15,7 @@ from .console import UsageError, collapse_line, say
 
 @contextlib.contextmanager
 def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
-    """Open `path` for binary writing so that it changes whole or not at all, also when the machine goes down."""
+    """Open `path` for binary writing. The file is replaced atomically, even if the machine crashes."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -27,7 +27,7 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    with contextlib.suppress(OSError):  # shared folders may not know how to flush a directory
+    with contextlib.suppress(OSError):  # a shared file system may not support flushing a directory
         directory = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(directory)
@@ -36,9 +36,13 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def lock(path: str | Path, wait: float = -1) -> filelock.BaseFileLock | None:
-    """Lock the file `path` until the returned lock is released; None if another process has it for `wait` seconds.
+    """Lock the file `path`. If the file system does not support locks, print a warning and lock nothing.
 
-    A wait of -1 has no end. Where the file system knows no locks, a warning says so and nothing is locked.
+    Args:
+        wait: seconds to wait while another process holds the lock; -1: no limit.
+
+    Returns:
+        The lock, to be released by the caller; None if another process still holds it.
     """
     held = filelock.FileLock(path)
     try:
@@ -46,13 +50,13 @@ def lock(path: str | Path, wait: float = -1) -> filelock.BaseFileLock | None:
     except filelock.Timeout:
         return None
     except NotImplementedError:
-        say(f"warning: {Path(path).parent} is on a file system without locks: two runs there could overwrite each "
-            f"other's files", error=True)
+        say(f"warning: {Path(path).parent} is on a file system without file locks: two runs in this folder could "
+            f"overwrite each other's files", error=True)
     return held
 
 
 class Folder:
-    """The folder of a run at `path`; with None, a run that writes nothing."""
+    """Folder of a run at `path`; with None, the run writes no files."""
 
     def __init__(self, path: str | Path | None):
         self.exists = path is not None
@@ -60,27 +64,27 @@ class Folder:
         self._lock: filelock.BaseFileLock | None = None
 
     def require_writable(self, flag: str = "--fname") -> None:
-        """Raise UsageError, naming the flag, where no such folder could be written to; writes nothing itself."""
+        """Raise UsageError, naming `flag`, unless the folder is writable or can be created. Writes nothing."""
         there = self.path
         try:
-            str(there).encode()  # or it could not be written into a log
+            str(there).encode()  # fails if the name cannot be written to a log
             while not there.exists() and there != there.parent:
                 there = there.parent
             writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
-        except (OSError, ValueError):  # a name that is no name to the system
+        except (OSError, ValueError):  # not a valid name for the system
             writable = False
         if not writable:
-            raise UsageError(f"{flag} {self.path} cannot be written: it must be a folder, or a place for a new one")
+            raise UsageError(f"{flag} {self.path} cannot be written: it must be a writable folder or a new one")
 
     def lock(self) -> None:
-        """Make the folder and have it alone until `release`. Raises UsageError where another run has it."""
+        """Create the folder and lock it until `release`. Raises UsageError if another run uses it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock = self._lock or lock(self.path / ".lock", wait=0)
         except OSError as error:
             raise UsageError(f"--fname {self.path} cannot be written ({error.strerror})") from None
         if self._lock is None:
-            raise UsageError(f"--fname {self.path} is in use by another run: take another, or wait")
+            raise UsageError(f"--fname {self.path} is in use by another run: choose another folder, or wait")
 
     def release(self) -> None:
         if self._lock:
@@ -91,12 +95,12 @@ class Folder:
         return self.path / f"{name}_{epoch}.pth"
 
     def names(self, pattern: str) -> list[str]:
-        """The files here whose whole name the regular expression matches."""
+        """Return the names of files in the folder that fully match the regular expression, sorted."""
         there = sorted(os.listdir(self.path)) if self.path.is_dir() else []
         return [name for name in there if re.fullmatch(pattern, name)]
 
     def epochs(self, name: str) -> list[int]:
-        """The epochs that there is a file of, the newest first."""
+        """Return the epochs E for which the file {name}_E.pth exists, newest first."""
         return sorted((int(file[len(name) + 1:-4]) for file in self.names(rf"{name}_\d+\.pth")), reverse=True)
 
     def write(self, name: str, text: str) -> None:
@@ -104,17 +108,17 @@ class Folder:
             file.write(text.encode())
 
     def set_aside(self, names: Iterable[str]) -> str | None:
-        """Move the files into a new folder beside them; returns it, None if there are none."""
+        """Move the files to a new subfolder earlier_N/. Returns its path; None if none of the files exists."""
         names = [name for name in names if (self.path / name).exists()]
         if not names:
             return None
         number = 1
-        while (aside := self.path / f"earlier_{number}").exists():
+        while (earlier := self.path / f"earlier_{number}").exists():
             number += 1
-        aside.mkdir()
+        earlier.mkdir()
         for name in names:
-            os.rename(self.path / name, aside / name)
-        return str(aside)
+            os.rename(self.path / name, earlier / name)
+        return str(earlier)
 
 
 TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train Robust Acc", "Test Loss", "Test Acc",
@@ -122,7 +126,7 @@ TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train 
 
 
 def render(folder: Folder, state, args) -> None:
-    """Write the logs of `state`."""
+    """Write args.json, output.log, metrics.jsonl and final.json from `state`."""
     started = {"data_set": args.data_set, "statement": args.statement, "args": args.flags(), "starts": state.starts}
     folder.write("args.json", json.dumps(started, indent=1) + "\n")
     rows = [(start["epoch"], 0, resumed_line(start)) for start in state.starts if start.get("source")]
@@ -135,12 +139,12 @@ def render(folder: Folder, state, args) -> None:
         lines.append(final_line(state.final))
     folder.write("output.log", "".join(f"{line}\n" for line in lines))
     folder.write("metrics.jsonl", "".join(f"{json.dumps(record)}\n" for record in state.history))
-    if state.final:  # last: where it is, all is
+    if state.final:  # last, so that final.json exists only if all other logs are complete
         folder.write("final.json", json.dumps(state.final, indent=1) + "\n")
 
 
 def evaluations(folder: Folder) -> list[dict[str, Any]]:
-    """The evaluations that were made in the folder. Raises UsageError where they cannot be read."""
+    """Return the records in evaluation.json. Raises UsageError if it is damaged."""
     path = folder.path / "evaluation.json"
     try:
         records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -148,12 +152,14 @@ def evaluations(folder: Folder) -> list[dict[str, Any]]:
             raise ValueError
         return records
     except ValueError:
-        raise UsageError(f"{path} is damaged: repair it, or move it away") from None
+        raise UsageError(f"{path} is damaged: repair it, or move it to another folder") from None
 
 
 def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
-    """Add an evaluation to evaluation.json, and write eval.log from those of --eval; evaluations beside one another
-    wait."""
+    """Append a record to evaluation.json, and rewrite eval.log from the records of --eval.
+
+    Concurrent evaluations wait for each other.
+    """
     held = lock(folder.path / ".evaluation.lock")
     try:
         records = evaluations(folder)
@@ -179,7 +185,7 @@ def header(validated: bool) -> str:
 
 
 def log_line(record: dict[str, Any], validated: bool) -> str:
-    """An epoch's line of the log; its record goes by the titles in lower case."""
+    """Return an epoch's line of output.log. The keys of `record` are the TITLES in lower case, with underscores."""
     def cell(title: str) -> str:
         value = record.get(title.lower().replace(" ", "_"))
         if title == "Epoch" or value is None:
@@ -195,18 +201,18 @@ def resumed_line(start: dict[str, Any]) -> str:
 
 
 def final_line(final: dict[str, Any]) -> str:
-    found = (f"{name.replace('_', ' ')}: {final[name]:.4f}" for name in
-             ("clean_loss", "clean_acc", "robust_loss", "robust_acc"))
-    return "\t".join([f"PGD{final['iters']}", f"time: {final['seconds']:.1f}", *found])
+    metrics = (f"{name.replace('_', ' ')}: {final[name]:.4f}" for name in
+               ("clean_loss", "clean_acc", "robust_loss", "robust_acc"))
+    return "\t".join([f"PGD{final['iters']}", f"time: {final['seconds']:.1f}", *metrics])
 
 
 def read_records(folder: Folder) -> list[dict]:
-    """The epochs in metrics.jsonl. Raises ValueError where it is damaged."""
+    """Return the records in metrics.jsonl, one for each epoch. Raises ValueError if it is damaged."""
     path = folder.path / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
 
 
-# tag -> name in an epoch's record
+# TensorBoard tag -> key in an epoch's record
 SCALARS = {
     "accuracy/train": "train_robust_acc", "accuracy/clean": "test_acc", "accuracy/fgsm": "fgsm_acc",
     "accuracy/pgd": "test_robust_acc", "accuracy/validation": "val_robust_acc", "loss/train": "train_robust_loss",
@@ -216,7 +222,7 @@ SCALARS = {
 
 
 class Board:
-    """Draws the epochs of a run in `folder`, which is its own."""
+    """TensorBoard files of a run in `folder`, which must be used for nothing else."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -224,7 +230,7 @@ class Board:
         self.drawn: list[dict[str, Any]] = []
 
     def draw(self, history: list[dict[str, Any]]) -> None:
-        """Add the epochs that are not drawn yet, or, after a start, draw all of them anew."""
+        """Write the epochs that are not yet in the files. After a restart, write all epochs to new files."""
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         if self.writer is None or self.drawn != history[:len(self.drawn)]:

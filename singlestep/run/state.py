@@ -1,12 +1,13 @@
-"""The state of a run, and the folder that it is saved in.
+"""State of a run and its files.
 
-    state.pth                 the newest complete state, from which --resume auto goes on
-    model_E.pth, opt_E.pth    the network's state dict after epoch E; the optimizer's and, under "run", all the rest
-    model_best.pth            the state dict of the best network so far
-    output.log, metrics.jsonl, final.json, args.json    what a state tells, rendered anew whenever one is saved
+    state.pth         newest complete state, which --resume auto continues
+    model_E.pth       state dict of the network after epoch E
+    opt_E.pth         state dict of the optimizer after epoch E and, under "run", the rest of the state
+    model_best.pth    state dict of the best network so far
+    args.json, output.log, metrics.jsonl, final.json    rewritten from the state on every save
 
-Checkpoints hold tensors and plain values alone and are read with weights_only=True. Every file is written whole or not
-at all, and what an earlier run left is set aside, never overwritten.
+Checkpoints contain only tensors and plain values and are loaded with weights_only=True. Every file is written
+atomically. Files of an earlier run are moved to earlier_N/, never overwritten.
 """
 import io
 import math
@@ -28,21 +29,26 @@ from .console import UsageError
 from .device import Precision
 from .folder import Folder, read_records, render, whole_file
 
-# What is summed over the images of an epoch: the loss, correct images, images, mean abs(delta); images whose loss the
-# attack lowered, images for which that is known; correct images and images in the epoch's first half.
+# Sums over the images of an epoch: loss, correct images, images, mean abs(delta); images whose loss the attack lowered,
+# images for which this is known; correct images and images in the first half of the epoch.
 SUMS = ("loss", "correct", "images", "perturbation", "abnormal", "compared", "early_correct", "early_images")
 
 
 @dataclass
 class State:
-    """All that a run is at a moment: the network, its optimizer, and how far it has come.
+    """Everything that changes during a run: network, optimizer and progress.
 
-    ema: the average of the network's weights, if one is kept; kept: the method's own, by name; epoch, step: the next
-    step; best: the highest score of an epoch so far; seconds: those of this epoch; first_fault: this epoch's first step
-    that was not finite; history: a record for each epoch; starts: one for each time that the run was started; final:
-    that of the final evaluation.
-
-    sums: this process's sums over the epoch's images, in the order of SUMS.
+    Attributes:
+        ema: moving average of the network's weights; None without --ema.
+        kept: tensors of the training method, by name (see `attacks.Step`).
+        epoch, step: the next step to train; both count from 0.
+        best: highest score of an epoch so far; -1 if there is none.
+        seconds: training time of the current epoch.
+        sums: this process's sums over the images of the current epoch, in the order of SUMS.
+        first_fault: first step of the current epoch with a non-finite loss or gradient; inf if there is none.
+        history: one record for each completed epoch.
+        starts: one record for each start of the run.
+        final: record of the final evaluation; None before it.
     """
 
     model: nn.Module
@@ -64,19 +70,19 @@ class State:
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated and saved: the moving average, if there is one."""
+        """Network to evaluate and save: the moving average if there is one, else the network itself."""
         return self.ema.module if self.ema else self.model
 
     def begin_epoch(self, epoch: int) -> None:
-        """Be before the first step of `epoch`."""
+        """Move to the first step of `epoch`."""
         self.epoch, self.step, self.seconds, self.sums = epoch, 0, 0.0, torch.zeros_like(self.sums)
 
     def add(self, **values: Tensor) -> None:
-        """Add a step's values, by their names in SUMS, to the epoch's."""
+        """Add the values of one step, named as in SUMS, to the sums of the epoch."""
         self.sums += torch.stack([values[name] for name in SUMS])
 
     def training(self, args, sums: Tensor) -> dict:
-        """The optimizer's state dict and, under "run", the rest; `sums` are those of all processes."""
+        """Return the optimizer's state dict and, under "run", the rest of the state; `sums` are over all processes."""
         plain = {name: getattr(self, name) for name in self.PLAIN}
         raw = {"raw": self.model.state_dict(), "averaged": int(self.ema.n_averaged)} if self.ema else {}
         return {**self.optimizer.state_dict(), "run": {
@@ -84,18 +90,28 @@ class State:
             "args": args.flags()}}
 
     def load_training(self, saved: dict, source: str) -> dict:
-        """Load what `training` gave, or a bare optimizer's state dict; returns the arguments of that run.
+        """Load a dict from `training`, or the state dict of an optimizer alone.
 
-        Of the optimizer's, only the momentum is taken, into buffers of the layout that this run computes in, and the
-        last learning rate: how it steps is the command line's.
+        Of the optimizer, only the momentum and the last learning rate are loaded; the other hyperparameters come from
+        the command line. The momentum is copied into the existing buffers, so that their memory layout is kept.
+
+        Args:
+            saved: the dict.
+            source: name of its file, for error messages.
+
+        Returns:
+            The flags of the saved run; empty if the file has none.
+
+        Raises:
+            UsageError: `saved` does not fit the network, or is of a version that is no longer supported.
         """
         run = saved.get("run", {})
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         try:
             if len(saved["param_groups"]) != 1:
-                raise UsageError(f"--resume: {source} has {len(saved['param_groups'])} parameter groups, where here "
-                                 f"all parameters are in one: it was not written by these scripts")
-            for i, parameter in enumerate(parameters if saved["state"] else ()):  # it is empty before the first step
+                raise UsageError(f"--resume: {source} has {len(saved['param_groups'])} parameter groups, not one: "
+                                 f"it was not written by these scripts")
+            for i, parameter in enumerate(parameters if saved["state"] else ()):  # empty before the first step
                 momentum = saved["state"][i]["momentum_buffer"]
                 if momentum.shape != parameter.shape or not momentum.isfinite().all():
                     raise ValueError
@@ -104,9 +120,10 @@ class State:
             self.precision.load_state_dict(run.get("precision", {}))
             if run.get("rate", 1.0) != 1.0:
                 raise UsageError(f"--resume: {source} was rolled back by --on-collapse=rollback, which is no longer "
-                                 f"supported: finish this run with the version that began it, or train anew")
+                                 f"supported: finish this run with the version that started it, or start a new run")
             if "args" in run and "history" not in run:
-                raise UsageError(f"--resume: {source} is of an older version, which these scripts no longer read")
+                raise UsageError(f"--resume: {source} is of an older version that is no longer supported: finish this "
+                                 f"run with that version, or start a new run")
             for name in self.PLAIN:
                 setattr(self, name, run.get(name, getattr(self, name)))
             self.kept = {name: value.to(parameters[0].device) for name, value in run.get("kept", {}).items()}
@@ -115,17 +132,23 @@ class State:
                 self.ema.n_averaged.fill_(run["averaged"])
             return dict(run.get("args", {}))
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
-            raise UsageError(f"--resume: {source} holds no optimizer state for this network") from None
+            raise UsageError(f"--resume: {source} contains no optimizer state for this network") from None
 
 
 def named(sums: Tensor) -> dict[str, float]:
-    """The sums of an epoch by name."""
+    """Return the sums of an epoch as a dict with the names in SUMS."""
     return dict(zip(SUMS, sums.tolist()))
 
 
 class Found(NamedTuple):
-    """A checkpoint: the network's state dict, what `State.training` gave (an evaluation does without), the next epoch
-    as the files' names tell it (None for state.pth), and what to call it."""
+    """A checkpoint.
+
+    Attributes:
+        model: state dict of the network.
+        training: dict from `State.training`; None if only a network was found, which suffices for an evaluation.
+        epoch: the next epoch, from the names of the files; None if they do not contain it, as for state.pth.
+        source: names of the files, for messages.
+    """
 
     model: dict
     training: dict | None
@@ -142,9 +165,17 @@ class Found(NamedTuple):
 
 
 def find(folder: Folder, resume: int | str, evaluation: bool = False) -> Found | None:
-    """The checkpoint that `resume` (an epoch above 0, or "auto") asks for; None where auto finds no run.
+    """Read the checkpoint to resume from.
 
-    Raises UsageError where it is missing or cannot be read. An evaluation is content with a network alone.
+    Args:
+        resume: N > 0 for the checkpoint after N epochs, or "auto" for the newest one that can be read.
+        evaluation: accept a network without training state.
+
+    Returns:
+        The checkpoint; None if `resume` is "auto" and the folder has no checkpoint.
+
+    Raises:
+        UsageError: the checkpoint is missing or cannot be read.
     """
     if resume != "auto":
         return _pair(folder, int(resume) - 1, evaluation)
@@ -163,7 +194,7 @@ def find(folder: Folder, resume: int | str, evaluation: bool = False) -> Found |
         except UsageError as error:
             fault = fault or (error, files)
             continue
-        return found._replace(source=f"{found.source}, as {fault[1]} is damaged") if fault else found
+        return found._replace(source=f"{found.source}, because {fault[1]} is damaged") if fault else found
     if fault:
         raise fault[0]
     return None
@@ -172,13 +203,13 @@ def find(folder: Folder, resume: int | str, evaluation: bool = False) -> Found |
 def _state(folder: Folder) -> Found:
     saved = read_checkpoint(folder.path / "state.pth")
     if not all(isinstance(saved.get(part), dict) for part in ("model", "opt")):
-        raise UsageError(f"--resume: {folder.path / 'state.pth'} holds no training state")
+        raise UsageError(f"--resume: {folder.path / 'state.pth'} contains no training state")
     return Found(saved["model"], _scored(saved["opt"], folder), None, str(folder.path / "state.pth"))
 
 
 def _pair(folder: Folder, epoch: int, evaluation: bool = False) -> Found:
     model, optimizer = folder.file("model", epoch), folder.file("opt", epoch)
-    if evaluation and not optimizer.exists():  # where it is, it tells of which data set the run was
+    if evaluation and not optimizer.exists():  # if it exists, it also names the run's data set
         return _lone(folder, epoch)
     network = read_checkpoint(model)
     return Found(network, _scored(read_checkpoint(optimizer), folder), epoch + 1, f"{model} and {optimizer.name}")
@@ -190,8 +221,10 @@ def _lone(folder: Folder, epoch: int | str) -> Found:
 
 
 def _scored(training: dict, folder: Folder) -> dict:
-    """What `State.training` gave. The published scripts keep the best score in the best model's file; without that
-    file, there is no best score."""
+    """Return `training` with its best score, which is -1 if model_best.pth does not exist.
+
+    The published scripts store the best score in model_best.pth, these scripts in `training`.
+    """
     run, best = training.get("run", {}), folder.file("model", "best")
     if not best.exists():
         return {**training, "run": {**run, "best": -1.0}}
@@ -203,12 +236,18 @@ def _scored(training: dict, folder: Folder) -> dict:
 
 
 def resume(state: State, found: Found, args) -> list[str]:
-    """Load the checkpoint into `state`, whose network is loaded already. Returns notes to print. Raises UsageError if
-    the checkpoint does not fit the run."""
+    """Load the training state of the checkpoint into `state`, whose network is already loaded.
+
+    Returns:
+        Notes to print.
+
+    Raises:
+        UsageError: the checkpoint does not fit the run.
+    """
     notes: list[str] = []
     before = state.load_training(found.training, found.source) if found.training is not None else {}
     if before.get("data_set", args.data_set) != args.data_set:
-        raise UsageError(f"--resume: {found.source} is of a run on {before['data_set']}, not {args.data_set}")
+        raise UsageError(f"--resume: {found.source} is from a run on {before['data_set']}, not {args.data_set}")
     if found.epoch is not None:
         state.begin_epoch(found.epoch)
         state.final = None
@@ -221,7 +260,7 @@ def resume(state: State, found: Found, args) -> list[str]:
         for name in args.changed(before, "fixed"):
             flag = f"--{name.replace('_', '-')}"
             raise UsageError(f"--resume: the run in --fname {args.fname} has {flag} {before[name]}, not "
-                             f"{getattr(args, name)}; repeat its flags, take another --fname, or add --allow-changes")
+                             f"{getattr(args, name)}: use the same flags, another --fname, or --allow-changes")
     if args.changed(before, "scores"):
         state.best = -1.0
     if args.changed(before, "orders"):
@@ -230,24 +269,26 @@ def resume(state: State, found: Found, args) -> list[str]:
 
 
 def remove_unfinished(folder: Folder) -> None:
-    """Remove files that a killed run had begun to write, and none of an evaluation or a plot under way."""
+    """Remove partly written files of a killed run; keep those of a running evaluation or plot."""
     for name in folder.names(r"\.(args|final|metrics|model_\w+|opt_\d+|output|state)\.\w+\.\d+\.part"):
         (folder.path / name).unlink(missing_ok=True)
 
 
 def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str | None, bool]:
-    """Set aside what is of no run, or of epochs that are about to be made again.
+    """Move files that this run would overwrite to earlier_N/.
 
-    Returns where that is now, if there was anything, and whether the best model is gone.
+    Returns:
+        The path of earlier_N/, None if no file was moved; and whether the best model is of an epoch that will be
+        trained again.
     """
     remove_unfinished(folder)
     if found is None:
         return folder.set_aside(folder.names(
             r"(output|eval)\.log|metrics\.jsonl|(args|final|evaluation)\.json|tensorboard|"
             r"(state|final)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
-    if found.epoch is None:  # the run goes on from its newest state
+    if found.epoch is None:  # the run continues from state.pth
         other_final = state.final is None and (folder.path / "final.json").exists()
-        other_best = ["model_best.pth"] if state.best == -1 else []  # by other measure, if there is one
+        other_best = ["model_best.pth"] if state.best == -1 else []  # its score is of another kind
         return folder.set_aside((["final.json", "output.log"] if other_final else []) + other_best), False
     later = [f"{name}_{epoch}.pth" for name in ("model", "opt") for epoch in folder.epochs(name)
              if epoch >= state.epoch]
@@ -255,7 +296,7 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
     try:
         made = [record["epoch"] for record in read_records(folder)]
         best = max((record["epoch"] for record in read_records(folder) if record.get("best")), default=-1)
-    except (ValueError, KeyError, TypeError):  # a log that cannot be read: what it was of is not known
+    except (ValueError, KeyError, TypeError):  # unreadable log: treat it as one of epochs to train again
         made, best = [state.epoch], state.epoch
     if best >= state.epoch or state.best == -1:
         later.append("model_best.pth")
@@ -265,42 +306,42 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
 
 
 def save(path: Path, content: dict) -> None:
-    """Write a checkpoint."""
-    written = io.BytesIO()  # at a full disk, torch.save's own error would hide the system's
+    """Write a checkpoint atomically."""
+    written = io.BytesIO()  # if the disk is full, torch.save's own error would hide the system's
     torch.save(content, written)
     with whole_file(path) as file:
         file.write(written.getbuffer())
 
 
 def save_state(folder: Folder, state: State, args, sums: Tensor) -> None:
-    """Save all that --resume auto needs, and render what there is to be read of it."""
+    """Write the state to state.pth, from which --resume auto continues, and rewrite the logs."""
     save(folder.path / "state.pth", {"model": state.evaluated.state_dict(), "opt": state.training(args, sums)})
     render(folder, state, args)
 
 
 def read_checkpoint(path: Path) -> dict:
-    """The content of a checkpoint. Raises UsageError where it is missing, cut short, or not to be trusted."""
+    """Read a checkpoint. Raises UsageError if it is missing, damaged, or not only tensors and plain values."""
     if not path.exists():
         raise UsageError(f"--resume: {path} is missing")
     try:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
-                if archive.testzip():  # torch.load does not look at the checksums
+                if archive.testzip():  # torch.load does not verify checksums
                     raise ValueError
         with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises errors of many kinds at a file that it cannot read
+    except Exception as error:  # torch.load raises many kinds of errors for unreadable files
         foreign = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)|GLOBAL (\S+) was not an allowed", str(error))
         if foreign:
-            raise UsageError(f"--resume: {path} holds {foreign[1] or foreign[2]}, which is no plain value and could "
-                             f"run code of its own: save the state dict alone, and take that") from None
-        raise UsageError(f"--resume: {path} is cut short, altered or no PyTorch checkpoint") from None
+            raise UsageError(f"--resume: {path} contains {foreign[1] or foreign[2]}, which could run code when it is "
+                             f"loaded: save only the state dict to a new file, and use that file") from None
+        raise UsageError(f"--resume: {path} is truncated, altered or not a PyTorch checkpoint") from None
     if not isinstance(content, dict):
-        raise UsageError(f"--resume: {path} holds no state dict")
+        raise UsageError(f"--resume: {path} contains no state dict")
     return content
 
 
-# A numpy.float64, as the published scripts write it, by its names under NumPy 1 and 2.
+# numpy.float64, which the published scripts save in checkpoints, under its names in NumPy 1 and 2.
 NUMPY_SCALARS: list = [np.dtype, type(np.dtype("float64")), *(
     (np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
