@@ -249,7 +249,7 @@ def row(attack: str, epsilon: float, robust: int, n: int, seconds: float | None 
 
 
 def worst(job: Job, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:
-    """For each epsilon, the images that all attacks left, where there were several."""
+    """A row for each epsilon: the images that no attack breaks, if there are several attacks."""
     rows = []
     for epsilon in epsilons:
         left = [flags.cpu() for (_, size), flags in job.robust.items() if size == epsilon]
@@ -259,56 +259,56 @@ def worst(job: Job, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:
 
 
 def suspicions(job: Job, epsilons: tuple[float, ...]) -> list[str]:
-    """What in the results says that gradients mislead the attacks that follow them."""
-    found = []
+    """Warnings where the results suggest that gradients mislead the attacks (gradient masking)."""
+    warnings = []
     for epsilon in epsilons:
         rows = {row["attack"]: row for row in job.rows if row["epsilon"] == epsilon}
         n = len(job.images)
         pgd = min((row for name, row in rows.items() if name.startswith("pgd-")), default=None,
                   key=lambda row: (row["attack"] != "pgd-50-10", row["robust"]))
         if pgd and "autoattack" in rows and (gap := pgd["accuracy"] - rows["autoattack"]["accuracy"]) > MASKED:
-            found.append(f"at epsilon {epsilon:g}, AutoAttack is {100 * gap:.1f} points under "
-                         f"{pgd['attack'].upper()}: gradients may be masked")
+            warnings.append(f"at epsilon {epsilon:g}, AutoAttack is {100 * gap:.1f} points under "
+                            f"{pgd['attack'].upper()}: gradients may be masked")
         square = rows.get("autoattack", {}).get("parts", {}).get("square", 0)
         apgd = [job.robust[name, epsilon].cpu() for name in ("apgd-ce", "apgd-t") if name in rows]
         if "square" in rows and apgd:
             square = max(square, int((torch.stack(apgd).all(dim=0) & ~job.robust["square", epsilon].cpu()).sum()))
         if square > SURPRISE * n:
-            found.append(f"at epsilon {epsilon:g}, Square, which needs no gradient, breaks {square} of {n} images that "
-                         f"APGD leaves: gradients may be masked")
-        found += [f"at epsilon {epsilon:g}, {name} had no gradient to go by for {100 * row['no_gradient']:.0f}% of the "
-                  f"images: try autoattack" for name, row in rows.items() if row.get("no_gradient", 0) > 0.01]
-    return found
+            warnings.append(f"at epsilon {epsilon:g}, Square, which needs no gradient, breaks {square} of {n} images "
+                            f"that APGD does not: gradients may be masked")
+        warnings += [f"at epsilon {epsilon:g}, {name} had a gradient of 0 for {100 * row['no_gradient']:.0f}% of the "
+                     f"images: try autoattack" for name, row in rows.items() if row.get("no_gradient", 0) > 0.01]
+    return warnings
 
 
 def mismatch(job: Job) -> list[str]:
-    """A warning where BatchNorm's statistics are not of such inputs as the layers get. What a run says of its own
-    network is right."""
+    """A warning if the inputs of a BatchNorm layer do not fit its running statistics: the normalization, the block or
+    the data set may be wrong. A network whose run records them is not checked."""
     if job.opened.run and not job.opened.notes:
         return []
     x, _ = job.images.batch(slice(512))
     distance = batchnorm_mismatch(job.opened.model, x)
     return [] if distance < MISMATCH else [
         f"the inputs of a BatchNorm layer are {distance:.2f} off its running statistics (up to {MISMATCH:g} is usual): "
-        f"the normalization (--mean, --std), the block (--shortcut) or the data set may be another one's"]
+        f"the normalization (--mean, --std), the block (--shortcut) or the data set may be wrong"]
 
 
 @torch.no_grad()
 def batchnorm_mismatch(model: nn.Module, x: Tensor) -> float:
-    """How far the inputs of BatchNorm layers are, on images x (B, 3, H, W), from what their running statistics say.
+    """The largest distance of a BatchNorm layer's inputs from its running statistics, on images x (B, 3, H, W).
 
-    Of a channel, the length of ((mean - running mean) / running deviation, log(deviation / running deviation)); of a
-    layer, what three quarters of its channels exceed; the largest over the layers. Every layer passes on what it makes
-    of this batch's own statistics, as in training, so that no difference adds to those of later layers.
+    Distance of a channel: the length of ((mean - running mean) / running deviation, log(deviation / running
+    deviation)). Distance of a layer: the first quartile over its channels. Every layer normalizes by the statistics of
+    this batch, as in training, so that its distance does not add to those of later layers.
     """
-    found: list[Tensor] = []
+    distances: list[Tensor] = []
 
     def compare(layer: nn.BatchNorm2d, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         deviation, mean = torch.std_mean(inputs[0].float(), dim=(0, 2, 3))
         running_mean, running_var = (layer.get_buffer(f"running_{part}") for part in ("mean", "var"))
         running = (running_var + layer.eps).sqrt()
         stretch = ((deviation.square() + layer.eps).sqrt() / running).log()
-        found.append(torch.hypot((mean - running_mean) / running, stretch).quantile(0.25))
+        distances.append(torch.hypot((mean - running_mean) / running, stretch).quantile(0.25))
         return F.batch_norm(inputs[0], None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
 
     hooks = [layer.register_forward_hook(compare) for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
@@ -317,11 +317,11 @@ def batchnorm_mismatch(model: nn.Module, x: Tensor) -> float:
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(found).max().item() if found else 0.0
+    return torch.stack(distances).max().item() if distances else 0.0
 
 
 def table(title: str, rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
+    """Render the rows in Markdown."""
     lines = [f"\n{title}\n", "| attack | epsilon | images | accuracy | 95% interval | seconds |",
              "|:--|--:|--:|--:|:-:|--:|"]
     for each in rows:

@@ -392,8 +392,8 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str:
         silent = action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS)
-        untold = action.option_strings and not silent and "(default: " not in (action.help or "")  # Python 3.10's is
-        return (action.help or "") + (" (default: %(default)s)" if untold else "")
+        unstated = action.option_strings and not silent and "(default: " not in (action.help or "")  # Python 3.10's is
+        return (action.help or "") + (" (default: %(default)s)" if unstated else "")
 
 
 class Parser(argparse.ArgumentParser):
@@ -418,13 +418,13 @@ def add_flags(p: Parser, names: Collection[str] = FLAGS) -> None:
             continue
         add = p.add_argument_group(title).add_argument
         for each in chosen:
-            told = each.metadata
-            common = dict(default=each.default, help=told["help"])
+            settings = {name: each.metadata[name] for name in ("parse", "choices", "metavar")}
+            common = dict(default=each.default, help=each.metadata["help"])
             if isinstance(each.default, bool):
-                action = argparse.BooleanOptionalAction if told["negatable"] else "store_true"
+                action = argparse.BooleanOptionalAction if each.metadata["negatable"] else "store_true"
                 add(option(each.name), action=action, **common)
             else:
-                add(option(each.name), type=told["parse"], choices=told["choices"], metavar=told["metavar"], **common)
+                add(option(each.name), type=settings.pop("parse"), **settings, **common)
 
 
 def parser(dataset: DataSet, description: str | None) -> Parser:
@@ -481,14 +481,14 @@ def require_valid(name: str, value: Any) -> None:
     if name not in FLAGS:
         near = difflib.get_close_matches(name, FLAGS, 1)
         raise UsageError(f"there is no flag {option(name)}" + (f"; did you mean {option(near[0])}?" if near else ""))
-    told = FLAGS[name].metadata
+    settings = FLAGS[name].metadata
     if value is None or isinstance(FLAGS[name].default, bool):
         return
-    if told["choices"] and value not in told["choices"]:
-        raise UsageError(f"{option(name)} must be one of {', '.join(told['choices'])}, not {value}")
+    if settings["choices"] and value not in settings["choices"]:
+        raise UsageError(f"{option(name)} must be one of {', '.join(settings['choices'])}, not {value}")
     try:
-        if told["parse"]:
-            told["parse"](",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
+        if settings["parse"]:
+            settings["parse"](",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"{option(name)} {error}") from None
 
@@ -600,9 +600,9 @@ def method_help(dataset: DataSet, name: str) -> str:
     lines = [f"--method={name} ({method.source}; passes in a training step: {method.passes}) stands for", "",
              f"  {as_flags(method.flags_on(dataset.name))}", "", f"Its flags, with their values on {dataset.name}:", ""]
     for each, value in in_effect(args).items():
-        told = FLAGS[each].metadata["help"].partition(" (default: ")[0]
+        settings = FLAGS[each].metadata["help"].partition(" (default: ")[0]
         lines.append(f"  {option(each)}={as_flags({each: value}).partition('=')[2] or value}")
-        lines.append(f"      {told}")
+        lines.append(f"      {settings}")
     return "\n".join(lines)
 
 

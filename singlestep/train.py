@@ -444,18 +444,18 @@ class AfterStep:
     def __init__(self, run: Run, bar: Progress):
         self.run, self.bar = run, bar
         self.unchecked, self.checked_at, self.check_every = 0, time.perf_counter(), 1
-        self.told_at = 0.0
+        self.shown_at = 0.0
         self.title = f"training, epoch {run.state.epoch + 1}"
         compiling = run.network is not run.state.model and not bar.timed
         bar.tell(f"{self.title}, compiling" if compiling else self.title)
 
     def __call__(self) -> None:
         run, bar, now = self.run, self.bar, time.perf_counter()
-        if run.screen.shown and now - self.told_at > 2:  # reading the sums waits for the device
+        if run.screen.shown and now - self.shown_at > 2:  # reading the sums waits for the device
             sums = named(run.state.sums)
             bar.tell(self.title, loss=f"{sums['loss'] / sums['images']:.3f}",
                      train=f"{100 * sums['correct'] / sums['images']:.1f}")
-            self.told_at = now
+            self.shown_at = now
         bar.update()
         if bar.done - bar.first == TIMED_STEPS:
             run.screen.say(f"# {bar.left()} at this pace, evaluations not included")
@@ -637,7 +637,7 @@ def finish(run: Run) -> None:
         (run.folder.path / "final.pth").unlink(missing_ok=True)
     run.screen.say(console.final_line(found))
     if found["no_gradient"] > 0.01:
-        run.screen.warn(f"for {100 * found['no_gradient']:.0f}% of the images the attack had no gradient to follow: "
+        run.screen.warn(f"for {100 * found['no_gradient']:.0f}% of the images the attack had a gradient of 0: "
                         f"the network may only look robust; try an attack without gradients, such as Square")
 
 

@@ -18,7 +18,7 @@ MINUTES = 3  # between two progress lines if there is no terminal
 class UsageError(Exception):
     """An error that the user can correct: one line that names the flag or file and says what would be right."""
 
-    told = False  # whether another process prints this error
+    printed_elsewhere = False  # whether another process prints this error
 
 
 class Failure(Exception):
@@ -92,7 +92,7 @@ def one_line_errors(folder: str = "") -> Iterator[None]:
     try:
         yield
     except UsageError as error:
-        end(2, "" if error.told else f"error: {' '.join(str(error).split())}")
+        end(2, "" if error.printed_elsewhere else f"error: {' '.join(str(error).split())}")
     except Failure as error:
         end(1, f"error: {error}")
     except Stopped as stop:

@@ -63,7 +63,7 @@ class World:
         try:
             yield
         except UsageError as error:
-            error.told = not self.is_main
+            error.printed_elsewhere = not self.is_main
             raise
 
     def from_main(self, make: Callable[[], T]) -> T:
