@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .methods import ATTACKS, DEPENDENT, METHODS, MODELS, OBJECTIVES, RECIPES
-from .run.console import UsageError, say
+from .run.console import UsageError, one_line_errors, say
 
 # Data sets
 
@@ -441,8 +441,9 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
     p = parser(dataset, description)
     named, _ = p.parse_known_args(argv)
     if named.help or named.method == "list":
-        print(methods_table() if named.method == "list" else method_help(dataset, named.method) if named.method else
-              p.format_help().rstrip())
+        with one_line_errors():  # standard output may be closed
+            say(methods_table() if named.method == "list" else method_help(dataset, named.method) if named.method else
+                p.format_help().rstrip())
         p.exit()
     unset = object()
     values = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(FLAGS, unset))))

@@ -455,3 +455,9 @@ def test_what_may_change_when_a_run_is_resumed():
         "epsilon", "pgd_alpha", "test_iters", "test_restarts", "test_samples", "full_test", "val_size", "dummy"}
     assert {name for name, each in FLAGS.items() if each.metadata["orders"]} == {
         "batch_size", "seed", "train_samples", "val_size", "dummy"}
+
+
+def test_help_into_a_closed_pipe_is_one_line():
+    command = f"{sys.executable} {ROOT / 'train_cifar.py'} --help | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stderr in ("", "train_cifar.py: error: standard output was closed\n")
