@@ -118,7 +118,7 @@ OBJECTIVES = {
 }
 
 
-# The rivals, whose functions have references of their own in test_rivals.py: the flags, and what is called with what.
+# The rivals, whose functions have references of their own in test_methods.py: the flags, and what is called with what.
 SIZES = ["--epsilon=4", "--fgsm-alpha=0.75", "--pgd-alpha=1.5", "--pgd-iters=3", "--label-smoothing=0.3"]
 RIVAL_ATTACKS = {
     "none": ([], {}), "nfgsm": (["--noise-k=1.5"], dict(alpha=3 / 255, k=1.5)), "sora": (["--label-smoothing=0"], {}),
