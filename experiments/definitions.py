@@ -96,7 +96,7 @@ RIVALS = {
     "Free": "--method=free", "ckpt": "--method=ckpt", "FGSM-MEP": "--method=pgi", "NuAT": "--method=nuat",
     "GradAlign": "--method=gradalign", "ELLE": "--method=elle", "ELLE-A": "--method=elle-a",
 }
-# Every --method, in the order of the README's table; GradAlign also with ten times its published weight.
+# The methods of --method in the short runs; GradAlign also with ten times its published weight.
 BY_NAME = ("fgsm", "fgsm-rs", "zerograd", "multigrad", "n-fgsm", "rs-aaer", "n-aaer", "gradalign",
            "gradalign --gradalign-lambda=2", "elle", "elle-a", "ckpt", "pgi", "nuat", "sora", "free", "trades", "pgd")
 ZEROGRAD = METHODS["ZeroGrad, q = 0.35"]

@@ -263,7 +263,7 @@ def aaer_lambdas(args) -> tuple[float, float, float]:
              ("CIFAR-10", False): {8: (1.5, 0.15), 12: (5, 0.55), 16: (8.5, 1.5), 32: (2.75, 0.75)},
              ("CIFAR-100", True): {8: (3.5, 1.5), 12: (3.5, 2.75), 16: (6, 2.25), 32: (5, 0.75)},
              ("CIFAR-100", False): {8: (1.5, 0.15), 12: (3.5, 0.3), 16: (6, 0.5), 32: (3.5, 0.5)}}
-    values = table["CIFAR-100" if args.data_set == "CIFAR-100" else "CIFAR-10", args.attack != "nfgsm"]
+    values = table["CIFAR-100" if args.data_set == "CIFAR-100" else "CIFAR-10", "ball" in ATTACKS[args.attack].clip]
     return (1.0, *values[min(values, key=lambda epsilon: abs(epsilon - args.epsilon))])
 
 

@@ -384,14 +384,13 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     require_finite(run)
     sums = named(run.world.sum(state.sums))
     state.seconds = time.perf_counter() - began
-    n, early = sums["images"], sums["early_images"]
-    accuracy = sums["correct"] / n
-    rise = None
+    n, early, rise = sums["images"], sums["early_images"], None
     if 0 < early < n:
         rise = (sums["correct"] - sums["early_correct"]) / (n - early) - sums["early_correct"] / early
     return {"train_time": state.seconds, "lr": run.schedule(state.epoch + 1), "train_robust_loss": sums["loss"] / n,
-            "train_robust_acc": accuracy, "defence_mean": 255 * sums["perturbation"] / n, "train_images": int(n),
-            "train_rise": rise, "abnormal": sums["abnormal"] / sums["compared"] if sums["compared"] else None}
+            "train_robust_acc": sums["correct"] / n, "defence_mean": 255 * sums["perturbation"] / n,
+            "train_images": int(n), "train_rise": rise,
+            "abnormal": sums["abnormal"] / sums["compared"] if sums["compared"] else None}
 
 
 def batch(run: Run, order: Tensor, drawn: dict[str, Tensor]) -> Batch:
@@ -430,12 +429,16 @@ def train_step(run: Run, batch: Batch) -> None:
     if state.ema:
         state.ema.update_parameters(state.model)
     state.first_fault = torch.where(finite, state.first_fault, state.first_fault.clamp(max=state.step))
-    correct, n = (logits.detach().argmax(dim=1) == y).sum().double(), torch.full_like(loss.detach().double(), len(y))
+    sum_up(run, step, y, delta.detach(), loss.detach(), logits.detach())
+
+
+def sum_up(run: Run, step: Step, y: Tensor, delta: Tensor, loss: Tensor, logits: Tensor) -> None:
+    """Add a step's loss, accuracy and perturbation to the epoch's sums, without waiting for the device."""
+    n, correct = torch.full_like(loss.double(), len(y)), (logits.argmax(dim=1) == y).sum().double()
     abnormal, compared = collapse.abnormal(step.logits, logits, y)
-    early = float(2 * state.step < run.steps)
-    state.add(loss=loss.detach().double() * n, correct=correct, images=n,
-              perturbation=delta.detach().abs().mean().double() * n, abnormal=abnormal, compared=n * (compared > 0),
-              early_correct=early * correct, early_images=early * n)
+    early = float(2 * run.state.step < run.steps)
+    run.state.add(loss=loss.double() * n, correct=correct, images=n, perturbation=delta.abs().mean().double() * n,
+                  abnormal=abnormal, compared=n * (compared > 0), early_correct=early * correct, early_images=early * n)
 
 
 class AfterStep:

@@ -178,7 +178,7 @@ def find(folder: Folder, resume: int | str, evaluation: bool = False) -> Found |
         UsageError: the checkpoint is missing or cannot be read.
     """
     if resume != "auto":
-        return _pair(folder, int(resume) - 1, evaluation)
+        return _pair(folder, int(resume) - 1)
     candidates: list[tuple[str, Callable[[], Found]]] = []
     if (folder.path / "state.pth").exists():
         candidates.append(("state.pth", partial(_state, folder)))
@@ -207,10 +207,8 @@ def _state(folder: Folder) -> Found:
     return Found(saved["model"], _scored(saved["opt"], folder), None, str(folder.path / "state.pth"))
 
 
-def _pair(folder: Folder, epoch: int, evaluation: bool = False) -> Found:
+def _pair(folder: Folder, epoch: int) -> Found:
     model, optimizer = folder.file("model", epoch), folder.file("opt", epoch)
-    if evaluation and not optimizer.exists():  # if it exists, it also names the run's data set
-        return _lone(folder, epoch)
     network = read_checkpoint(model)
     return Found(network, _scored(read_checkpoint(optimizer), folder), epoch + 1, f"{model} and {optimizer.name}")
 
