@@ -4,12 +4,11 @@ import signal
 import sys
 from types import SimpleNamespace
 
-from helpers import DATASETS
-
 # The tests' networks are too small for more; set before torch is imported, here and in the scripts that tests start.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+from helpers import DATASETS
 from processes import IMAGES, SIDE
 
 from singlestep import autoattack, data, evaluation, networks, options, train
