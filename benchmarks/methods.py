@@ -21,7 +21,7 @@ from singlestep.options import CIFAR10
 from singlestep.run.console import StopSignals, one_line_errors
 from singlestep.run.device import describe
 from singlestep.run.distributed import World
-from singlestep.run.folder import Folder, whole_file
+from singlestep.run.folder import Folder, atomic_write
 
 BASE = "fgsm-rs"
 
@@ -58,7 +58,7 @@ def measure(args, argv: list[str]) -> None:
         print(f"{method:12s} {statistics.median(times) / args.steps:9.3f} {statistics.median(ratios):14.2f} "
               f"{min(ratios):7.2f} {max(ratios):7.2f}")
     if args.json:
-        with whole_file(args.json) as file:
+        with atomic_write(args.json) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
 
 

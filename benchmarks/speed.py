@@ -41,7 +41,7 @@ from singlestep.robustness import PGD, attack_steps
 from singlestep.run.console import StopSignals, UsageError, one_line_errors
 from singlestep.run.device import Precision, choose_device, describe, keep_freed_memory
 from singlestep.run.distributed import World
-from singlestep.run.folder import Folder, whole_file
+from singlestep.run.folder import Folder, atomic_write
 
 ROOT = Path(__file__).resolve().parent.parent
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
@@ -172,7 +172,7 @@ def save(result: dict, path: str | None) -> None:
     """Write what has been measured so far, where that is asked for."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(path) as file:
+        with atomic_write(path) as file:
             file.write((json.dumps(result, indent=1) + "\n").encode())
 
 

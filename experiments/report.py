@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 from singlestep import figures, options
 from singlestep.figures import CLEAN, FGSM, PGD
 from singlestep.run.console import UsageError, one_line_errors, say
-from singlestep.run.folder import whole_file
+from singlestep.run.folder import atomic_write
 
 TRAINING = "train_robust_acc"
 
@@ -326,7 +326,7 @@ def write_report(results: Results, out: Path) -> Path:
             text.append(f"\n![{table.title}{over}]({image.name})\n")
     text.append(f"\n## The runs\n\n{run_list(results)}")
     path = out / f"{results.scale}.md"
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write("".join(text).encode())
     return path
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from definitions import ROOT, Experiment
 
 sys.path.insert(0, str(ROOT))
-from singlestep.run.folder import whole_file
+from singlestep.run.folder import atomic_write
 
 # name, command, jobs (runs at once), starts, final (the final evaluation), epochs (one dict each); and where there is
 # such a thing: evaluations (evaluate.py's), stopped (the epoch after which somebody ended the run for good).
@@ -59,7 +59,7 @@ def write_result(results: Path, experiment: Experiment, result: Result) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items() if key != "epochs"]
     epochs = ",\n".join(f"  {json.dumps(epoch)}" for epoch in result["epochs"])
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(("{\n" + ",\n".join([*head, f' "epochs": [\n{epochs}\n ]']) + "\n}\n").encode())
 
 

@@ -97,7 +97,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, i
     delta = box(eta + alpha sign(g)), g the gradient at x + eta; eta = 0 with init "zero", eta ~ U(-epsilon, epsilon)
     with init "random". Passes: 2.
     """
-    delta = start(x, in_pixels(epsilon), init)
+    delta = start(x, check_epsilon(epsilon), init)
     grad, _ = input_gradient(model, x, y, delta, step)
     return box(delta + alpha * grad.sign(), x, epsilon)
 
@@ -109,7 +109,7 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: floa
     delta = box(eta + alpha sign(g')); g' is the gradient g with at most a fraction `q` of each image's entries set to
     0, those of the smallest magnitude (see `quantile_mask`). `steps` repeats this update. Passes: 1 + steps.
     """
-    delta = start(x, in_pixels(epsilon), init)
+    delta = start(x, check_epsilon(epsilon), init)
     for _ in range(steps):
         grad, _ = input_gradient(model, x, y, delta, step)
         delta = box(delta + alpha * quantile_mask(grad, q).sign(), x, epsilon)
@@ -128,7 +128,7 @@ def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: flo
         threshold: number of gradients that must agree; None: all.
         parallel: compute all gradients in one batch of samples * B images, over which BatchNorm then normalizes.
     """
-    epsilon = in_pixels(epsilon)
+    epsilon = check_epsilon(epsilon)
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, not {samples}")
     if parallel:
@@ -152,7 +152,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     """
     best_delta, best_loss = torch.zeros_like(x), x.new_full((len(x),), -math.inf)
     for _ in range(restarts):
-        delta = start(x, epsilon if norm == "l_2" else in_pixels(epsilon), norm=norm)
+        delta = start(x, epsilon if norm == "l_2" else check_epsilon(epsilon), norm=norm)
         for _ in range(steps):
             grad, logits = input_gradient(model, x, y, delta, step)
             moved = pgd_step(delta, grad, x, epsilon, alpha, norm)
@@ -184,7 +184,7 @@ def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
     delta = eta + alpha sign(g), eta ~ U(-k epsilon, k epsilon), clipped to the pixel range only, so abs(delta) can
     reach k epsilon + alpha. Passes: 2.
     """
-    eta = start(x, k * in_pixels(epsilon))
+    eta = start(x, k * check_epsilon(epsilon))
     grad, _ = input_gradient(model, x, y, eta, step)
     return box(eta + alpha * grad.sign(), x, math.inf)
 
@@ -224,7 +224,7 @@ def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, c
     grad, logits = input_gradient(model, x, y, eta, step)
     delta = box(eta + alpha * grad.sign(), x, epsilon)
     share = torch.ones(len(x), dtype=x.dtype, device=x.device)
-    with torch.no_grad(), frozen(model), evaluating(model):
+    with torch.no_grad(), frozen(model), eval_mode(model):
         for k in range(count - 1, 0, -1):  # descending, so the smallest k is written last
             wrong = model(x + k / count * delta).argmax(dim=1) != y
             share = torch.where(wrong, k / count, share)
@@ -293,7 +293,7 @@ def kl(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, ste
     with the model in eval mode.
     """
     delta = 0.001 * torch.randn_like(x)
-    with evaluating(model):
+    with eval_mode(model):
         with torch.no_grad(), frozen(model):
             target = model(x).float().softmax(dim=1)
         for _ in range(steps):
@@ -321,7 +321,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
         term = torch.linalg.matrix_norm(clean - logits.float(), ord="nuc") / len(x)
         return ce + weight * (step.ramp if step else 1.0) * term if odd else ce
 
-    with evaluating(model):
+    with eval_mode(model):
         grad, _ = gradient(model, x, delta, loss)
     return box(delta + alpha * grad.sign(), x, epsilon)
 
@@ -444,7 +444,7 @@ def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") 
     return delta.clamp(-x, 1 - x)
 
 
-def in_pixels(epsilon: float) -> float:
+def check_epsilon(epsilon: float) -> float:
     """Return `epsilon`. Raises ValueError if it exceeds 1, most likely because it was given in units of 1/255."""
     if epsilon > 1:
         raise ValueError(f"epsilon must be in pixel units: 8/255, not {epsilon}")
@@ -472,7 +472,7 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Put the model in eval mode in this context."""
     training = model.training
     model.eval()

@@ -14,7 +14,7 @@ from .attacks import frozen
 from .data import Images
 from .run.console import UsageError
 from .run.device import Precision
-from .run.folder import whole_file
+from .run.folder import atomic_write
 
 EDGE = 1e-6  # tolerance for rounding errors in abs(delta) <= epsilon
 
@@ -104,7 +104,7 @@ class AutoAttack:
         state["broken"][part] = state["broken"].get(part, 0) + len(broken)
         state["done"] += 1
         state["seconds"] += time.perf_counter() - began
-        with whole_file(self.file) as out:
+        with atomic_write(self.file) as out:
             out.write(json.dumps(state).encode())
 
     def breaks(self, part: str, x: Tensor, y: Tensor) -> Tensor:

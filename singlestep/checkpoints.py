@@ -11,7 +11,7 @@ from . import options
 from .networks import PreActResNet, new_network
 from .run.console import UsageError, say
 from .run.folder import Folder
-from .run.state import find, read_checkpoint
+from .run.state import find_checkpoint, read_checkpoint
 
 
 class Opened(NamedTuple):
@@ -69,7 +69,7 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
             setattr(args, name, value)
     try:
         if path.is_dir() and which == "last":
-            found = find(folder, "auto", evaluation=True)
+            found = find_checkpoint(folder, "auto", evaluation=True)
             if found is None:
                 raise UsageError(f"{path} contains no model: neither state.pth nor model_E.pth")
             content, source, epoch = found.model, found.source, found.newest

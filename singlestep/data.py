@@ -204,17 +204,17 @@ def read_torchvision(name: str, data_dir: str):
     verified = type(name, (source,), {"_check_integrity": lambda self: True})  # hashes each file once, not three times
     if name == "SVHN":  # cropped digits; the digit 0 has label 0
         splits = [source.split_list[split] for split in ("train", "test")]
-        have(data_dir, {file: md5 for _, file, md5 in splits},
+        ensure_files(data_dir, {file: md5 for _, file, md5 in splits},
              lambda folder: [source(folder, split, download=True) for split in ("train", "test")])
         parts = [verified(data_dir, split) for split in ("train", "test")]
         return [(part.data.transpose(0, 2, 3, 1), part.labels) for part in parts]
     listed = [*source.train_list, *source.test_list, [source.meta["filename"], source.meta["md5"]]]
-    have(data_dir, {f"{source.base_folder}/{file}": md5 for file, md5 in listed},
+    ensure_files(data_dir, {f"{source.base_folder}/{file}": md5 for file, md5 in listed},
          lambda folder: source(folder, download=True))
     return [(part.data, part.targets) for part in (verified(data_dir, train) for train in (True, False))]
 
 
-def have(data_dir: str, files: dict[str, str], download: Callable[[str], Any]) -> None:
+def ensure_files(data_dir: str, files: dict[str, str], download: Callable[[str], Any]) -> None:
     """Verify the files in `data_dir`. If none of them exists, download all of them first.
 
     Args:

@@ -18,7 +18,15 @@ from .options import Args, DataSet
 from .robustness import PGD, Restart, Result, attack_steps, shown
 from .run import folder as folders
 from .run.console import Screen, StopSignals, UsageError, one_line_errors, say
-from .run.device import Precision, advised, choose_device, describe, evaluation_batch, memory_format
+from .run.device import (
+    Precision,
+    advice_on_failure,
+    choose_device,
+    describe,
+    evaluation_batch,
+    memory_format,
+    too_many_at_once,
+)
 from .run.distributed import Stop, World
 from .run.folder import Folder
 
@@ -99,7 +107,7 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
     test = job.images
     job.images = test if args.full_test else test[:max(args.test_samples, args.last_samples or len(test))]
     began, epoch = time.perf_counter(), job.opened.epoch
-    with advised(signals, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
+    with advice_on_failure(signals, too_many_at_once(batch_size)):
         if not math.isfinite(measure_pgd(job, "clean", 0.0).metrics()["clean_loss"]):
             raise UsageError(f"--eval: the network in {job.opened.source} produces non-finite outputs")
         fgsm = measure_pgd(job, "fgsm", args.epsilon).metrics()

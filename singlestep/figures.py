@@ -18,7 +18,7 @@ from . import options
 from .methods import ATTACKS, DEPENDENT, METHODS, OBJECTIVES
 from .options import FLAGS
 from .run.console import UsageError, one_line_errors, say
-from .run.folder import whole_file
+from .run.folder import atomic_write
 
 PGD, FGSM, CLEAN = "test_robust_acc", "fgsm_acc", "test_acc"
 # Axis labels of metrics whose names in metrics.jsonl are not clear enough.
@@ -372,7 +372,7 @@ def save(figure, path: Path) -> None:
     """Save a figure in the format given by the file name. Equal figures give identical files."""
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
     kind = path.suffix[1:].lower()
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         figure.savefig(file, format=kind, metadata=metadata[kind])
 
 

@@ -32,17 +32,18 @@ from .run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageE
 from .run.device import (
     Compiled,
     Precision,
-    advised,
+    advice_on_failure,
     choose_device,
     describe,
     evaluation_batch,
     memory_format,
     seed_everything,
     slowdown,
+    too_many_at_once,
 )
 from .run.distributed import Stop, World
 from .run.folder import Board, Folder
-from .run.state import Found, State, named
+from .run.state import Checkpoint, State, named_sums
 
 # What random numbers are for: the first part of every key that they are seeded with. (robustness.STARTS is 3.)
 ORDER, STEP, WATCH, WEIGHTS = 0, 1, 2, 4
@@ -134,7 +135,7 @@ class Plan(NamedTuple):
     model on, to test on; complete: whether nothing is left to do; aside: where files of an earlier run are now.
     """
 
-    found: Found | None
+    found: Checkpoint | None
     notes: list[str]
     images: tuple[Images, Images, Images]
     complete: bool
@@ -218,7 +219,7 @@ def run_training(dataset: DataSet, args: Args, folder: Folder, signals: StopSign
         train_epochs(run)
         finish(run)
         if folder.exists:
-            screen.say(console.where(args))
+            screen.say(console.results_lines(args))
     world.leave()
     return state
 
@@ -256,7 +257,7 @@ def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: W
         folder.require_writable()
         if folder.names(r"\.lock|(state|(model|opt)_\d+)\.pth"):
             folder.lock()  # before anything of it is read
-        found = states.find(folder, args.resume) if args.resume else None
+        found = states.find_checkpoint(folder, args.resume) if args.resume else None
     notes = [f"{found.source}: {note}" for note in resume(state, found, args)] if found else []
     if images is None:
         with screen.progress(f"reading {dataset.name}"):
@@ -267,19 +268,19 @@ def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: W
     if found and state.epoch == args.epochs and is_complete(args, state, folder, len(images[2])):
         if state.final and not (folder.path / "final.json").exists():  # a kill came between the state and its logs
             states.remove_unfinished(folder)
-            folders.render(folder, state, args)
+            folders.write_logs(folder, state, args)
         return Plan(found, notes, images, True, None)
     aside = None
     if folder.exists:
         folder.lock()
         state.final = None
-        aside, best_is_gone = states.make_ready(folder, state, found)
+        aside, best_is_gone = states.move_old_files(folder, state, found)
         if best_is_gone:
             state.best = -1.0
     return Plan(found, notes, images, False, aside)
 
 
-def resume(state: State, found: Found, args: Args) -> list[str]:
+def resume(state: State, found: Checkpoint, args: Args) -> list[str]:
     """Load the checkpoint into `state`, the network first. Returns notes to print."""
     notes = load_network(state.evaluated, found.model, found.source)
     if state.ema:
@@ -317,7 +318,7 @@ def start(run: Run, plan: Plan) -> None:
     state.starts.append({**describe(world.device, world.size), "epoch": state.epoch, "step": state.step,
                          "source": plan.found.source if plan.found else None, "aside": plan.aside})
     if run.writes:
-        folders.render(run.folder, state, args)
+        folders.write_logs(run.folder, state, args)
     method, parameters = options.as_flags(options.in_effect(args)), sum(p.numel() for p in state.model.parameters())
     images = (len(run.train), len(run.held_out), len(run.test))
     run.screen.say(console.banner(args, method, parameters, run.network is not state.model, state.starts[-1], images,
@@ -355,7 +356,7 @@ def train_epochs(run: Run) -> None:
     with run.screen.progress("training", args.epochs * run.steps, "step", state.epoch * run.steps + state.step) as bar:
         while state.epoch < args.epochs:
             with saved_if_stopped(run):
-                with advised(run.signals, f"lower --batch-size (now {args.batch_size})"):
+                with advice_on_failure(run.signals, f"lower --batch-size (now {args.batch_size})"):
                     trained = train_epoch(run, AfterStep(run, bar))
                 if run.world.size > 1:  # torchrun may not wait for the end of an evaluation
                     save(run)
@@ -382,7 +383,7 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
         state.seconds = time.perf_counter() - began
         after_step()
     require_finite(run)
-    sums = named(run.world.sum(state.sums))
+    sums = named_sums(run.world.sum(state.sums))
     state.seconds = time.perf_counter() - began
     n, early, rise = sums["images"], sums["early_images"], None
     if 0 < early < n:
@@ -455,7 +456,7 @@ class AfterStep:
     def __call__(self) -> None:
         run, bar, now = self.run, self.bar, time.perf_counter()
         if run.screen.shown and now - self.shown_at > 2:  # reading the sums waits for the device
-            sums = named(run.state.sums)
+            sums = named_sums(run.state.sums)
             bar.tell(self.title, loss=f"{sums['loss'] / sums['images']:.3f}",
                      train=f"{100 * sums['correct'] / sums['images']:.1f}")
             self.shown_at = now
@@ -528,7 +529,7 @@ def evaluate_network(run: Run, model: nn.Module, images: Images, attack: PGD, be
     """Evaluate a network under an attack, with a bar. `keep` is given every completed restart of several."""
     batch_size, world = evaluation_batch(run.args, run.world.device), run.world
     title = "FGSM" if attack.steps == 1 and attack.init == "zero" else f"PGD-{attack.steps}"
-    with advised(run.signals, f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"):
+    with advice_on_failure(run.signals, too_many_at_once(batch_size)):
         events = robustness.attack_steps(model, images, attack, batch_size, run.state.precision, world, begun)
         for restart in robustness.shown(events, run.screen, title, len(images), attack.restarts, run.stop):
             if 0 < restart.number < attack.restarts:

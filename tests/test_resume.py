@@ -388,7 +388,7 @@ def test_the_folder_is_locked_before_it_is_read(tmp_path, call, small_dummy, mon
     one_line(call("train_cifar.py", *SMALL, "--fname", folder, "--val-size=96"), "--val-size")
     assert not list(folder.iterdir())  # there was nothing to read
     (folder / ".lock").touch()  # as a run that is beginning has it
-    find, refused = states.find, []
+    find, refused = states.find_checkpoint, []
 
     def spy(*args):
         with pytest.raises(UsageError, match="in use"):
@@ -396,7 +396,7 @@ def test_the_folder_is_locked_before_it_is_read(tmp_path, call, small_dummy, mon
         refused.append(True)
         return find(*args)
 
-    monkeypatch.setattr(states, "find", spy)
+    monkeypatch.setattr(states, "find_checkpoint", spy)
     assert call("train_cifar.py", *SMALL, "--fname", folder, "--resume=auto")[0] == 0 and refused
     free = Folder(folder)
     free.lock()

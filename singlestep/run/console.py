@@ -273,7 +273,7 @@ def final_estimate(args, seconds: float, evaluated: int, images: int) -> str:
             f"{duration(expected)}; to shorten it, lower --final-iters, --final-restarts or --final-samples")
 
 
-def where(args) -> str:
+def results_lines(args) -> str:
     """Return lines about the folder of the results and the next commands."""
     return (f"# results are in {args.fname}\n"
             f"# evaluate the model:  python evaluate.py {shlex.quote(args.fname)}\n"

@@ -231,8 +231,13 @@ def evaluation_batch(args, device: torch.device) -> int:
     return min(args.batch_size, 128) * (4 if fuller else 1)
 
 
+def too_many_at_once(batch_size: int) -> str:
+    """Advice for an evaluation that runs out of memory."""
+    return f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"
+
+
 @contextlib.contextmanager
-def advised(signals: StopSignals, advice: str) -> Iterator[None]:
+def advice_on_failure(signals: StopSignals, advice: str) -> Iterator[None]:
     """Context that raises Failure with one line of advice if memory runs out or compilation fails."""
     try:
         yield

@@ -14,7 +14,7 @@ from .console import UsageError, collapse_line, say
 
 
 @contextlib.contextmanager
-def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     """Open `path` for binary writing. The file is replaced atomically, even if the machine crashes."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -104,10 +104,10 @@ class Folder:
         return sorted((int(file[len(name) + 1:-4]) for file in self.names(rf"{name}_\d+\.pth")), reverse=True)
 
     def write(self, name: str, text: str) -> None:
-        with whole_file(self.path / name) as file:
+        with atomic_write(self.path / name) as file:
             file.write(text.encode())
 
-    def set_aside(self, names: Iterable[str]) -> str | None:
+    def move_to_earlier(self, names: Iterable[str]) -> str | None:
         """Move the files to a new subfolder earlier_N/. Returns its path; None if none of the files exists."""
         names = [name for name in names if (self.path / name).exists()]
         if not names:
@@ -125,7 +125,7 @@ TITLES = ("Epoch", "Train Time", "Test Time", "LR", "Train Robust Loss", "Train 
           "Test Robust Loss", "Test Robust Acc", "Val Robust Acc", "Defence Mean", "Attack Mean")
 
 
-def render(folder: Folder, state, args) -> None:
+def write_logs(folder: Folder, state, args) -> None:
     """Write args.json, output.log, metrics.jsonl and final.json from `state`."""
     started = {"data_set": args.data_set, "statement": args.statement, "args": args.flags(), "starts": state.starts}
     folder.write("args.json", json.dumps(started, indent=1) + "\n")

@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from .console import UsageError
 from .device import Precision
-from .folder import Folder, read_records, render, whole_file
+from .folder import Folder, atomic_write, read_records, write_logs
 
 # Sums over the images of an epoch: loss, correct images, images, mean abs(delta); images whose loss the attack lowered,
 # images for which this is known; correct images and images in the first half of the epoch.
@@ -135,12 +135,12 @@ class State:
             raise UsageError(f"--resume: {source} contains no optimizer state for this network") from None
 
 
-def named(sums: Tensor) -> dict[str, float]:
+def named_sums(sums: Tensor) -> dict[str, float]:
     """Return the sums of an epoch as a dict with the names in SUMS."""
     return dict(zip(SUMS, sums.tolist()))
 
 
-class Found(NamedTuple):
+class Checkpoint(NamedTuple):
     """A checkpoint.
 
     Attributes:
@@ -164,7 +164,7 @@ class Found(NamedTuple):
         return run["epoch"] if run.get("step") else max(run["epoch"] - 1, 0) if "epoch" in run else None
 
 
-def find(folder: Folder, resume: int | str, evaluation: bool = False) -> Found | None:
+def find_checkpoint(folder: Folder, resume: int | str, evaluation: bool = False) -> Checkpoint | None:
     """Read the checkpoint to resume from.
 
     Args:
@@ -179,7 +179,7 @@ def find(folder: Folder, resume: int | str, evaluation: bool = False) -> Found |
     """
     if resume != "auto":
         return _pair(folder, int(resume) - 1)
-    candidates: list[tuple[str, Callable[[], Found]]] = []
+    candidates: list[tuple[str, Callable[[], Checkpoint]]] = []
     if (folder.path / "state.pth").exists():
         candidates.append(("state.pth", partial(_state, folder)))
     both = [epoch for epoch in folder.epochs("opt") if folder.file("model", epoch).exists()]
@@ -200,22 +200,22 @@ def find(folder: Folder, resume: int | str, evaluation: bool = False) -> Found |
     return None
 
 
-def _state(folder: Folder) -> Found:
+def _state(folder: Folder) -> Checkpoint:
     saved = read_checkpoint(folder.path / "state.pth")
     if not all(isinstance(saved.get(part), dict) for part in ("model", "opt")):
         raise UsageError(f"--resume: {folder.path / 'state.pth'} contains no training state")
-    return Found(saved["model"], _scored(saved["opt"], folder), None, str(folder.path / "state.pth"))
+    return Checkpoint(saved["model"], _scored(saved["opt"], folder), None, str(folder.path / "state.pth"))
 
 
-def _pair(folder: Folder, epoch: int) -> Found:
+def _pair(folder: Folder, epoch: int) -> Checkpoint:
     model, optimizer = folder.file("model", epoch), folder.file("opt", epoch)
     network = read_checkpoint(model)
-    return Found(network, _scored(read_checkpoint(optimizer), folder), epoch + 1, f"{model} and {optimizer.name}")
+    return Checkpoint(network, _scored(read_checkpoint(optimizer), folder), epoch + 1, f"{model} and {optimizer.name}")
 
 
-def _lone(folder: Folder, epoch: int | str) -> Found:
+def _lone(folder: Folder, epoch: int | str) -> Checkpoint:
     path = folder.file("model", epoch)
-    return Found(read_checkpoint(path), None, epoch + 1 if isinstance(epoch, int) else None, str(path))
+    return Checkpoint(read_checkpoint(path), None, epoch + 1 if isinstance(epoch, int) else None, str(path))
 
 
 def _scored(training: dict, folder: Folder) -> dict:
@@ -233,7 +233,7 @@ def _scored(training: dict, folder: Folder) -> dict:
         raise UsageError(f"--resume: {best} is damaged: move it away") from None
 
 
-def resume(state: State, found: Found, args) -> list[str]:
+def resume(state: State, found: Checkpoint, args) -> list[str]:
     """Load the training state of the checkpoint into `state`, whose network is already loaded.
 
     Returns:
@@ -272,7 +272,7 @@ def remove_unfinished(folder: Folder) -> None:
         (folder.path / name).unlink(missing_ok=True)
 
 
-def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str | None, bool]:
+def move_old_files(folder: Folder, state: State, found: Checkpoint | None) -> tuple[str | None, bool]:
     """Move files that this run would overwrite to earlier_N/.
 
     Returns:
@@ -281,13 +281,13 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
     """
     remove_unfinished(folder)
     if found is None:
-        return folder.set_aside(folder.names(
+        return folder.move_to_earlier(folder.names(
             r"(output|eval)\.log|metrics\.jsonl|(args|final|evaluation)\.json|tensorboard|"
             r"(state|final)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
     if found.epoch is None:  # the run continues from state.pth
         other_final = state.final is None and (folder.path / "final.json").exists()
         other_best = ["model_best.pth"] if state.best == -1 else []  # its score is of another kind
-        return folder.set_aside((["final.json", "output.log"] if other_final else []) + other_best), False
+        return folder.move_to_earlier((["final.json", "output.log"] if other_final else []) + other_best), False
     later = [f"{name}_{epoch}.pth" for name in ("model", "opt") for epoch in folder.epochs(name)
              if epoch >= state.epoch]
     later += ["state.pth", "final.json", "final.pth", "model_healthy.pth"]
@@ -300,21 +300,21 @@ def make_ready(folder: Folder, state: State, found: Found | None) -> tuple[str |
         later.append("model_best.pth")
     if any(epoch >= state.epoch for epoch in made):
         later += ["output.log", "metrics.jsonl"]
-    return folder.set_aside(later), best >= state.epoch
+    return folder.move_to_earlier(later), best >= state.epoch
 
 
 def save(path: Path, content: dict) -> None:
     """Write a checkpoint atomically."""
     written = io.BytesIO()  # if the disk is full, torch.save's own error would hide the system's
     torch.save(content, written)
-    with whole_file(path) as file:
+    with atomic_write(path) as file:
         file.write(written.getbuffer())
 
 
 def save_state(folder: Folder, state: State, args, sums: Tensor) -> None:
     """Write the state to state.pth, from which --resume auto continues, and rewrite the logs."""
     save(folder.path / "state.pth", {"model": state.evaluated.state_dict(), "opt": state.training(args, sums)})
-    render(folder, state, args)
+    write_logs(folder, state, args)
 
 
 def read_checkpoint(path: Path) -> dict:
