@@ -17,9 +17,9 @@ class Attack:
     """A perturbation of attacks.py.
 
     keywords: keyword of the function -> flag; start: the attack computes logits and gradient at its starting point,
-    which an objective may use; update: function of attacks.py for the gradient that the backward pass leaves in delta;
-    replays: flag that says how many steps train on one batch; defaults: flags whose default is another with this
-    attack; requires: flags that must have these values.
+    which an objective may use; update: function of attacks.py, called with delta's gradient after backward;
+    replays: flag with the number of steps per batch; defaults: flag -> default with this attack; requires: flag ->
+    required value.
 
     Texts: starts_at: the starting point of delta; step: formula of the next delta, before the clip; clip: what the next
     delta is clipped to.
@@ -45,9 +45,9 @@ class Attack:
 class Objective:
     """A loss of objectives.py.
 
-    keywords: keyword of the function -> flag; start: it needs what the attack computed at its start; graph: and the
-    graph behind those logits; second_derivative: it differentiates an input gradient; whole_batch: it is no mean over
-    images, so that a process's share of a batch has another value than the whole batch.
+    keywords: keyword of the function -> flag; start: needs the attack's logits and gradient at its start; graph:
+    backpropagates through those logits; second_derivative: differentiates an input gradient; whole_batch: not a mean
+    over images, so a process's share gives another value than the batch.
 
     Texts: loss: formula of the training loss; weighting: how the weight in it is chosen.
     """
@@ -67,7 +67,7 @@ class Objective:
 
     @property
     def compiles(self) -> bool:
-        """Whether torch.compile can take it: it cannot keep a graph, nor differentiate twice."""
+        """Whether torch.compile works: it supports neither kept graphs nor double backward."""
         return not (self.graph or self.second_derivative)
 
 
@@ -75,9 +75,8 @@ class Objective:
 class Method:
     """A published pair of attack and objective.
 
-    flags: the flags that it sets; passes: forward and backward passes of a training step, counted as one each pair;
-    source: its paper; on: flags that it sets on one data set alone, by the data set's name; text: one line on what the
-    method does.
+    flags: flag -> value; passes: forward-backward pairs per training step; source: its paper; on: data set's name ->
+    flags for that data set only; text: one-line description.
     """
 
     flags: dict[str, Any]
@@ -206,13 +205,13 @@ METHODS: dict[str, Method] = {
         text="FGSM with a penalty on the deviation of the loss from a linear function"),
     "elle-a": Method(
         dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle", elle_adaptive=True), "5",
-        "arXiv 2401.11618", text="ELLE with a weight that decays until the penalty jumps"),
+        "arXiv 2401.11618", text="ELLE; the weight is set when the penalty jumps, else decays"),
     "free": Method(
         dict(attack="free"), "1", "arXiv 1904.12843",
         text="several steps on each batch; one backward pass updates both weights and perturbation"),
     "ckpt": Method(
         dict(attack="ckpt", fgsm_alpha=1.25), "2.7", "arXiv 2010.01799",
-        text="FGSM-RS, shortened for each image to a length that fools the network"),
+        text="FGSM-RS, scaled per image to the least length that fools the network"),
     "pgi": Method(
         dict(attack="pgi", fgsm_alpha=1.0, objective="logits", label_smoothing=4 / 9), "2.7", "arXiv 2207.08859",
         {"CIFAR-100": dict(label_smoothing=40 / 99, pgi_reset=10)},
@@ -222,7 +221,7 @@ METHODS: dict[str, Method] = {
         text="one step, and a penalty on the nuclear norm of the change in a batch's logits"),
     "trades": Method(
         dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573",
-        text="multi-step training: ten steps away from the clean prediction, and a penalty on that distance"),
+        text="multi-step training: ten steps that maximize the KL to the clean prediction, a KL penalty"),
     "sora": Method(
         dict(attack="sora"), "2", "arXiv 2606.00738",
         text="a step of random length, shorter as the loss becomes less linear"),
@@ -243,16 +242,16 @@ MODELS: dict[str, dict[str, str]] = {
 }
 
 
-# Weights as published, which depend on other flags: of `args`, an options.Args.
+# Published defaults that depend on other flags. `args`: options.Args.
 
 
 def gradalign_lambda(args) -> float:
-    """Log-linear in epsilon, on SVHN from another point (arXiv 2007.02617)."""
+    """Log-linear in epsilon; SVHN has its own offset and slope (arXiv 2007.02617)."""
     return 2.5 * 10 ** ((args.epsilon - 8) / 39.2) if args.data_set == "SVHN" else 0.2 * 10 ** ((args.epsilon - 8) / 8)
 
 
 def elle_lambda(args) -> float:
-    """By epsilon (arXiv 2401.11618)."""
+    """By epsilon; 4000 for ELLE-A (arXiv 2401.11618)."""
     return 4000.0 if args.elle_adaptive else 1000.0 if args.epsilon <= 8 else 5000.0 if args.epsilon <= 20 else 10000.0
 
 

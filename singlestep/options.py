@@ -213,11 +213,10 @@ def flag(group: str, help: str, default: Any = None, parse: Callable[[str], Any]
          convert: Callable[[Any, Any], Any] | None = None) -> Any:
     """A field of `Args`.
 
-    parse: argparse's type; negatable: there is a --no- form; fixed: a run keeps the value when it is resumed, unless
-    --allow-changes is given (by default, what the trained weights depend on); scores: an epoch's score depends on it,
-    so that a best score of another value counts no more; orders: the order of the training images depends on it, so
-    that an epoch of another value begins anew; named: plots name a run by it; convert: (value, args) -> the value that
-    the function gets, where its unit is another.
+    parse: argparse's type; negatable: there is a --no- form; fixed: resuming with another value is refused, unless
+    --allow-changes is given (default: flags that affect the weights); scores: affects an epoch's score: a change
+    resets the best score; orders: affects the order of the training images: a change restarts the epoch; named: part
+    of a run's name in plots; convert: (value, args) -> value in the function's unit.
     """
     science = group in SCIENCE
     return field(default=default, metadata=dict(
@@ -264,7 +263,7 @@ class Args:
     lr_max: float = flag("training", "highest learning rate", None, number(float, 0))
     lr_drop: float = flag("training", "epoch at which the schedule onedrop drops", 50, number(float, 0))
     seed: int = flag("training", "seed of all random numbers", 0, number(int, 0, 2**32 - 1), orders=True, named=False)
-    objective: str = flag("training", "training loss at the perturbed images", "ce", choices=OBJECTIVES)
+    objective: str = flag("training", "training loss", "ce", choices=OBJECTIVES)
     gradalign_lambda: float = flag("training", "weight of gradalign's regularizer (default: as published for "
                                    "--epsilon)", None, number(float, 0))
     elle_lambda: float = flag("training", "weight of elle's regularizer (default: as published for --epsilon)", None,
@@ -306,8 +305,8 @@ class Args:
     pgd_iters: int = flag("attack", "steps of pgd and kl in training", 10, number(int, 1))
     noise_k: float = flag("attack", "radius of nfgsm's noise, in epsilons", 2.0, number(float, 0))
     ckpt_count: int = flag("attack", "parts into which ckpt divides its perturbation", 3, number(int, 2))
-    free_replays: int = flag("attack", "steps that free trains on each batch; the steps of an epoch stay the same, so "
-                             "that it sees fewer images", 8, number(int, 1))
+    free_replays: int = flag("attack", "steps per batch with free; an epoch keeps its number of steps, so it covers "
+                             "fewer images", 8, number(int, 1))
     pgi_reset: int = flag("attack", "epochs between two resets of pgi's stored perturbations", 40, number(int, 1))
 
     test_samples: int = flag("evaluation", "test images in the evaluation of an epoch", 1000, number(int, 1),
@@ -388,7 +387,7 @@ def option(name: str) -> str:
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
-    """The description as it stands, and every default that says something."""
+    """Keep the description's line breaks; append informative defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         silent = action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS)
@@ -530,7 +529,7 @@ def differing(given: dict[str, Any], run: dict[str, Any]) -> list[str]:
 
 
 def parse_evaluation(description: str | None = None, argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of evaluate.py; what is not given and a run may tell is None."""
+    """The arguments of evaluate.py; flags that default to the run's are None."""
     p = Parser(description)
     p.add_argument("runs", nargs="+", type=path, metavar="RUN_OR_FILE", help="a run's folder, or a model's file")
     add = p.add_argument_group("what is measured").add_argument
@@ -571,7 +570,7 @@ def without_effect(args: Args) -> list[str]:
 
 
 def method_flags() -> set[str]:
-    """The flags that some attack, objective or network reads, and not all."""
+    """Flags read by only some attacks, objectives or networks."""
     attacks = {name for attack in ATTACKS.values() for name in attack.flags}
     objectives = {name for objective in OBJECTIVES.values() for name in objective.flags}
     return attacks | objectives | {name for keywords in MODELS.values() for name in keywords.values()}
@@ -608,7 +607,7 @@ def method_help(dataset: DataSet, name: str) -> str:
 
 
 def check(args: Args) -> None:
-    """Raise UsageError where flags do not go together, or there is nowhere for PyTorch to put a temporary file."""
+    """Raise UsageError if flags conflict, or if no folder for temporary files is writable."""
     try:
         tempfile.gettempdir()
     except OSError:

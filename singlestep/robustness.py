@@ -40,7 +40,8 @@ class Result:
 
     clean_loss, right: cross-entropy and correctness without a perturbation; robust_loss: the cross-entropy where the
     image broke, or the highest at the end of a restart; robust: whether no point of the attack is misclassified;
-    magnitude: the mean abs(delta) at that point; vanished: whether the attack once had a gradient of 0 everywhere.
+    magnitude: the mean abs(delta) where it broke, or at the end of the last restart; vanished: whether the attack once
+    had a gradient of 0 everywhere.
     """
 
     clean_loss: Tensor
@@ -79,20 +80,21 @@ class Result:
 
 
 class Step(NamedTuple):
-    """After a step of the attack: how many of this process's images are finished by it."""
+    """Event after an attack step: number of this process's images it finished."""
 
     finished: int
 
 
 class Restart(NamedTuple):
-    """Before the restart of this number, counted from 0, and after the last one: the results so far."""
+    """Event before restart `number` (from 0) and after the last: the results so far."""
 
     number: int
     result: Result
 
 
 def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attack: PGD, batch_size: int = 128) -> Result:
-    """Evaluate a network, clean and under an attack, in float32 and eval mode, on the images' device.
+    """Evaluate a network, clean and under an attack, in eval mode, on the images' device. Float32 decides; on CUDA, the
+    attack may use TF32.
 
     network: images in [0, 1], (B, C, H, W), to logits; images: (N, C, H, W), uint8 or float in [0, 1]; labels: (N,).
     """
@@ -128,10 +130,10 @@ def attack_steps(model: nn.Module, images: Images, attack: PGD, batch_size: int,
 
     An image that is misclassified leaves the batch and the next one takes its place, so that batches stay full while
     the work shrinks. Random starts depend on the seed, the restart and the image alone: neither the batch size nor the
-    number of processes changes a count. The attack computes in the run's precision; a float32 forward pass decides
-    whether an image is right. Each process attacks its own share of the images: processes take different numbers of
-    steps, and may communicate at a Restart only. `begun` continues an interrupted attack from a Restart with all
-    processes' results.
+    number of processes changes a count. The attack computes in the run's precision; float32 forward passes confirm
+    every misclassification and the end of every restart. Each process attacks its own share of the images: processes
+    take different numbers of steps, and may communicate at a Restart only. `begun` continues an interrupted attack from
+    a Restart with all processes' results.
     """
     model.eval()
     world.broadcast_buffers(model)

@@ -45,7 +45,7 @@ from .run.distributed import Stop, World
 from .run.folder import Board, Folder
 from .run.state import Checkpoint, State, named_sums
 
-# What random numbers are for: the first part of every key that they are seeded with. (robustness.STARTS is 3.)
+# Purpose of random numbers: first integer of every seed key. (robustness.STARTS is 3.)
 ORDER, STEP, WATCH, WEIGHTS = 0, 1, 2, 4
 
 WATCHED = 128  # test images on which an epoch's input gradients are compared
@@ -61,8 +61,8 @@ TIMED_STEPS = 20  # print a time estimate after this many steps
 class Run:
     """Everything a run needs. Only `state` changes.
 
-    network: what attacks call, compiled if asked; forward: what is trained, the network or, of several processes,
-    DistributedDataParallel around it; attack, objective: functions of attacks.py and objectives.py, with their
+    network: model for attacks, compiled with --compile; forward: model for the loss, `network` or, with several
+    processes, its DistributedDataParallel; attack, objective: functions of attacks.py and objectives.py, with their
     keywords; alpha: the attack's step in pixel units, if it has one; schedule, momentum: time in epochs -> learning
     rate, momentum; held_out: training images on which the best model is chosen, if there are any.
     """
@@ -160,7 +160,7 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, ep
           folder: str | Path | None = None, **flags: Any) -> list[dict[str, Any]]:
     """Train a network of yours by a method of this package.
 
-    The network is left in eval mode, on the device of --device, with --ema as the moving average.
+    Leaves the network in eval mode on --device; with --ema, with the averaged weights.
 
     Args:
         network: images in [0, 1], (B, C, H, W), to logits (B, classes).
@@ -169,13 +169,14 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, ep
         augment: keywords of `data.Augmentation`, such as dict(padding=4, flip=True); None: no augmentation.
         test: images and labels for the evaluation of every epoch; None: no evaluation.
         folder: where checkpoints and logs go; None: nothing is written.
-        flags: any flag of train_cifar.py, with its default there, but no final evaluation and nothing printed.
+        flags: flags of train_cifar.py, with its defaults except quiet=True and final_iters=0.
 
     Returns:
         The history: a record for each epoch.
 
     Raises:
-        UsageError: a flag is wrong. Failure: the loss is no longer finite, or memory ran out.
+        UsageError: a flag is wrong. Failure: the loss is no longer finite, memory ran out, --compile failed, or
+            on_collapse="stop" stopped the run.
     """
     dataset = DataSet(options.OWN, options.OWN, int(labels.max()) + 1, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0),
                       options.CIFAR10.defaults, augment or {})
@@ -226,8 +227,7 @@ def run_training(dataset: DataSet, args: Args, folder: Folder, signals: StopSign
 
 def build(dataset: DataSet, args: Args, device: torch.device, world: World,
           network: nn.Module | None = None) -> tuple[State, torch.memory_format]:
-    """The network, by default that of the arguments and the seed, on the device and in its layout there, and its
-    optimizer."""
+    """Return the initial state (by default with a new network) on the device, and its memory layout."""
     precision = Precision(args, device)
     if args.sync_bn and (world.size == 1 or device.type != "cuda"):
         raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
@@ -263,8 +263,8 @@ def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: W
         with screen.progress(f"reading {dataset.name}"):
             images = load(dataset, args)
     if (len(images[0]) - 1) % args.batch_size + 1 < world.size:
-        raise UsageError(f"--train-samples or --batch-size leaves fewer images in the last batch than the "
-                         f"{world.size} processes")
+        raise UsageError(f"the last batch has fewer images than processes ({world.size}): change "
+                         f"--train-samples or --batch-size")
     if found and state.epoch == args.epochs and is_complete(args, state, folder, len(images[2])):
         if state.final and not (folder.path / "final.json").exists():  # a kill came between the state and its logs
             states.remove_unfinished(folder)
@@ -343,8 +343,8 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
     if 0 < args.epsilon < 1:
         yield f"--epsilon={args.epsilon:g} means {args.epsilon:g}/255: did you mean {255 * args.epsilon:.3g}?"
     if run.world.size > 1 and OBJECTIVES[args.objective].whole_batch:
-        yield (f"--objective {args.objective} is computed from each process's own images: with {run.world.size} "
-               f"processes its value differs from that with one")
+        yield (f"--objective {args.objective} is computed per process: its value with {run.world.size} processes "
+               f"differs from that with 1")
     if args.compile and not OBJECTIVES[args.objective].compiles:
         yield f"--compile is off: torch.compile cannot differentiate --objective {args.objective}"
 
@@ -367,8 +367,8 @@ def train_epochs(run: Run) -> None:
 def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
     """Train to the end of the state's epoch, of which some steps may be done. Returns the epoch's training metrics.
 
-    The order of the images and their augmentation depend on the seed and the epoch alone, an attack's random start
-    on those, the step and the process. Nothing waits for the device before the epoch is over.
+    Image order and augmentation depend only on seed and epoch; random starts also on step and process. The steps do
+    not wait for the device; `after_step` may.
     """
     state, device = run.state, run.train.labels.device
     seed_everything(ORDER, run.args.seed, state.epoch)
@@ -443,7 +443,7 @@ def sum_up(run: Run, step: Step, y: Tensor, delta: Tensor, loss: Tensor, logits:
 
 
 class AfterStep:
-    """What is done after every step: show it, save the state if it is time to, stop if asked."""
+    """After each step: show progress, save every --chkpt-steps, stop on a signal."""
 
     def __init__(self, run: Run, bar: Progress):
         self.run, self.bar = run, bar
@@ -477,8 +477,8 @@ class AfterStep:
 def saved_if_stopped(run: Run) -> Iterator[None]:
     """Save the state when a signal came or standard output was closed.
 
-    With several processes, a closed output is rank 0's alone, and the others would wait in vain: the last epoch is
-    saved already.
+    With several processes, only rank 0 sees a closed output, and saving would deadlock. The last epoch is already
+    saved.
     """
     try:
         yield
@@ -526,7 +526,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 def evaluate_network(run: Run, model: nn.Module, images: Images, attack: PGD, begun: Restart | None = None,
                      keep: Callable[[Restart], None] = lambda restart: None) -> Result:
-    """Evaluate a network under an attack, with a bar. `keep` is given every completed restart of several."""
+    """Evaluate a network under an attack, with a bar. `keep` gets each completed restart but the last."""
     batch_size, world = evaluation_batch(run.args, run.world.device), run.world
     title = "FGSM" if attack.steps == 1 and attack.init == "zero" else f"PGD-{attack.steps}"
     with advice_on_failure(run.signals, too_many_at_once(batch_size)):
@@ -586,7 +586,7 @@ def save(run: Run) -> None:
 
 
 def require_finite(run: Run) -> None:
-    """Raise Failure if a step of this epoch was not finite, or left weights or answers to images that are not."""
+    """Raise Failure if a loss or gradient of this epoch, a weight or a logit is not finite."""
     state = run.state
     fault = run.world.min(state.first_fault).item()
     if fault < math.inf:
@@ -612,8 +612,8 @@ def not_finite(run: Run, step: int) -> Failure:
 
 
 def asked(args: Args, state: State, folder: Folder, images: int) -> dict[str, Any]:
-    """The final evaluation that the arguments ask for, of so many test images. It uses the last model if there is no
-    best one."""
+    """The final evaluation that the arguments request, on up to `images` test images. Uses the last model if there
+    is no best one."""
     best = args.final_model == "best" and folder.file("model", "best").exists()
     return {"model": "best" if best else "last", "iters": args.final_iters, "restarts": args.final_restarts,
             "alpha": args.pgd_alpha, "epsilon": args.epsilon, "epoch": state.epoch - 1,
@@ -641,7 +641,7 @@ def finish(run: Run) -> None:
         (run.folder.path / "final.pth").unlink(missing_ok=True)
     run.screen.say(console.final_line(found))
     if found["no_gradient"] > 0.01:
-        run.screen.warn(f"for {100 * found['no_gradient']:.0f}% of the images the attack had a gradient of 0: "
+        run.screen.warn(f"for {100 * found['no_gradient']:.0f}% of the attacked images the gradient was 0: "
                         f"the network may only look robust; try an attack without gradients, such as Square")
 
 

@@ -277,7 +277,7 @@ def test_one_process_asks_no_device_which_value_is_the_largest():
 
 def test_a_last_batch_too_small_for_the_processes_is_one_line(tmp_path):
     done = together("train_cifar.py", *SMALL, "--train-samples=65", "--fname", tmp_path / "run")
-    assert done.returncode != 0 and "error: --train-samples or --batch-size leaves fewer" in done.stderr
+    assert done.returncode != 0 and "error: the last batch has fewer images than processes (2)" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
