@@ -233,9 +233,10 @@ def ensure_files(data_dir: str, files: dict[str, str], download: Callable[[str],
                 raise UsageError(f"--data-dir {data_dir} is one level too deep: give its parent folder, "
                                  f"{root.resolve().parent}")
             _download(root, files, download)
+        present = {root / name.split("/")[0] for name in files if (root / name.split("/")[0]).exists()}
+        again = " and ".join(map(str, sorted(present)))  # files are downloaded if none is there
         for name, md5 in files.items():
             file = root / name
-            again = file if "/" not in name else file.parent
             if not file.exists():
                 raise UsageError(f"--data-dir {data_dir} lacks {file}: put it there, or delete {again} to download")
             if not check_integrity(str(file), md5):

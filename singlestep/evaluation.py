@@ -100,12 +100,17 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
     def opened(path: str | Path, which: str) -> Job:
         return open_job(path, which, flags, device, precision, batch_size, Stop(signals, world), screen)
 
-    trained_on = options.run_flags(args.fname).get("data_set", dataset.name)
-    if trained_on != dataset.name:
-        raise UsageError(f"--resume: the run in --fname {args.fname} is on {trained_on}, not {dataset.name}")
-    if args.resume == "auto" and not folder.names(r"(state|model_\w+)\.pth"):
-        raise UsageError(f"--eval: --fname {args.fname} contains no model to evaluate")
-    job = opened(args.fname if args.resume == "auto" else folder.file("model", int(args.resume) - 1), "last")
+    def resumed() -> str | Path:
+        trained_on = options.run_flags(args.fname).get("data_set", dataset.name)
+        if trained_on != dataset.name:
+            raise UsageError(f"--resume: the run in --fname {args.fname} is on {trained_on}, not {dataset.name}")
+        if args.resume != "auto":
+            return folder.file("model", int(args.resume) - 1)
+        if not folder.names(r"(state|model_\w+)\.pth"):
+            raise UsageError(f"--eval: --fname {args.fname} contains no model to evaluate")
+        return args.fname
+
+    job = opened(world.from_main(resumed), "last")
     test = job.images
     job.images = test if args.full_test else test[:max(args.test_samples, args.last_samples or len(test))]
     began, epoch = time.perf_counter(), job.opened.epoch
