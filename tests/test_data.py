@@ -324,6 +324,6 @@ def test_training_takes_the_first_images_and_validation_the_last(small_dummy):
 def test_a_missing_file_of_svhn_says_which_files_to_delete_for_a_download(tmp_path, monkeypatch):
     write_svhn(tmp_path, monkeypatch)
     (tmp_path / "test_32x32.mat").unlink()
-    with pytest.raises(UsageError, match="put it there, or delete .*train_32x32.mat to download") as error:
+    with pytest.raises(UsageError, match=r"put it there, or delete .*train_32x32\.mat to download") as error:
         read_torchvision("SVHN", str(tmp_path))
     assert "delete " + str(tmp_path / "train_32x32.mat") in str(error.value)
