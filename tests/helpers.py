@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from processes import IMAGES, ROOT, SIDE
 from torch import nn
 from torchvision import datasets
 
-from singlestep import networks, options
+from singlestep import networks, options, train
 from singlestep.data import Images
 from singlestep.robustness import PGD, Restart, Result, attack_steps
 from singlestep.run.device import Precision, seed_everything
@@ -232,3 +233,18 @@ def evaluated(model, images: Images, attack: PGD, batch_size: int, precision: Pr
     """The result of an attack."""
     *_, last = attack_steps(model, images, attack, batch_size, precision, world, begun)
     return last.result.sums(world)
+
+
+def interrupt(monkeypatch, at: int, number=signal.SIGTERM) -> None:
+    """Have the signal arrive during the run's step `at`, counted over epochs; later steps are not interrupted."""
+    count = 0
+
+    class Counted(train.AfterStep):
+        def __call__(self):
+            nonlocal count
+            count += 1
+            if count == at:
+                self.run.signals.received = signal.Signals(number)
+            super().__call__()
+
+    monkeypatch.setattr(train, "AfterStep", Counted)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import DATASETS, SMALL, SmallNet, assert_same_run
+from helpers import DATASETS, SMALL, SmallNet, assert_same_run, interrupt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import forked, together
@@ -765,21 +765,6 @@ def test_a_step_that_overflows_in_float16_spoils_nothing_that_is_kept(method, tm
 
 THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-max=0.1", "--test-iters=1", "--final-iters=1",
          "--final-restarts=1", "--final-samples=16", "--free-replays=2", "--pgi-reset=2", "--pgd-iters=2"]
-
-
-def interrupt(monkeypatch, at: int) -> None:
-    """Have SIGTERM arrive during the run's step `at`, counted over epochs."""
-    count = 0
-
-    class Counted(train.AfterStep):
-        def __call__(self):
-            nonlocal count
-            count += 1
-            if count == at:
-                self.run.signals.received = signal.SIGTERM
-            super().__call__()
-
-    monkeypatch.setattr(train, "AfterStep", Counted)
 
 
 @pytest.mark.parametrize("more", ["", "--ema=0.9 --eps-warmup=1.5 --lr-schedule=onecycle"])

@@ -14,7 +14,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from helpers import SMALL, assert_same, assert_same_run, epochs_of, one_line
+from helpers import SMALL, assert_same, assert_same_run, epochs_of, interrupt, one_line
 from processes import Started, forked
 
 from singlestep import train
@@ -28,21 +28,6 @@ THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-schedule=cyclic", "--lr-
 ATTACK_FLAGS = ["--attack=fgsm", "--attack=fgsm --fgsm-init=zero", "--attack=zerograd --zero-qval=0.7 --zero-iters=2",
                 "--attack=multigrad", "--attack=multigrad --multi-parallel --multi-th=2", "--attack=pgd --pgd-iters=2",
                 "--attack=fgsm --amp --amp-dtype=float16"]
-
-
-def interrupt(monkeypatch, at: int, number=signal.SIGTERM) -> None:
-    """Have the signal arrive during the run's step `at`, counted over epochs; later calls let it be."""
-    count = 0
-
-    class Counted(train.AfterStep):
-        def __call__(self):
-            nonlocal count
-            count += 1
-            if count == at:
-                self.run.signals.received = signal.Signals(number)
-            super().__call__()
-
-    monkeypatch.setattr(train, "AfterStep", Counted)
 
 
 def evaluations_of(folder) -> list[dict]:
