@@ -1,4 +1,6 @@
 """The public interface: training, evaluating and the rule of collapse from Python."""
+import ast
+import inspect
 import os
 import re
 
@@ -102,5 +104,12 @@ def test_the_page_works_block_by_block(tmp_path, small_dummy, monkeypatch):
     for block in re.findall(r"```python\n(.*?)```", page, re.S):
         imports = "\n".join(line for line in block.splitlines() if line.startswith("from "))
         exec(block if "def " not in block and "class " not in block else imports, names)
+        stubs = ast.parse(block) if "def " in block else None
+        for stub in stubs.body if stubs else ():
+            if isinstance(stub, ast.FunctionDef):  # a signature
+                stated = [each.arg for each in (*stub.args.args, *stub.args.kwonlyargs)]
+                actual = [name for name, each in inspect.signature(names[stub.name]).parameters.items()
+                          if each.kind is not each.VAR_KEYWORD]
+                assert stated == actual, stub.name
     assert collapse.collapsed([{"fgsm_acc": 0.4, "test_robust_acc": 0.35},
                                {"fgsm_acc": 0.8, "test_robust_acc": 0.02}]) == [False, True]
