@@ -118,7 +118,7 @@ def _epsilon(value: int) -> str:
 
 
 def _threshold(samples: int, agree: int) -> str:
-    return "" if agree == samples else f" --multi-th={agree}"  # likewise
+    return "" if agree == samples else f" --multi-th={agree}"  # the default, too
 
 
 def _what_decides(epsilon: int) -> Table:

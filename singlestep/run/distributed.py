@@ -48,7 +48,7 @@ class World:
                              f"torchrun") from None
 
     def leave(self) -> None:
-        """Leave the group. Every process has to call it; after an error in one of them, the others wait for ever."""
+        """Leave the group. Every process must call it: after an error in one of them, the others hang."""
         if self.size > 1 and dist.is_initialized():
             dist.barrier()  # a process that leaves early would break the others' connections
             dist.destroy_process_group()
