@@ -65,6 +65,8 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     args = options.arguments(dataset, {})
     given["data_set"] = dataset.name
     for name, value in {**run, **given}.items():
+        if name in options.FLAGS and name != "on_collapse":  # older runs have another choice of it
+            options.require_valid(name, value)
         if name in args.flags():
             setattr(args, name, value)
     try:

@@ -54,6 +54,11 @@ class DataSet:
     peak: Callable[[int], int] = half
     validate: bool = False
 
+    def flags(self) -> dict[str, Any]:
+        """The flags whose default depends on the data set: CIFAR-10's, where this one states none."""
+        slug = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
+        return {**CIFAR10.defaults, "fname": f"{slug}_model", **self.defaults}
+
     def statement(self) -> dict[str, Any]:
         """What a run records, so that its network can be evaluated without the script that trained it."""
         source = self.source
@@ -65,9 +70,8 @@ class DataSet:
     def stated(cls, statement: dict[str, Any]) -> "DataSet":
         """The data set of a run's record."""
         known = next((dataset for dataset in DATA_SETS.values() if dataset.name == statement["name"]), None)
-        defaults = dict(CIFAR10.defaults) if known is None else known.defaults
         return cls(statement["name"], statement["source"], int(statement["classes"]), tuple(statement["mean"]),
-                   tuple(statement["std"]), defaults)
+                   tuple(statement["std"]), known.defaults if known else {})
 
 
 CIFAR10 = DataSet(
@@ -431,7 +435,7 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
     p = Parser(description, add_help=False, usage="%(prog)s [flags]")
     p.add_argument("-h", "--help", action="store_true", help="print this text; with --method NAME, that method's flags")
     add_flags(p)
-    p.set_defaults(data_set=dataset.name, **dataset.defaults)
+    p.set_defaults(data_set=dataset.name, **dataset.flags())
     return p
 
 
@@ -465,7 +469,7 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
     for name, value in given.items():
         require_valid(name, value)
     method, recipe = given.get("method"), given.get("recipe")
-    values = {**{name: each.default for name, each in FLAGS.items()}, **dataset.defaults, **(run or {}),
+    values = {**{name: each.default for name, each in FLAGS.items()}, **dataset.flags(), **(run or {}),
               **(METHODS[method].flags_on(dataset.name) if method else {}), **(RECIPES[recipe] if recipe else {}),
               **given}
     args = Args(**values, data_set=dataset.name, statement=dataset.statement(), given=frozenset(given))

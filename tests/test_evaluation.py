@@ -241,6 +241,16 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
     assert status == 2 and error.endswith("pip install pyautoattack\n")
 
 
+@pytest.mark.parametrize("name, value", [
+    ("model", "PreActResNet19"), ("epsilon", "x"), ("epsilon", -1), ("base_width", 0), ("shortcut", "x"),
+    ("mean", [0.5, 0.5]), ("std", [0.5, 0, 0.5]), ("seed", -1)])
+def test_an_edited_flag_of_a_run_is_one_line_that_names_it(name, value, run, judged):
+    saved = json.loads((run / "args.json").read_text())
+    saved["args"][name] = value
+    (run / "args.json").write_text(json.dumps(saved))
+    one_line(judged(run, "--device=cpu", "--samples=8", "--attacks=clean"), f"--{name.replace('_', '-')} must be")
+
+
 def test_eval_takes_its_flags_from_the_run_and_says_which_ones_win(run, call):
     small = ["--device=cpu", "--eval", "--resume=auto", "--fname", run]
     final = json.loads((run / "final.json").read_text())

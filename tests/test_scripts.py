@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -461,3 +462,21 @@ def test_help_into_a_closed_pipe_is_one_line():
     command = f"{sys.executable} {ROOT / 'train_cifar.py'} --help | true"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stderr in ("", "train_cifar.py: error: standard output was closed\n")
+
+
+def test_a_data_set_needs_no_defaults_of_its_own(tmp_path, call, monkeypatch):
+    plain = options.DataSet("My images", "none", 10, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    args = options.parse(plain, argv=[])
+    assert (args.fname, args.zero_qval, args.lr_schedule, args.epochs) == ("my_images_model", 0.35, "onedrop", 52)
+
+
+def test_code_without_its_own_repository_names_no_commit_of_another(tmp_path):
+    """As an installed copy that lies in a repository of the user's."""
+    shutil.copytree(ROOT / "singlestep", tmp_path / "singlestep", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "own.txt").write_text("x")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    for words in (["init", "-q"], ["add", "own.txt"], ["commit", "-qm", "own"]):
+        subprocess.run([*git, *words], check=True)
+    done = subprocess.run([sys.executable, "-c", "from singlestep.run.device import commit; print(commit())"],
+                          cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout == "None\n", done.stderr
