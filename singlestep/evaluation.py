@@ -299,7 +299,8 @@ def suspicions(job: Job, epsilons: tuple[float, ...]) -> list[str]:
 def mismatch(job: Job) -> list[str]:
     """A warning if the inputs of a BatchNorm layer do not fit its running statistics: the normalization, the block or
     the data set may be wrong. A network whose run records them is not checked."""
-    if job.opened.run and not job.opened.notes:
+    run, args = job.opened.run, job.opened.args
+    if run and all(run.get(name) == getattr(args, name) for name in ("data_set", "model", "shortcut", "mean", "std")):
         return []
     x, _ = job.images.batch(slice(512))
     distance = batchnorm_mismatch(job.opened.model, x)

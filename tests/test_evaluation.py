@@ -241,6 +241,13 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
     assert status == 2 and error.endswith("pip install pyautoattack\n")
 
 
+@pytest.mark.parametrize("flags, doubted", [
+    (["--epsilons=2"], False), (["--seed=3"], False), (["--data-set=cifar10"], False), (["--mean=0.5,0.5,0.5"], True)])
+def test_only_flags_that_change_the_network_have_it_checked(flags, doubted, run, judged):
+    status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=clean", *flags)
+    assert status == 0 and ("BatchNorm" in output) == doubted
+
+
 @pytest.mark.parametrize("name, value", [
     ("model", "PreActResNet19"), ("epsilon", "x"), ("epsilon", -1), ("base_width", 0), ("shortcut", "x"),
     ("mean", [0.5, 0.5]), ("std", [0.5, 0, 0.5]), ("seed", -1)])
