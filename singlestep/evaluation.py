@@ -80,6 +80,9 @@ def evaluate_file(path: str, args, device: torch.device, stop: Stop) -> None:
                    args.batch_size, stop, Screen(stop.world.is_main))
     job.images = job.images[:args.samples]
     epsilons = args.epsilons or (job.opened.args.epsilon,)
+    for values in ({"mean": args.mean, "std": args.std}, *({"epsilon": each} for each in epsilons)):
+        for hint in options.unit_hints(values):
+            job.screen.say(f"# {hint}")
     warnings = mismatch(job)
     for attack in args.attacks:
         for epsilon in (0.0,) if attack == "clean" else epsilons:

@@ -573,6 +573,23 @@ def without_effect(args: Args) -> list[str]:
     return [option(name) for name in sorted(method_flags() & args.given - used)]
 
 
+def unit_hints(values: dict[str, Any]) -> list[str]:
+    """Lines to print about values that look as if another unit were meant, by the flags' names."""
+    hints = []
+    for name, least in (("epsilon", 1.0), ("pgd_alpha", 0.05)):
+        if 0 < (values.get(name) or 0) < least:
+            hints.append(f"{option(name)}={values[name]:g} means {values[name]:g}/255: did you mean "
+                         f"{255 * values[name]:.3g}?")
+    if (values.get("fgsm_alpha") or 0) > 4:
+        hints.append(f"--fgsm-alpha={values['fgsm_alpha']:g} means {values['fgsm_alpha']:g} epsilons: did you mean "
+                     f"{values['fgsm_alpha'] / (values.get('epsilon') or 8.0):.3g}?")
+    for name in ("mean", "std"):
+        if max(values.get(name) or (0,)) > 1:
+            hints.append(f"{option(name)} is of pixels in [0, 1]: did you mean "
+                         f"{','.join(f'{value / 255:.3g}' for value in values[name])}?")
+    return hints
+
+
 def method_flags() -> set[str]:
     """Flags read by only some attacks, objectives or networks."""
     attacks = {name for attack in ATTACKS.values() for name in attack.flags}

@@ -340,8 +340,7 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
         yield f"{args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: leave --amp out"
     for flag in options.without_effect(args):
         yield f"{flag} has no effect with --attack={args.attack}, --objective={args.objective}, --model={args.model}"
-    if 0 < args.epsilon < 1:
-        yield f"--epsilon={args.epsilon:g} means {args.epsilon:g}/255: did you mean {255 * args.epsilon:.3g}?"
+    yield from options.unit_hints(args.flags())
     if run.world.size > 1 and OBJECTIVES[args.objective].whole_batch:
         yield (f"--objective {args.objective} is computed per process: its value with {run.world.size} processes "
                f"differs from that with 1")

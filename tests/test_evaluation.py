@@ -241,6 +241,15 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
     assert status == 2 and error.endswith("pip install pyautoattack\n")
 
 
+@pytest.mark.parametrize("flags, hint", [
+    (["--epsilons=0.031"], "--epsilon=0.031 means 0.031/255: did you mean 7.9"),
+    (["--mean=125.3,123,113.9", "--std=63,62.1,66.7"], "--mean is of pixels in [0, 1]: did you mean 0.491,0.482"),
+    (["--epsilons=1", "--mean=1,0,0"], "")])
+def test_a_value_in_another_unit_gets_a_hint(flags, hint, run, judged):
+    status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=fgsm", *flags)
+    assert status == 0 and (f"# {hint}" in output if hint else "did you mean" not in output)
+
+
 @pytest.mark.parametrize("flags, doubted", [
     (["--epsilons=2"], False), (["--seed=3"], False), (["--data-set=cifar10"], False), (["--mean=0.5,0.5,0.5"], True)])
 def test_only_flags_that_change_the_network_have_it_checked(flags, doubted, run, judged):

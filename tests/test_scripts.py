@@ -480,3 +480,12 @@ def test_code_without_its_own_repository_names_no_commit_of_another(tmp_path):
     done = subprocess.run([sys.executable, "-c", "from singlestep.run.device import commit; print(commit())"],
                           cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout == "None\n", done.stderr
+
+
+@pytest.mark.parametrize("flag, hint", [
+    ("--epsilon=0.031", "did you mean 7.9"), ("--pgd-alpha=0.00784", "did you mean 2?"),
+    ("--fgsm-alpha=10", "did you mean 1.25?"), ("--std=63,62,66", "did you mean 0.247,0.243,0.259?"),
+    ("--fgsm-alpha=4", ""), ("--epsilon=1", "")])
+def test_training_gives_a_hint_for_a_value_in_another_unit(flag, hint):
+    hints = options.unit_hints(options.parse(options.CIFAR10, argv=[flag]).flags())
+    assert len(hints) == bool(hint) and hint in "".join(hints)
