@@ -1,5 +1,4 @@
 """evaluate.py and --eval: attack networks, print a table, add a record to evaluation.json."""
-import math
 import time
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
@@ -118,8 +117,7 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
     job.images = test if args.full_test else test[:max(args.test_samples, args.last_samples or len(test))]
     began, epoch = time.perf_counter(), job.opened.epoch
     with advice_on_failure(signals, too_many_at_once(batch_size)):
-        if not math.isfinite(measure_pgd(job, "clean", 0.0).metrics()["clean_loss"]):
-            raise UsageError(f"--eval: the network in {job.opened.source} produces non-finite outputs")
+        measure_pgd(job, "clean", 0.0)
         fgsm = measure_pgd(job, "fgsm", args.epsilon).metrics()
         pgd = measure_pgd(job, f"pgd-{args.test_iters}-{args.test_restarts}", args.epsilon, args.pgd_alpha).metrics()
         record: dict[str, Any] = {
@@ -233,6 +231,8 @@ def attacked(job: Job, title: str, attack: PGD) -> Result:
     events = attack_steps(job.opened.model, job.images, attack, job.batch_size, job.precision, job.stop.world, begun)
     for restart in shown(events, job.screen, title, len(job.images), attack.restarts, job.stop):
         job.clean = job.clean or restart.result
+        if not job.clean.clean_loss.isfinite().all():
+            raise UsageError(f"the network in {job.opened.source} produces non-finite outputs")
     return restart.result
 
 

@@ -158,7 +158,7 @@ def _clean(model: nn.Module, images: Images, mine: Tensor, batch_size: int, prec
         x, y = images.batch(index)
         logits = precision.float32_logits(model, x)
         result.clean_loss[index] = F.cross_entropy(logits, y, reduction="none")
-        result.right[index] = (logits.argmax(dim=1) == y).float()
+        result.right[index] = _correct(logits, y).float()
     result.robust |= result.right.bool()
     result.robust_loss += torch.where(result.robust, 0, result.clean_loss)
     return result
@@ -189,7 +189,7 @@ def _restart(model: nn.Module, images: Images, queue: Tensor, attack: PGD, numbe
                 grad, logits = confident_gradient(model, x, y, delta, attack.loss)
             logits = _deciding_logits(model, x, y, delta, logits, finished, precision)
             result.vanished[index] |= ~(finished | grad.flatten(1).any(dim=1))
-        wrong, loss = logits.argmax(dim=1) != y, F.cross_entropy(logits, y, reduction="none")
+        wrong, loss = ~_correct(logits, y), F.cross_entropy(logits, y, reduction="none")
         before = result.robust_loss[index]
         result.robust[index] &= ~wrong
         result.robust_loss[index] = torch.where(wrong, loss, torch.where(finished, before.maximum(loss), before))
@@ -207,10 +207,15 @@ def _deciding_logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, logi
     """The logits, computed again in float32 wherever they decide: of misclassified and of finished images."""
     logits = logits.float()
     if not precision.is_float32:
-        suspect = (finished | (logits.argmax(dim=1) != y)).nonzero().squeeze(1)
+        suspect = (finished | ~_correct(logits, y)).nonzero().squeeze(1)
         if len(suspect):
             logits[suspect] = precision.float32_logits(model, (x[suspect] + delta[suspect]).clamp(0, 1))
     return logits
+
+
+def _correct(logits: Tensor, y: Tensor) -> Tensor:
+    """Whether each image (B,) is classified correctly; never where a logit is not finite."""
+    return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
 
 
 def _starts(images: Images, attack: PGD, number: int) -> Tensor:

@@ -18,7 +18,7 @@ from singlestep.autoattack import AutoAttack
 from singlestep.checkpoints import Opened, load_network, load_run
 from singlestep.data import Images
 from singlestep.networks import PreActResNet18, ResNet18, WideResNet
-from singlestep.robustness import PGD
+from singlestep.robustness import PGD, evaluate
 from singlestep.run import folder as folders
 from singlestep.run import state as states
 from singlestep.run.console import Screen, Stopped, StopSignals, UsageError
@@ -248,6 +248,26 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
 def test_a_value_in_another_unit_gets_a_hint(flags, hint, run, judged):
     status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=fgsm", *flags)
     assert status == 0 and (f"# {hint}" in output if hint else "did you mean" not in output)
+
+
+def test_a_network_without_finite_outputs_is_refused_and_never_right(run, judged, call):
+    for name in ("state.pth", "model_1.pth"):
+        saved = torch.load(run / name, weights_only=True)
+        weights = saved.get("model", saved)
+        weights["conv1.weight"] *= 1e37
+        weights["linear.weight"] += 1e37
+        torch.save(saved, run / name)
+    for flags in (["--attacks=clean"], ["--attacks=fgsm"]):
+        one_line(judged(run, "--device=cpu", "--samples=8", *flags), "produces non-finite outputs")
+    one_line(call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run), "non-finite outputs")
+
+    class Nothing(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :3] * torch.nan
+
+    x, y = torch.rand(6, 3, 4, 4), torch.arange(6) % 3
+    for restarts in (0, 1):
+        assert not evaluate(Nothing(), x, y, PGD(0.1, 0.1, 1, restarts)).right.any()
 
 
 @pytest.mark.parametrize("flags, doubted", [
