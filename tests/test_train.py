@@ -59,6 +59,11 @@ def test_random_numbers_are_a_function_of_their_key(keys):
     assert drawn == [draw(key) for key in keys] and len(set(drawn)) == len(keys)
 
 
+def test_the_tests_compute_on_one_thread():
+    """conftest.py has to say so before PyTorch is imported."""
+    assert torch.get_num_threads() == 1
+
+
 # The training step
 
 
