@@ -51,8 +51,6 @@ class Results:
         seeds = {int(seed) for name in files if (seed := name.rpartition("seed=")[2]).isdecimal()}
         for experiment in experiments(list(TABLES), scale, tuple(sorted(seeds))):
             if experiment.name in files and (result := read_result(folder, experiment)):
-                for record in result["epochs"]:  # today's rule decides: an older run may have logged another's verdict
-                    record.pop("collapsed", None)
                 self.by_name[experiment.name] = result
         self.seeds, self.refused = sorted(seeds), [path for name, path in files.items() if name not in self.by_name]
 

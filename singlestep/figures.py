@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from . import options
+from .collapse import collapsed
 from .methods import ATTACKS, DEPENDENT, METHODS, OBJECTIVES
 from .options import FLAGS
 from .run.console import UsageError, one_line_errors, say
@@ -60,15 +61,6 @@ def read_run(folder: Path) -> Run:
     if not epochs:
         raise UsageError(f"{folder}: no epoch is complete yet")
     return Run(folder, defaults(flags), epochs, final)
-
-
-def collapsed(epochs: list[dict[str, Any]]) -> list[bool]:
-    """Return for each epoch whether the run is in collapse after it; computed if an older run did not record it."""
-    if all("collapsed" in record for record in epochs):
-        return [bool(record["collapsed"]) for record in epochs]
-    from . import collapse  # imports PyTorch
-
-    return collapse.collapsed(epochs)
 
 
 def defaults(flags: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,10 @@ from helpers import ROOT
 from torch import Tensor
 
 sys.path.insert(0, str(ROOT / "experiments"))
+from collapses import Run, fell, read_all
 from definitions import RIVALS
+from public_logs.table import read_runs
+from scipy.stats import binomtest
 
 from singlestep import collapse, figures, methods
 
@@ -62,9 +65,30 @@ def values(key: str, scale: float = 100) -> Callable[..., Tensor]:
     return of
 
 
+LABELLED = {f"{run.group.partition(',')[0]}/{run.name}": run for run in read_all()}
+
+
+def fallen(runs: list[str]) -> int:
+    """How many runs collapsed: by their labels, else by the rule."""
+    return sum(fell(LABELLED.get(run) or Run("", run, 0, RESULTS[run]["epochs"])) for run in runs)
+
+
+def upper(runs: list[str]) -> float:
+    """The upper end of Wilson's 95% interval of the share of runs that collapse, in %."""
+    return 100 * binomtest(fallen(runs), len(runs)).proportion_ci(0.95, method="wilson").high
+
+
+def logged(method: str, data_set: str = "") -> int:
+    """How many of a method's runs in the public logs collapse."""
+    runs = [run for run in read_runs() if run.method == method and data_set in ("", run.data_set)]
+    assert len(runs) == (3 if data_set else 9)
+    return sum(any(collapse.collapsed(run.epochs)) for run in runs)
+
+
 clean, fgsm, pgd, train = map(values, ("test_acc", "fgsm_acc", "test_robust_acc", "train_robust_acc"))
 FUNCTIONS = {"clean": clean, "fgsm": fgsm, "pgd": pgd, "train": train, "abnormal": values("abnormal"),
-             "alignment": values("alignment", 1), "max": max, "abs": abs, "sorted": sorted}
+             "alignment": values("alignment", 1), "max": max, "abs": abs, "sorted": sorted,
+             "upper": upper, "logged": logged}
 
 
 # Marks
@@ -131,7 +155,7 @@ def test_there_are_marks_and_a_wrong_number_fails():
 
 @pytest.mark.parametrize("page", MEASURED)
 def test_no_percentage_goes_unchecked(page):
-    checked = COLUMNS.keys() | {"CW", "forward-backward passes per step (standard training: 1)"}
+    checked = COLUMNS.keys() | {"forward-backward passes per step (standard training: 1)"}
     cells = [cell for rows in tables(PAGES[page]) for row in rows if not checked & row.keys() for cell in row.values()]
     assert re.findall(r".{0,40}\d%", MARK.sub("", " ".join(prose(page).split()))) == []
     assert [cell for cell in cells if re.match(r"\d+\.\d(?![\d.])", cell)] == []
@@ -159,6 +183,23 @@ def stem(method: str, data_set: str = "cifar10", epsilon: int = 8) -> str:
 def short_runs(method: str) -> list[str]:
     """The runs of a method at the scale cpu-short, seed by seed."""
     return matching(RESULTS, f"cpu-short/{stem(method)}_seed=*")
+
+
+def study_runs(cells: dict[str, str], epsilon: int) -> list[str]:
+    """The runs of a row of README.md's first table."""
+    return matching(RESULTS, f"cpu-short-bf16/{stem(next(iter(cells.values())), epsilon=epsilon)}_seed=*")
+
+
+def study(show: Callable[[list[str]], str], epsilon: int) -> Callable[[dict[str, str]], str]:
+    return lambda cells: show(study_runs(cells, epsilon))
+
+
+def shown_mean(values: Callable[..., Tensor]) -> Callable[[list[str]], str]:
+    return lambda runs: figures.mean(values(runs).tolist(), 1)
+
+
+def shown_collapses(runs: list[str]) -> str:
+    return f"{fallen(runs)} of {len(runs)}"
 
 
 def runs_of_a_row(cells: dict[str, str], scale: str = "") -> list[str]:
@@ -191,11 +232,6 @@ def mean(values: Callable[..., Tensor], scale: str = "") -> Callable[[dict[str, 
     return lambda cells: figures.mean(values(runs_of_a_row(cells, scale)).tolist(), 1)
 
 
-def collapses(cells: dict[str, str]) -> str:
-    runs = runs_of_a_row(cells)
-    return f"{sum(any(collapse.collapsed(RESULTS[run]['epochs'])) for run in runs)} of {len(runs)}"
-
-
 COLUMNS: dict[str, Callable[[dict[str, str]], str]] = {
     "training images under that attack": mean(train), "clean test images": mean(clean),
     "test images under FGSM": mean(fgsm), "test images under PGD-10": mean(pgd),
@@ -203,8 +239,10 @@ COLUMNS: dict[str, Callable[[dict[str, str]], str]] = {
     "after the first epoch": mean(lambda runs: pgd(runs, 1)),
     "clean, float32": mean(clean, "cpu"), "clean, bfloat16": mean(clean, "cpu-bf16"),
     "PGD-10, float32": mean(pgd, "cpu"), "PGD-10, bfloat16": mean(pgd, "cpu-bf16"),
-    "PGD-10, each seed": each_seed, "short runs: PGD-10, each seed": each_seed, "collapsed": collapses,
-    "published: clean / PGD-50": lambda cells: PUBLISHED.get(method_of(cells), ""),
+    "PGD-10, each seed": each_seed, "collapsed": lambda cells: shown_collapses(runs_of_a_row(cells)),
+    "published, 8/255: clean / PGD-50": lambda cells: PUBLISHED.get(method_of(cells), ""),
+    **{f"{title}, {epsilon}/255": study(show, epsilon) for epsilon in (8, 16) for title, show in (
+        ("clean", shown_mean(clean)), ("PGD-10", shown_mean(pgd)), ("collapsed", shown_collapses))},
 }
 
 
@@ -227,11 +265,9 @@ def test_a_row_says_what_its_results_say(cells):
     assert cells == {title: COLUMNS[title](cells) if title in COLUMNS else cell for title, cell in cells.items()}
 
 
-def test_every_method_of_several_seeds_has_its_row_and_the_collapse_is_that_of_the_text():
+def test_every_method_of_several_seeds_has_its_row():
     rows = [cells for row in ROWS for cells in row.values if "collapsed" in cells]
     assert {run for cells in rows for run in runs_of_a_row(cells)} == set(matching(RESULTS, "cpu-short/*"))
-    zerograd = short_runs("ZeroGrad, q = 0.35")
-    assert [collapse.collapsed(RESULTS[run]["epochs"])[-1] for run in zerograd] == [False, False, True]
 
 
 def test_the_minutes_of_a_run_are_those_of_the_results():
@@ -257,14 +293,14 @@ def test_the_minutes_of_a_run_are_those_of_the_results():
 def test_the_attacked_networks_have_the_accuracies_of_their_evaluations():
     attacks = {"clean": "clean", "FGSM": "fgsm", "PGD-10": "pgd-10-1", "PGD-50-10": "pgd-50-10", "CW": "cw",
                "AutoAttack": "autoattack"}
-    rows, = (rows for rows in tables(PAGES["README.md"]) if "CW" in rows[0])
+    rows, = (rows for rows in tables(PAGES["docs/accuracy.md"]) if "CW" in rows[0])
     assert len(rows) == len(matching(RESULTS, "short/*_epochs=5_*"))
     for row in rows:
         name, _, collapsed = next(iter(row.values())).partition(": ")
         result = RESULTS[{"FGSM, zero initialization": "short/cifar10_method=fgsm_epochs=5_seed=0",
                           "N-FGSM": "short/cifar10_method=n-fgsm_epochs=5_seed=0"}[name]]
         found = {each["attack"]: each for record in result["evaluations"] for each in record["attacks"]}
-        assert collapse.collapsed(result["epochs"])[-1] == bool(collapsed)
+        assert any(collapse.collapsed(result["epochs"])) == bool(collapsed)
         for title, attack in attacks.items():
             assert found[attack]["n"] == 1000 and f"{100 * found[attack]['accuracy']:.1f}" == row[title], (name, title)
 
