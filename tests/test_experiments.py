@@ -8,6 +8,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,10 +16,11 @@ import pytest
 from helpers import DATASETS, ROOT, script
 from processes import Started, forked
 
-from singlestep import options
+from singlestep import options, train
 from singlestep.run.folder import Folder
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import mixed
 import report
 import reproduce
 import sheet
@@ -410,3 +412,41 @@ def test_the_committed_reports_are_those_of_the_committed_results(tmp_path, monk
         assert not results.refused
         text = report.write_report(results, tmp_path).read_text()
         assert text == (ROOT / f"experiments/report/{scale}.md").read_text()
+
+
+def test_a_mixed_run_takes_each_purposes_numbers_from_its_own_seed(tmp_path, small_dummy, shallow, monkeypatch):
+    keys: set[tuple[int, int]] = set()
+    seed_everything = train.seed_everything
+
+    def recorded(purpose: int, seed: int, *rest: int) -> None:
+        keys.add((purpose, seed))
+        seed_everything(purpose, seed, *rest)
+
+    monkeypatch.setattr(train, "seed_everything", recorded)  # also restores it, which train_mixed replaces
+    flags = mixed.mixture("smoke", (5, 6, 7)).command[5:]
+    mixed.train_mixed(5, 6, 7, [*flags, f"--fname={tmp_path / 'run'}", "--epochs=1"])
+    assert keys == {(train.WEIGHTS, 5), (train.ORDER, 6), (train.STEP, 7), (train.WATCH, 5)}
+
+
+def test_the_mixed_runs_are_eighteen_and_their_corners_are_the_tables_runs(monkeypatch):
+    every = {mixed.mixture("cpu-short-bf16", seeds) for pair in mixed.PAIRS for seeds in product(pair, repeat=3)}
+    corners = {each for each in every if not isinstance(each, mixed.Mixed)}
+    assert len({each.name for each in every}) == len(every) == 18 + len(corners)
+    assert corners == {each for each in experiments(["rivals"], "cpu-short-bf16", (0, 1, 2, 3, 4))
+                       if each.flags == "--attack=zerograd --zero-qval=0.35"}
+    assert all(mixed.outcome(ROOT / "experiments/results", corner) is not None for corner in corners)
+
+
+def test_the_shares_of_what_decides_are_those_of_outcomes_known_beforehand(tmp_path, monkeypatch):
+    keys = list(product((0, 1), repeat=3))
+    nothing = dict.fromkeys((*mixed.SOURCES, "interactions"), 0.0)
+    assert mixed.shares(dict.fromkeys(keys, 30.0)) == nothing
+    for source, title in enumerate(mixed.SOURCES):
+        assert mixed.shares({key: 30.0 * key[source] for key in keys}) == pytest.approx({**nothing, title: 1})
+    assert mixed.shares({key: float(key[0] ^ key[1]) for key in keys}) == pytest.approx({**nothing, "interactions": 1})
+    assert mixed.shares({key: 3.0 * key[0] + 4.0 * key[2] for key in keys}) == pytest.approx(
+        {**nothing, "initial weights": 0.36, "random starts": 0.64})
+    monkeypatch.setattr(mixed, "outcome", lambda results, e: None if e.seed > 1 else 30.0 * e.seed)
+    mixed.write_report("cpu-short-bf16", tmp_path, tmp_path)
+    text = (tmp_path / "mixed.md").read_text()
+    assert "| 0, 1 | 1 | 0 | 1 | 30.0 |" in text and "| 0, 1 | 100% | 0% | 0% | 0% |" in text and "| 2, 3 |" not in text
