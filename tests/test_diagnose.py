@@ -10,6 +10,7 @@ from torch import nn
 from singlestep import train
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import batchnorm
 import diagnose
 
 EPSILON = 8 / 255
@@ -111,3 +112,21 @@ def test_mistakes_are_one_line(run, told, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     status, _, error = told(run, "--out=x.png")
     assert status == 2 and error.count("\n") == 1 and "pip install matplotlib" in error
+
+
+def test_statistics_estimated_anew_are_those_of_the_training_images(tmp_path, call, call_main, small_dummy, shallow):
+    """A network saved with ruined statistics gets the accuracy back that sound statistics give it."""
+    run = tmp_path / "run"
+    assert call("train_cifar.py", *SMALL, "--epochs=1", "--chkpt-iters=1", "--fname", run)[0] == 0
+    file = run / "model_0.pth"
+    state = torch.load(file, weights_only=True)
+    (run / "state.pth").unlink()
+    outputs = []
+    for factor in (1.0, 1e4):
+        torch.save({key: factor * value if key.endswith("running_mean") else value for key, value in state.items()},
+                   file)
+        status, output, error = call_main(batchnorm, run, "--samples=20")
+        assert status == 0, error
+        outputs.append(output.splitlines()[-2:])
+    (saved, anew), (ruined, again) = outputs
+    assert anew == again and ruined != saved and "as saved" in ruined and "anew" in anew
