@@ -412,6 +412,15 @@ class Parser(argparse.ArgumentParser):
             message += f"; did you mean {near[0]}?" if near else ""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
+    def print_help(self, file=None) -> None:
+        print_answer(self.format_help().rstrip())
+
+
+def print_answer(text: str) -> None:
+    """Print what the user asked for; if standard output cannot be written, end the process."""
+    with one_line_errors():
+        say(text, needed=True)
+
 
 def add_flags(p: Parser, names: Collection[str] = FLAGS) -> None:
     """Add flags of `Args`, in their groups."""
@@ -444,9 +453,8 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
     p = parser(dataset, description)
     named, _ = p.parse_known_args(argv)
     if named.help or named.method == "list":
-        with one_line_errors():  # standard output may be closed
-            say(methods_table() if named.method == "list" else method_help(dataset, named.method) if named.method else
-                p.format_help().rstrip())
+        print_answer(methods_table() if named.method == "list" else method_help(dataset, named.method) if named.method
+                     else p.format_help().rstrip())
         p.exit()
     unset = object()
     values = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(FLAGS, unset))))

@@ -2,10 +2,14 @@
 import argparse
 import errno
 import hashlib
+import io
+import json
 import os
+import pty
 import random
 import resource
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -26,10 +30,10 @@ from helpers import (
     write_cifar10,
     write_svhn,
 )
-from processes import forked
+from processes import Started, forked
 from torchvision import datasets
 
-from singlestep import data, options, robustness, train
+from singlestep import data, figures, options, robustness, train
 from singlestep.data import Images
 from singlestep.run.device import Precision, slowdown
 
@@ -59,6 +63,62 @@ def test_closed_streams_cost_nothing(tmp_path, call):
         output, error = process.communicate(timeout=120)
         assert process.returncode == 0 and not error and (output.count("/2  lr ") == 2) == (closed == "2>&-"), error
         assert_same_run(tmp_path / str(i), tmp_path / "whole")
+
+
+class Unwritable(io.TextIOWrapper):
+    """A standard output whose device answers with an error."""
+
+    def __init__(self, path, number: int):
+        super().__init__(open(path, "wb"))
+        self.number = number
+
+    def flush(self):
+        if not os.path.samestat(os.fstat(self.fileno()), os.stat(os.devnull)):
+            raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EAGAIN])
+def test_a_standard_output_that_cannot_be_written_costs_nothing(number, tmp_path, call, judged, monkeypatch):
+    run = tmp_path / "run"
+    warning = f"warning: standard output cannot be written ({os.strerror(number)}): continuing without it\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Unwritable(tmp_path / "screen", number))
+        result = call("train_cifar.py", *TINY, "--fname", run)
+    assert result == (0, "", warning) and (run / "final.json").exists() and len(epochs_of(run)) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Unwritable(tmp_path / "screen", number))
+        assert judged(run, "--attacks=clean", "--samples=4", "--device=cpu") == (0, "", warning)
+    assert len(json.loads((run / "evaluation.json").read_text())) == 1
+
+
+@pytest.mark.parametrize("flags", [["train_svhn.py", "--help"], ["train_cifar.py", "--method=list"],
+                                   ["evaluate.py", "--help"], ["plot.py", "--help"]])
+def test_a_text_that_no_file_holds_must_be_printed(flags):
+    name, flag = flags
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(ROOT / name), flag], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, f"{name}: error: standard output: No space left on device\n")
+
+
+def test_a_table_of_runs_must_be_printed(tmp_path, call, call_main, monkeypatch):
+    assert call("train_cifar.py", *TINY, "--fname", tmp_path / "run")[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+        assert call_main(figures, tmp_path / "run") == (
+            1, "", "figures.py: error: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("number, status", [(None, 0), (signal.SIGHUP, 129)])
+def test_a_closed_terminal_ends_a_run_only_by_its_signal(number, status, tmp_path):
+    """Where SIGHUP is ignored, a run continues."""
+    leader, follower = pty.openpty()
+    process = Started("train_cifar.py", *TINY, "--fname", tmp_path / "run", terminal=os.ttyname(follower))
+    process.wait_for(tmp_path / "run" / "args.json")
+    os.close(follower), os.close(leader)
+    if number:
+        process.send_signal(number)
+    assert process.finish().returncode == status
+    assert (tmp_path / "run" / "final.json").exists() == (status == 0)
 
 
 def test_a_stream_that_knows_no_umlauts_trains_and_files_are_utf_8(tmp_path, call, monkeypatch):
@@ -221,7 +281,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_and_no_part_of_a_new_one(tmp_path
             status, _, error = call("train_cifar.py", *flags, "--epochs=3", "--resume=auto", "--chkpt-steps=1")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
-        assert status == 1 and error.count("\n") == 1 and "File too large" in error, error
+        assert status == 1 and error.count("\n") == 1 and ".pth: File too large" in error, error
         after = files(part)
         assert len(after["state.pth"]) > limit
         assert all(after[name] == before[name] for name in before if name.endswith(".pth"))

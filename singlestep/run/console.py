@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TextIO
 
 from tqdm import tqdm
 
@@ -33,18 +33,39 @@ class Stopped(Exception):
         self.number, self.midway = number, midway
 
 
-def say(text: str, error: bool = False) -> None:
+def say(text: str, error: bool = False, needed: bool = False) -> None:
     """Print a line, above the progress bar if there is one.
 
-    Without a stream, nothing is printed. Characters that the stream cannot encode are escaped.
+    Without a stream, nothing is printed. Characters that the stream cannot encode are escaped. If the stream cannot be
+    written (a full disk, a terminal that is gone), a warning is printed, and the stream is not used again.
+
+    Raises:
+        BrokenPipeError: the reader of standard output is gone.
+        OSError: the text is `needed`, as no file holds it, and cannot be written.
     """
     stream = sys.stderr if error else sys.stdout
     if stream is None:
         return
     encoding = stream.encoding or "utf-8"
     line = f"{text}\n".encode(encoding, "backslashreplace").decode(encoding)
-    tqdm.write(line, stream, end="")  # text and newline in one write, even if unbuffered
-    stream.flush()
+    try:
+        tqdm.write(line, stream, end="")  # text and newline in one write, even if unbuffered
+        stream.flush()
+    except OSError as fault:
+        discard(stream)
+        if error:
+            return
+        if needed or isinstance(fault, BrokenPipeError):
+            fault.filename = "standard output"
+            raise
+        say(f"warning: standard output cannot be written ({fault.strerror}): continuing without it", error=True)
+
+
+def discard(stream: TextIO) -> None:
+    """Discard what is in the stream's buffer, and what will be written to it."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class StopSignals:
@@ -100,10 +121,9 @@ def one_line_errors(folder: str = "") -> Iterator[None]:
     except KeyboardInterrupt:  # outside StopSignals, or a second SIGINT
         end(128 + signal.SIGINT, "stopped by SIGINT")
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # prevents a second error at exit
         end(1, f"error: standard output was closed{'; --resume auto continues this run' if folder else ''}")
     except OSError as error:
-        end(1, f"error: {error.filename or folder}: {error.strerror or error}")
+        end(1, ": ".join(filter(None, ["error", str(error.filename or folder), error.strerror or str(error)])))
 
 
 class Screen:

@@ -24,8 +24,10 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = path  # a full disk is reported without it
         raise
     with contextlib.suppress(OSError):  # a shared file system may not support flushing a directory
         directory = os.open(path.parent, os.O_RDONLY)
