@@ -5,10 +5,13 @@ import importlib
 import io
 import math
 import os
+import shutil
+import socket
 import tarfile
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,9 @@ from .run.folder import lock
 
 DUMMY_SIZES = {True: 2048, False: 512}  # numbers of synthetic training (True) and test (False) images
 DUMMY_SIDE = 32
+
+STALLED = 60.0  # seconds without an answer after which a download has failed
+WAIT = 1800.0  # seconds to wait for another process that downloads
 
 
 @dataclass(frozen=True)
@@ -198,11 +204,10 @@ def dummy(classes: int) -> tuple[Images, Images]:
 
 def read_torchvision(name: str, data_dir: str):
     """Read torchvision's CIFAR10, CIFAR100 or SVHN. Returns (images, labels) of the training and of the test set."""
-    from torchvision import datasets  # takes two seconds to import
-
-    source = getattr(datasets, name)
+    source = imported("torchvision.datasets", name)
     verified = type(name, (source,), {"_check_integrity": lambda self: True})  # hashes each file once, not three times
     if name == "SVHN":  # cropped digits; the digit 0 has label 0
+        imported("scipy.io", "loadmat")  # before a download
         splits = [source.split_list[split] for split in ("train", "test")]
         ensure_files(data_dir, {file: md5 for _, file, md5 in splits},
              lambda folder: [source(folder, split, download=True) for split in ("train", "test")])
@@ -210,29 +215,45 @@ def read_torchvision(name: str, data_dir: str):
         return [(part.data.transpose(0, 2, 3, 1), part.labels) for part in parts]
     listed = [*source.train_list, *source.test_list, [source.meta["filename"], source.meta["md5"]]]
     ensure_files(data_dir, {f"{source.base_folder}/{file}": md5 for file, md5 in listed},
-         lambda folder: source(folder, download=True))
+         lambda folder: source(folder, download=True), source.filename, source.tgz_md5)
     return [(part.data, part.targets) for part in (verified(data_dir, train) for train in (True, False))]
 
 
-def ensure_files(data_dir: str, files: dict[str, str], download: Callable[[str], Any]) -> None:
-    """Verify the files in `data_dir`. If none of them exists, download all of them first.
+def imported(module: str, name: str) -> Any:
+    """Return `name` of a module. Raises UsageError, which names the package, if the import fails."""
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # packages whose versions do not fit each other raise many kinds of errors
+        package = module.partition(".")[0]
+        raise UsageError(f"the package {package} cannot be used ({_one_line(error)}): install or repair it") from None
+
+
+def ensure_files(data_dir: str, files: dict[str, str], download: Callable[[str], Any], archive: str = "",
+                 archive_md5: str = "") -> None:
+    """Verify the files in `data_dir`. If none of them exists, unpack their archive or download all of them first.
 
     Args:
         files: file name -> MD5 sum.
         download: downloads the files to a folder.
+        archive, archive_md5: name and MD5 sum of the archive of the files, if they are published in one.
 
     Raises:
-        UsageError: a file is missing or damaged, or the download failed.
+        UsageError: a file is missing, damaged or in another folder, or the download failed.
     """
-    from torchvision.datasets.utils import check_integrity
+    from torchvision.datasets.utils import check_integrity, extract_archive
 
     root = Path(data_dir)
     try:
         if not any((root / name).exists() for name in files):
-            if any((root / Path(name).name).exists() for name in files):
-                raise UsageError(f"--data-dir {data_dir} is one level too deep: give its parent folder, "
-                                 f"{root.resolve().parent}")
-            _download(root, files, download)
+            packed = root / archive
+            if archive and packed.is_file():
+                if not check_integrity(str(packed), archive_md5):
+                    raise UsageError(f"--data-dir {data_dir}: {packed} is truncated or altered (its MD5 sum should be "
+                                     f"{archive_md5}): replace it, or delete it to download")
+                _place(root, files, partial(extract_archive, packed), f"{packed} cannot be unpacked")
+            else:
+                require_level(root, files, archive)
+                _place(root, files, download, "the download failed")
         present = {root / name.split("/")[0] for name in files if (root / name.split("/")[0]).exists()}
         again = " and ".join(map(str, sorted(present)))  # files are downloaded if none is there
         for name, md5 in files.items():
@@ -246,44 +267,62 @@ def ensure_files(data_dir: str, files: dict[str, str], download: Callable[[str],
         raise UsageError(f"--data-dir {data_dir} cannot be read ({_one_line(error)})") from None
 
 
-def _download(root: Path, files: dict[str, str], download: Callable[[str], Any]) -> None:
-    """Download to a temporary folder, then move the files to `root`, so that no partial file gets a final name.
+def require_level(root: Path, files: Iterable[str], archive: str) -> None:
+    """Raise UsageError if `root` is a file, or if its parent or a subfolder is the folder of the data set."""
+    if root.is_file():
+        raise UsageError(f"--data-dir {root} is a file: give its folder, {root.parent}")
+    if any((root / Path(name).name).exists() for name in files):
+        raise UsageError(f"--data-dir {root} is one level too deep: give its parent folder, {root.resolve().parent}")
+    for folder in root.glob("[!.]*"):
+        if any((folder / name).is_file() for name in (*files, archive)):
+            raise UsageError(f"--data-dir {root} is one level too high: give {folder}")
 
-    A file lock lets one process download at a time.
+
+def _place(root: Path, files: Collection[str], make: Callable[[str], Any], failure: str) -> None:
+    """Make the files in a temporary folder, then move them to `root`, so that no partial file gets a final name.
+
+    A file lock lets one process do so at a time.
     """
     new, held = [folder for folder in (root, *root.parents) if not folder.exists()], None
+    patience = socket.getdefaulttimeout()
     try:
         root.mkdir(parents=True, exist_ok=True)
-        held = lock(root / ".lock")
-        if any((root / name).exists() for name in files):  # downloaded by another process
+        held = lock(root / ".lock", wait=WAIT)
+        if any((root / name).exists() for name in files):  # made by another process
             return
+        for left in root.glob(".download-*") if held else ():  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        socket.setdefaulttimeout(STALLED)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as arriving, \
                 contextlib.redirect_stdout(io.StringIO()):
-            download(arriving)
+            make(arriving)
             for top in dict.fromkeys(name.split("/")[0] for name in files):
                 os.replace(Path(arriving, top), root / top)
     except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
-        if root in new:
-            (root / ".lock").unlink(missing_ok=True)
-        for folder in new:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        raise UsageError(f"--data-dir {root} has no {next(iter(files))}, and the download failed ({_one_line(error)}): "
+        raise UsageError(f"--data-dir {root} has no {next(iter(files))}, and {failure} ({_one_line(error)}): "
                          f"put the files there, or use --dummy") from None
     finally:
+        socket.setdefaulttimeout(patience)
         if held:
-            held.release()
+            held.close()
+        if root in new and not any((root / name).exists() for name in files):
+            (root / ".lock").unlink(missing_ok=True)
+        for folder in new:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _read(dataset: DataSet, data_dir: str) -> tuple[Images, Images]:
+    source = dataset.source
+    if isinstance(source, str) and ":" in source:
+        module, _, name = source.partition(":")
+        source = imported(module, name)
     try:
-        source = dataset.source
-        if isinstance(source, str) and ":" in source:
-            module, _, name = source.partition(":")
-            source = getattr(importlib.import_module(module), name)
         parts = source(data_dir) if callable(source) else read_torchvision(source, data_dir)
     except UsageError:
         raise
+    except ImportError as error:  # in a function of the user's
+        raise UsageError(f"{dataset.name} needs a package that cannot be imported ({_one_line(error)})") from None
     except Exception as error:  # parsers raise many kinds of errors for unreadable files
         raise UsageError(f"--data-dir {data_dir}: its files cannot be read ({_one_line(error)})") from None
     train, test = (_images(dataset, data_dir, *map(np.asarray, part)) for part in parts)

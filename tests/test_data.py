@@ -2,13 +2,17 @@
 import collections
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import http.server
+import importlib
 import io
 import json
+import socket
 import tarfile
 import threading
 import time
+import urllib.request
 
 import numpy as np
 import pytest
@@ -25,6 +29,7 @@ from torchvision import datasets
 from singlestep import data, options
 from singlestep.data import Augmentation, Images, dummy, read_torchvision
 from singlestep.run.console import UsageError
+from singlestep.run.folder import lock
 
 
 def noise_images(n: int, seed: int = 0, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
@@ -228,6 +233,126 @@ def test_svhn_whose_second_file_does_not_arrive_leaves_no_first_one(tmp_path, mo
         arrives.add("test_32x32.mat")
         assert [len(labels) for _, labels in read_torchvision("SVHN", str(root))] == [12, 12]
     assert sorted(path.name for path in root.iterdir()) == [".lock", "test_32x32.mat", "train_32x32.mat"]
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **keywords):
+        raise AssertionError("the network was used")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def test_a_server_that_stalls_fails_and_the_next_download_removes_what_a_killed_one_left(tmp_path, monkeypatch):
+    content, root, go = archived(tmp_path, monkeypatch), tmp_path / "data", threading.Event()
+    (root / ".download-killed").mkdir(parents=True)
+    monkeypatch.setattr(data, "STALLED", 0.2)
+
+    def stall(handler):
+        sending(content[:50], len(content))(handler)
+        handler.wfile.flush()
+        assert go.wait(60)
+
+    with serving(stall) as (address, _):
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/cifar-10-python.tar.gz")
+        with pytest.raises(UsageError, match=r"the download failed \(TimeoutError: timed out\)"):
+            read_torchvision("CIFAR10", str(root))
+        go.set()
+    assert [path.name for path in root.iterdir()] == [".lock"] and socket.getdefaulttimeout() is None
+
+
+def test_no_process_waits_for_another_download_without_end(tmp_path, monkeypatch, no_network):
+    archived(tmp_path, monkeypatch)
+    (tmp_path / "data").mkdir()
+    monkeypatch.setattr(data, "WAIT", 0.2)
+    with lock(tmp_path / "data" / ".lock"), pytest.raises(UsageError, match=r"another process keeps .*\.lock locked"):
+        read_torchvision("CIFAR10", str(tmp_path / "data"))
+
+
+def cifar100(content: bytes, monkeypatch) -> None:
+    """Have CIFAR-100 be the small CIFAR-10 under names of its own."""
+    for name in ("train_list", "test_list", "meta", "base_folder"):
+        monkeypatch.setattr(datasets.CIFAR100, name, getattr(datasets.CIFAR10, name))
+    monkeypatch.setattr(datasets.CIFAR100, "tgz_md5", hashlib.md5(content).hexdigest())
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
+def test_an_archive_in_the_folder_is_checked_and_unpacked(name, tmp_path, monkeypatch, no_network):
+    content, root = archived(tmp_path, monkeypatch), tmp_path / "data"
+    cifar100(content, monkeypatch)
+    root.mkdir()
+    archive = root / getattr(datasets, name).filename
+    archive.write_bytes(content[:-1])
+    with pytest.raises(UsageError, match=rf"{archive.name} is truncated or altered .* or delete it to download"):
+        read_torchvision(name, str(root))
+    assert [path.name for path in root.iterdir()] == [archive.name]
+    archive.write_bytes(content)
+    assert len(read_torchvision(name, str(root))[0][0]) == 30
+    assert sorted(path.name for path in root.iterdir()) == [".lock", "cifar-10-batches-py", archive.name]
+
+
+def test_an_archive_that_cannot_be_unpacked_is_named(tmp_path, monkeypatch, no_network):
+    content, root = archived(tmp_path, monkeypatch), tmp_path / "data"
+    root.mkdir()
+    (root / "cifar-10-python.tar.gz").write_bytes(content)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torchvision.datasets.utils, "extract_archive", full)
+    with pytest.raises(UsageError, match=r"data/cifar-10-python\.tar\.gz cannot be unpacked \(OSError.*No space left"):
+        read_torchvision("CIFAR10", str(root))
+
+
+@pytest.mark.parametrize("name, there, given, advice", [
+    ("CIFAR10", "data/cifar-10-python.tar.gz", "data/cifar-10-python.tar.gz", "is a file: give its folder, {}/data"),
+    ("SVHN", "data/train_32x32.mat", "data/train_32x32.mat", "is a file: give its folder, {}/data"),
+    ("CIFAR10", "data/cifar-10-batches-py/test_batch", "data/cifar-10-batches-py",
+     "is one level too deep: give its parent folder, {}/data"),
+    ("CIFAR10", "data/cifar-10-batches-py/test_batch", "", "is one level too high: give {}/data"),
+    ("CIFAR10", "data/cifar-10-python.tar.gz", "", "is one level too high: give {}/data"),
+    ("CIFAR100", "data/cifar-100-python/train", "", "is one level too high: give {}/data"),
+    ("CIFAR100", "data/cifar-100-python.tar.gz", "", "is one level too high: give {}/data"),
+    ("SVHN", "data/test_32x32.mat", "", "is one level too high: give {}/data")])
+def test_a_data_set_in_another_folder_is_named(name, there, given, advice, tmp_path, no_network):
+    (tmp_path / there).parent.mkdir(parents=True)
+    (tmp_path / there).write_bytes(b"")
+    with pytest.raises(UsageError) as error:
+        read_torchvision(name, str(tmp_path / given))
+    assert str(error.value) == f"--data-dir {tmp_path / given} {advice.format(tmp_path)}"
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("script, package, fault", [
+    ("train_cifar.py", "torchvision", RuntimeError("operator torchvision::nms does not exist")),
+    ("train_cifar100.py", "torchvision", ModuleNotFoundError("No module named '_lzma'")),
+    ("train_svhn.py", "scipy", ModuleNotFoundError("No module named 'scipy'")),
+    ("train_svhn.py", "scipy", ValueError("numpy.dtype size changed, may indicate binary incompatibility"))])
+def test_a_broken_package_is_named(script, package, fault, tmp_path, call, monkeypatch, no_network):
+    import_module = importlib.import_module
+
+    def broken(module):
+        if module.startswith(package):
+            raise fault
+        return import_module(module)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    flags = ["--device=cpu", "--base-width=4", "--data-dir", tmp_path / "data", "--fname", tmp_path / "run"]
+    status, _, error = call(script, *flags)
+    assert status == 2 and not list(tmp_path.iterdir())
+    assert error.endswith(f"error: the package {package} cannot be used ({type(fault).__name__}: {fault}): install or "
+                          f"repair it\n")
+
+
+@pytest.mark.parametrize("source, message", [
+    ("no_such_module:images", "the package no_such_module cannot be used (ModuleNotFoundError: No module named"),
+    ("json:images", "the package json cannot be used (AttributeError: module 'json' has no attribute 'images')"),
+    (lambda data_dir: importlib.import_module("no_such_module"),
+     "CIFAR-10 needs a package that cannot be imported (ModuleNotFoundError: No module named 'no_such_module')")])
+def test_a_source_that_cannot_be_imported_is_named(source, message):
+    with pytest.raises(UsageError) as error:
+        data.load_test(dataclasses.replace(options.CIFAR10, source=source))
+    assert str(error.value).startswith(message)
 
 
 def test_of_two_processes_that_lack_the_same_files_one_downloads_and_one_waits(tmp_path, monkeypatch):

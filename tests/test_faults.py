@@ -69,7 +69,7 @@ class Unwritable(io.TextIOWrapper):
     """A standard output whose device answers with an error."""
 
     def __init__(self, path, number: int):
-        super().__init__(open(path, "wb"))
+        super().__init__(open(path, "wb"))  # noqa: SIM115
         self.number = number
 
     def flush(self):

@@ -1,4 +1,7 @@
 """Runs that go on: the same bits as a run never stopped, from every place a run can go on from."""
+import errno
+import fcntl
+import itertools
 import json
 import math
 import os
@@ -21,7 +24,7 @@ from singlestep import train
 from singlestep.run import state as states
 from singlestep.run.console import UsageError
 from singlestep.run.distributed import Stop
-from singlestep.run.folder import Folder, add_evaluation
+from singlestep.run.folder import Folder, add_evaluation, lock
 
 pytestmark = pytest.mark.usefixtures("shallow")
 THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-schedule=cyclic", "--lr-max=0.1", "--attack=fgsm"]
@@ -616,6 +619,30 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path, call, small_dummy):
     assert call("train_cifar.py", *SMALL, "--fname", folder, "--eval", "--resume=2")[0] == 0
     other.release()
     assert {path.name: path.read_bytes() for path in folder.iterdir() if "eval" not in path.name} == before
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_without_file_locks_a_warning_is_printed_and_all_continues(number, tmp_path, call, judged, small_dummy,
+                                                                   monkeypatch):
+    def fail(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    run = tmp_path / "run"
+    warning = f"warning: {run} is on a file system without file locks: two runs in this folder could overwrite each " \
+              f"other's files\n"
+    for flags in ([], ["--resume=auto"], ["--eval", "--resume=auto"]):
+        status, _, error = call("train_cifar.py", *SMALL, "--fname", run, *flags)
+        assert (status, error) == (0, "" if flags else warning)
+    assert judged(run, "--attacks=clean", "--device=cpu")[0] == 0
+    assert len(json.loads((run / "evaluation.json").read_text())) == 2
+
+
+def test_no_evaluation_waits_for_a_lock_without_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "monotonic", itertools.count(0, 6).__next__)
+    with lock(tmp_path / ".evaluation.lock"):
+        add_evaluation(Folder(tmp_path), {"attacks": []})
+    assert (tmp_path / "evaluation.json").exists()
 
 
 def test_another_final_evaluation_leaves_the_first_one_to_be_read(tmp_path, call, small_dummy):

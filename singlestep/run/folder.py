@@ -1,14 +1,14 @@
 """Run folder: atomic writes, file locks, logs, TensorBoard."""
 import contextlib
+import functools
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
-
-import filelock
 
 from .console import UsageError, collapse_line, say
 
@@ -37,24 +37,38 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             os.close(directory)
 
 
-def lock(path: str | Path, wait: float = -1) -> filelock.BaseFileLock | None:
-    """Lock the file `path`. If the file system does not support locks, print a warning and lock nothing.
-
-    Args:
-        wait: seconds to wait while another process holds the lock; -1: no limit.
+def lock(path: str | Path, wait: float = 0) -> IO[str] | None:
+    """Lock the file `path`, for up to `wait` seconds waiting for another process.
 
     Returns:
-        The lock, to be released by the caller; None if another process still holds it.
+        The file, whose closing releases the lock; None, after a warning, if its file system has no locks.
+
+    Raises:
+        TimeoutError: another process still holds the lock.
     """
-    held = filelock.FileLock(path)
-    try:
-        held.acquire(timeout=wait)
-    except filelock.Timeout:
-        return None
-    except NotImplementedError:
-        say(f"warning: {Path(path).parent} is on a file system without file locks: two runs in this folder could "
-            f"overwrite each other's files", error=True)
-    return held
+    file, end = open(path, "a"), time.monotonic() + wait  # noqa: SIM115
+    while True:
+        try:
+            import fcntl  # does not exist on Windows
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return file
+        except BlockingIOError:
+            if time.monotonic() >= end:
+                file.close()
+                raise TimeoutError(f"another process keeps {path} locked") from None
+            time.sleep(0.1)
+        except (ImportError, OSError):  # NFS and Lustre may answer ENOLCK, EOPNOTSUPP or ENOSYS
+            file.close()
+            warn_of_no_locks(Path(path).parent)
+            return None
+
+
+@functools.cache
+def warn_of_no_locks(folder: Path) -> None:
+    """Print the warning once."""
+    say(f"warning: {folder} is on a file system without file locks: two runs in this folder could overwrite each "
+        f"other's files", error=True)
 
 
 class Folder:
@@ -63,7 +77,7 @@ class Folder:
     def __init__(self, path: str | Path | None):
         self.exists = path is not None
         self.path = Path(os.devnull if path is None else path)
-        self._lock: filelock.BaseFileLock | None = None
+        self._lock: IO[str] | None = None
 
     def require_writable(self, flag: str = "--fname") -> None:
         """Raise UsageError, naming `flag`, unless the folder is writable or can be created. Writes nothing."""
@@ -82,15 +96,15 @@ class Folder:
         """Create the folder and lock it until `release`. Raises UsageError if another run uses it."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = self._lock or lock(self.path / ".lock", wait=0)
+            self._lock = self._lock or lock(self.path / ".lock")
+        except TimeoutError:
+            raise UsageError(f"--fname {self.path} is in use by another run: choose another folder, or wait") from None
         except OSError as error:
             raise UsageError(f"--fname {self.path} cannot be written ({error.strerror})") from None
-        if self._lock is None:
-            raise UsageError(f"--fname {self.path} is in use by another run: choose another folder, or wait")
 
     def release(self) -> None:
         if self._lock:
-            self._lock.release()
+            self._lock.close()
             self._lock = None
 
     def file(self, name: str, epoch: int | str) -> Path:
@@ -160,9 +174,11 @@ def evaluations(folder: Folder) -> list[dict[str, Any]]:
 def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
     """Append a record to evaluation.json, and rewrite eval.log from the records of --eval.
 
-    Concurrent evaluations wait for each other.
+    Concurrent evaluations wait for each other, for ten seconds at most.
     """
-    held = lock(folder.path / ".evaluation.lock")
+    held = None
+    with contextlib.suppress(TimeoutError):
+        held = lock(folder.path / ".evaluation.lock", wait=10)
     try:
         records = evaluations(folder)
         records.append(record)
@@ -179,7 +195,7 @@ def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
             folder.write("eval.log", "".join(f"{line}\n" for line in lines))
     finally:
         if held:
-            held.release()
+            held.close()
 
 
 def header(validated: bool) -> str:
