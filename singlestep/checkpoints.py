@@ -1,6 +1,7 @@
 """Load networks from run folders and from checkpoint files, of these scripts or published ones."""
 import hashlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from . import options
+from .methods import MODELS
 from .networks import PreActResNet, new_network
 from .run.console import UsageError, say
 from .run.folder import Folder
-from .run.state import find_checkpoint, read_checkpoint
+from .run.state import Checkpoint, find_checkpoint, read_checkpoint
 
 
 class Opened(NamedTuple):
@@ -44,7 +46,7 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
 
     Args:
         path: folder of a run, or checkpoint file of these scripts or a published one.
-        which: "last", "best" or "healthy".
+        which: "last", "best" or "healthy"; for a file with several networks, the network's key.
         flags: data_set, model, base_width, mean, ...; a flag that is not None overrides args.json.
 
     Raises:
@@ -52,26 +54,29 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     """
     path = Path(path)
     folder = Folder(path if path.is_dir() else path.parent)
+    if path.is_dir() and which not in NETWORKS:
+        raise UsageError(f"--which must be {', '.join(NETWORKS)} for the folder of a run, not {which}")
     (run, recorded), given = options.recorded(folder.path), {k: v for k, v in flags.items() if v is not None}
-    named = given.pop("data_set", None) or run.get("data_set")
-    if named is None:
-        raise UsageError(f"{path} has no args.json that names its data set: add --data-set")
-    if isinstance(named, options.DataSet):
-        dataset = named
-    else:
-        dataset = recorded if recorded and recorded.name == named else options.data_set(named)
-    if dataset.source == options.OWN:
-        raise UsageError(f"{path}: the run trained a network of yours: load its state dict into that network")
-    args = options.arguments(dataset, {})
-    given["data_set"] = dataset.name
-    for name, value in {**run, **given}.items():
-        if name in options.FLAGS and name != "on_collapse":  # older runs have another choice of it
-            options.require_valid(name, value)
-        if name in args.flags():
-            setattr(args, name, value)
+    named = given.pop("data_set", None)
+    given = {name: options.valid(name, value) for name, value in given.items()}
     try:
+        found = _newest(folder, which) if path.is_dir() else None
+        run, notes = _as_saved(run, found)
+        named = named or run.get("data_set")
+        if named is None:
+            raise UsageError(f"{path} has no args.json that names its data set: add --data-set")
+        if isinstance(named, options.DataSet):
+            dataset = named
+        else:
+            dataset = recorded if recorded and recorded.name == named else options.data_set(named)
+        if dataset.source == options.OWN:
+            raise UsageError(f"{path}: the run trained a network of yours: load its state dict into that network")
+        args = options.arguments(dataset, {})
+        given["data_set"] = dataset.name
+        for name, value in {**run, **given}.items():
+            if name in args.flags():
+                setattr(args, name, value)
         if path.is_dir() and which == "last":
-            found = find_checkpoint(folder, "auto", evaluation=True)
             if found is None:
                 raise UsageError(f"{path} contains no model: neither state.pth nor model_E.pth")
             content, source, epoch = found.model, found.source, found.newest
@@ -80,10 +85,46 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
             number = re.fullmatch(r"model_(\d+)\.pth", file.name)
             content, source, epoch = read_checkpoint(file), str(file), int(number[1]) if number else None
         model = new_network(dataset, args)
-        notes = load_network(model, content.get(which, content), source, "mean" not in given and "std" not in given)
+        notes += load_network(model, content, source, not given.keys() & CONSTANTS.keys(),
+                              "last" if path.is_dir() else which)
+        options.check_network(args)
     except UsageError as error:
         raise UsageError(str(error).removeprefix("--resume: ")) from None
+    notes += [] if run else assumptions(model, dataset, args)
     return Opened(model.eval(), args, dataset, source, folder, run, options.differing(given, run) + notes, epoch)
+
+
+def _newest(folder: Folder, which: str) -> Checkpoint | None:
+    """The newest checkpoint of a run, which may be damaged if another network is to be opened."""
+    try:
+        return find_checkpoint(folder, "auto", evaluation=True)
+    except UsageError:
+        if which == "last":
+            raise
+        return None
+
+
+def _as_saved(run: dict[str, Any], found: Checkpoint | None) -> tuple[dict[str, Any], list[str]]:
+    """Correct the flags of args.json that describe the network by those in the run's state. Returns notes, too."""
+    if not run or found is None or found.training is None:
+        return run, []
+    saved = options.recorded_flags(found.training["run"].get("args", {}), found.source)
+    names = [name for name in ("data_set", "dummy", "epsilon", *options.NETWORK)
+             if name in saved and run.get(name) != saved[name]]
+    notes = [f"{options.option(name)} is {saved[name]}, as in this file, not {run.get(name)}, as in args.json"
+             for name in names]
+    return {**run, **{name: saved[name] for name in names}}, notes
+
+
+def assumptions(model: nn.Module, dataset: options.DataSet, args: options.Args) -> list[str]:
+    """Lines to print about a network whose file has no args.json: nothing in the file can confirm them."""
+    constants = {name: model.get_buffer(f"normalize.{name}") for name in CONSTANTS}
+    usual = all(value.flatten().equal(torch.tensor(getattr(dataset, name))) for name, value in constants.items())
+    whose = f" ({dataset.name}'s)" if usual else ""
+    network = options.as_flags({name: getattr(args, name) for name in ("model", *MODELS[args.model].values())})
+    return [f"normalized with {_shown(constants)}{whose}; --mean and --std change it",
+            f"assumed: {network}, with ReLU. Networks with other blocks or activations have the same files: compare "
+            f"the clean accuracy with the published one"]
 
 
 def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Module, Any]:
@@ -101,21 +142,39 @@ def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Mo
     return opened.model, opened.args
 
 
-WRAPPERS = ("state_dict", "net", "model", "model_state_dict", "last", "best")
-CONSTANT = re.compile(r"(^|\.)(?:(mu|mean|new_mean)|(sigma|std|new_std))$")
+NETWORKS = ("last", "best", "healthy")  # of a run
+CONSTANTS = {"mean": re.compile(r"(^|\.)(mu|mean|new_mean)$"), "std": re.compile(r"(^|\.)(sigma|std|new_std)$")}
 
 
-def load_network(model: nn.Module, content: dict, source: str, normalize: bool = True) -> list[str]:
+class Candidate(NamedTuple):
+    """A part of a file's content that may be the network's state dict.
+
+    Attributes:
+        name: keys in the file, and the prefix that the names of the entries share: "state_dict.module".
+        state: entries of the network's layers, without the prefix.
+        unused: for each other entry, the first part of its name.
+        constants: normalization constants in the same dict and in those around it.
+    """
+
+    name: str
+    state: dict[str, Any]
+    unused: list[str]
+    constants: dict[str, Tensor]
+
+
+def load_network(model: nn.Module, content: dict, source: str, normalize: bool = True,
+                 which: str = "last") -> list[str]:
     """Load a state dict of these scripts or of published code into `model`.
 
-    The state dict may be nested under a key of WRAPPERS, and its names may share a prefix such as `module.`. A
-    PreActResNet loses its final BatchNorm and ReLU if the state dict has none. Entries of layers that the network does
-    not have are ignored.
+    The state dict may be nested under any keys, and its names may share a prefix such as `module.`. A PreActResNet
+    loses its final BatchNorm and ReLU if the state dict has none. Entries of layers that the network does not have are
+    ignored.
 
     Args:
         content: the state dict, or the content of its file.
         source: name of the file, for error messages.
         normalize: use the normalization constants in the file, if there are any.
+        which: the network's key in a file with several networks; without such a key, the first network is loaded.
 
     Returns:
         Notes to print.
@@ -123,64 +182,100 @@ def load_network(model: nn.Module, content: dict, source: str, normalize: bool =
     Raises:
         UsageError: the state dict does not fit the network.
     """
-    notes, state = [], _unwrapped(content)
-    if isinstance(model, PreActResNet) and not any(re.search(r"(^|\.)bn\.weight$", key) for key in state):
+    chosen, others = _choose(content, model.state_dict(), source, which)
+    state, notes = chosen.state, []
+    if others:
+        notes.append(f"network {chosen.name} of the file, which has others: --which={' or '.join(others)}")
+    elif chosen.name.partition(".")[0] in content:
+        notes.append(f"network {chosen.name} of the file")
+    if isinstance(model, PreActResNet) and "bn.weight" not in state:
         model.bn = None
-    wanted = model.state_dict()
-    first = next(iter(wanted))
-    prefixes = [key.removesuffix(first) for key in state if key.endswith(first)]
-    prefix = max(prefixes, key=lambda prefix: sum(prefix + key in state for key in wanted), default="")
-    constants = {key: value for key, value in state.items() if CONSTANT.search(key)}
-    state = {key.removeprefix(prefix): value for key, value in state.items() if key not in constants}
-    layers = {key.partition(".")[0] for key in wanted}
-    unused = {key for key in state if key.partition(".")[0] not in layers}
-    state = {key: value for key, value in state.items() if key not in unused}
-    for key in sorted(wanted.keys() | state.keys()):
-        shape = tuple(wanted[key].shape) if key in wanted else "nothing"
-        found = tuple(getattr(state[key], "shape", ())) if key in state else "nothing"
-        if shape != found and not (found == "nothing" and key.endswith("num_batches_tracked")):
-            raise UsageError(f"--resume: {source} is of another architecture: at {key} it has {found}, but --model, "
-                             f"--base-width and --width-factor require {shape}")
+        notes.append("without BatchNorm and ReLU before the last layer, as in the file")
     try:
-        model.load_state_dict({**wanted, **state})
+        model.load_state_dict({**model.state_dict(), **state})
     except (RuntimeError, TypeError, AttributeError):
         raise UsageError(f"--resume: {source} contains values that are not real tensors") from None
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise UsageError(f"--resume: {source} contains non-finite weights")
-    if isinstance(model, PreActResNet) and model.bn is None:
-        notes.append("without BatchNorm and ReLU before the last layer, as in the file")
     if any(value.dtype is torch.float16 for value in state.values()):
         notes.append("weights in float16, converted to float32")
-    if unused:
-        notes.append(f"unused in the file: {', '.join(sorted({key.partition('.')[0] for key in unused}))} "
-                     f"({len(unused)} entries)")
-    return notes + _normalized(model, constants, source, normalize)
+    if chosen.unused:
+        notes.append(f"unused in the file: {', '.join(sorted(set(chosen.unused)))} ({len(chosen.unused)} entries)")
+    return notes + _normalized(model, chosen.constants, source, normalize)
 
 
-def _unwrapped(content: dict) -> dict[str, Tensor]:
-    while key := next((key for key in WRAPPERS if isinstance(content.get(key), dict)), None):
-        content = content[key]
-    return {str(key): value for key, value in content.items()}
+def _choose(content: dict, wanted: dict[str, Tensor], source: str, which: str) -> tuple[Candidate, list[str]]:
+    """Return the candidate that fits the network, and the names of others that fit. `which` decides between several."""
+    candidates = list(_candidates(content, wanted))
+    fitting = [each for each in candidates if not _faults(each.state, wanted)]
+    if not fitting:
+        nearest = max(candidates, key=lambda each: (len(each.state.keys() & wanted), -len(_faults(each.state, wanted))))
+        raise UsageError(f"--resume: {source} is of another architecture: {_faults(nearest.state, wanted)[0]}")
+    named = [each for each in fitting if f"{each.name}.".startswith(f"{which}.")]
+    if which != "last" and not named:
+        raise UsageError(f"--which: {source} has no network {which}; leave it out, or name another key")
+    chosen = (named or fitting)[0]
+    return chosen, [each.name for each in fitting if each is not chosen]
+
+
+def _candidates(content: dict, wanted: dict[str, Tensor], path: tuple[str, ...] = (),
+                around: dict[str, Tensor] | None = None) -> Iterator[Candidate]:
+    """Yield what may be the state dict in `content`, and in all dicts within it."""
+    entries = {str(key): value for key, value in content.items()}
+    constants = {**(around or {}), **{
+        key: value for key, value in entries.items() if isinstance(value, Tensor)
+        and any(pattern.search(key) for pattern in CONSTANTS.values())}}
+    first, layers = next(iter(wanted)), {key.partition(".")[0] for key in wanted}
+    for prefix in {"": None, **{key.removesuffix(first): None for key in entries if key.endswith(first)}}:
+        state, unused = {}, []
+        for key, value in entries.items():
+            layer = key.removeprefix(prefix).partition(".")[0]
+            if key.startswith(prefix) and layer in layers:
+                state[key.removeprefix(prefix)] = value
+            elif key not in constants:
+                unused.append(layer)
+        yield Candidate(".".join((*path, prefix)).strip("."), state, unused, constants)
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            yield from _candidates(value, wanted, (*path, key), constants)
+
+
+def _faults(state: dict[str, Any], wanted: dict[str, Tensor]) -> list[str]:
+    """Where a state dict does not fit the network; it may lack the final BatchNorm, `bn`."""
+    faults = []
+    for key in sorted(wanted.keys() | state.keys()):
+        shape = tuple(wanted[key].shape) if key in wanted else "nothing"
+        found = tuple(getattr(state[key], "shape", ())) if key in state else "nothing"
+        optional = key.endswith("num_batches_tracked") or ("bn.weight" not in state and key.startswith("bn."))
+        if shape != found and not (found == "nothing" and optional):
+            faults.append(f"at {key} it has {found}, but --model, --base-width and --width-factor require {shape}")
+    return faults
+
+
+def _shown(constants: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {','.join(f'{number:.4g}' for number in value.flatten().tolist())}"
+                     for name, value in constants.items())
 
 
 def _normalized(model: nn.Module, constants: dict[str, Tensor], source: str, wanted: bool) -> list[str]:
-    """Set the network's mean and std to those constants of the file that have three values. Returns notes to print."""
-    own: dict[str, Tensor] = {}
-    for key, value in constants.items():
-        kind = CONSTANT.search(key)
-        if kind and isinstance(value, Tensor) and value.numel() == 3:
-            own.setdefault("mean" if kind[2] else "std", value.float().view(1, 3, 1, 1))
-    if not own:
+    """Set the network's mean and std to the constants of the file. Returns notes to print."""
+    if not constants:
         return []
-    shown = ", ".join(f"{name} {','.join(f'{number:.4g}' for number in value.flatten().tolist())}"
-                      for name, value in own.items())
     if not wanted:
-        return [f"the file's normalization ({shown}) is overridden by --mean and --std"]
-    if not all(value.isfinite().all() for value in own.values()) or not (own.get("std", torch.ones(1)) > 0).all():
-        raise UsageError(f"--resume: {source} has invalid normalization constants: {shown}")
+        return [f"the file's normalization ({', '.join(constants)}) is overridden by --mean and --std"]
+    own = {}
+    for name, pattern in CONSTANTS.items():
+        found = {tuple(value.flatten().tolist()) for key, value in constants.items() if pattern.search(key)}
+        if len(found) != 1 or len(values := found.pop()) not in (1, 3):
+            shapes = ", ".join(f"{key} of shape {tuple(value.shape)}" for key, value in constants.items())
+            raise UsageError(f"--resume: {source} has normalization constants that are not one mean and one std of the "
+                             f"three channels ({shapes}): give --mean and --std")
+        own[name] = torch.tensor(values).view(1, -1, 1, 1).expand(1, 3, 1, 1)
+    if not all(value.isfinite().all() for value in own.values()) or not (own["std"] > 0).all():
+        raise UsageError(f"--resume: {source} has invalid normalization constants: {_shown(own)}")
     for name, value in own.items():
         model.get_buffer(f"normalize.{name}").copy_(value)
-    return [f"normalized as in the file: {shown}"]
+    return [f"normalized as in the file: {_shown(own)}"]
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -183,7 +183,7 @@ def parameters(opened: Opened) -> dict[str, Any]:
     normalize = getattr(opened.model, "normalize", None)
     constants = {} if normalize is None else {name: getattr(normalize, name).flatten().tolist()
                                               for name in ("mean", "std")}
-    names = ("data_set", "dummy", "model", "base_width", "width_factor", "shortcut")
+    names = ("data_set", "dummy", *options.NETWORK)
     return {**{name: getattr(opened.args, name) for name in names}, **constants}
 
 
@@ -303,13 +303,14 @@ def mismatch(job: Job) -> list[str]:
     """A warning if the inputs of a BatchNorm layer do not fit its running statistics: the normalization, the block or
     the data set may be wrong. A network whose run records them is not checked."""
     run, args = job.opened.run, job.opened.args
-    if run and all(run.get(name) == getattr(args, name) for name in ("data_set", "model", "shortcut", "mean", "std")):
+    recorded = {**{name: options.FLAGS[name].default for name in options.NETWORK}, **run}
+    if run and all(recorded[name] == getattr(args, name) for name in ("data_set", *options.NETWORK)):
         return []
     x, _ = job.images.batch(slice(512))
     distance = batchnorm_mismatch(job.opened.model, x)
     return [] if distance < MISMATCH else [
         f"the inputs of a BatchNorm layer are {distance:.2f} off its running statistics (up to {MISMATCH:g} is usual): "
-        f"the normalization (--mean, --std), the block (--shortcut) or the data set may be wrong"]
+        f"the normalization (--mean, --std), the block (--shortcut, --block) or the data set may be wrong"]
 
 
 @torch.no_grad()

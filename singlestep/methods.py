@@ -237,7 +237,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 # The networks: keyword of the class -> flag.
 MODELS: dict[str, dict[str, str]] = {
     **{f"PreActResNet{depth}": dict(base_width="base_width", shortcut="shortcut") for depth in (18, 34, 50, 101, 152)},
-    "ResNet18": dict(base_width="base_width"),
+    "ResNet18": dict(base_width="base_width", block="block"),
     "WideResNet": dict(width_factor="width_factor"),
 }
 

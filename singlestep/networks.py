@@ -137,6 +137,8 @@ PreActResNet152 = _depth(PreActBottleneck, 3, 8, 36, 3)
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions, each before a BatchNorm; (B, in_planes, H, W) -> (B, planes, H/stride, W/stride)."""
 
+    rectified = False  # whether a ReLU also follows the second BatchNorm, before the addition
+
     def __init__(self, in_planes: int, planes: int, stride: int):
         super().__init__()
         self.conv1 = nn.Conv2d(in_planes, planes, 3, stride, padding=1, bias=False)
@@ -150,13 +152,21 @@ class BasicBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
+        out = self.bn2(self.conv2(out))
+        if self.rectified:
+            out = F.relu(out)
+        return F.relu(out + self.shortcut(x))
 
 
 class ResNet18(nn.Module):
-    """ResNet-18: images in [0, 1], (B, 3, H, W), to logits, (B, num_classes). Arguments as in `PreActResNet`."""
+    """ResNet-18: images in [0, 1], (B, 3, H, W), to logits, (B, num_classes). Arguments as in `PreActResNet`, and:
 
-    def __init__(self, num_classes=10, base_width=64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)):
+    Args:
+        block: "standard", or "nuat": a ReLU also follows each block's second BatchNorm, before the addition, as in
+            github.com/val-iisc/NuAT.
+    """
+
+    def __init__(self, num_classes=10, base_width=64, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), block="standard"):
         super().__init__()
         self.normalize = Normalize(mean, std)
         self.conv1 = nn.Conv2d(3, base_width, 3, padding=1, bias=False)
@@ -165,6 +175,9 @@ class ResNet18(nn.Module):
             nn.Sequential(BasicBlock(base_width * before, base_width * width, 1 if width == 1 else 2),
                           BasicBlock(base_width * width, base_width * width, 1))
             for before, width in ((1, 1), (1, 2), (2, 4), (4, 8)))
+        for module in self.modules():
+            if isinstance(module, BasicBlock):
+                module.rectified = block == "nuat"
         self.linear = nn.Linear(8 * base_width, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

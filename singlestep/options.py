@@ -47,8 +47,8 @@ class DataSet:
     name: str
     source: str | Callable[[str], tuple]
     classes: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
     defaults: dict[str, Any] = field(default_factory=dict)
     augmentation: dict[str, Any] = field(default_factory=dict)
     peak: Callable[[int], int] = half
@@ -70,8 +70,9 @@ class DataSet:
     def stated(cls, statement: dict[str, Any]) -> "DataSet":
         """The data set of a run's record."""
         known = next((dataset for dataset in DATA_SETS.values() if dataset.name == statement["name"]), None)
-        return cls(statement["name"], statement["source"], int(statement["classes"]), tuple(statement["mean"]),
-                   tuple(statement["std"]), known.defaults if known else {})
+        mean, std = (",".join(map(str, statement[name])) for name in ("mean", "std"))
+        return cls(statement["name"], statement["source"], int(number(int, 1)(str(statement["classes"]))),
+                   triple(mean), positive_triple(std), known.defaults if known else {})
 
 
 CIFAR10 = DataSet(
@@ -253,6 +254,8 @@ class Args:
     shortcut: str = flag("model", "input of the convolutions in PreActResNet's shortcuts: activated (after BatchNorm "
                          "and ReLU) or raw (before them, as in fast_adversarial)", "activated",
                          choices=("activated", "raw"))
+    block: str = flag("model", "block of ResNet18: standard, or nuat (a ReLU also before the addition, as in NuAT)",
+                      "standard", choices=("standard", "nuat"))
     mean: tuple[float, ...] | None = flag("model", "normalization: subtracted from the pixels (default: the data "
                                           "set's)", None, triple, metavar="R,G,B")
     std: tuple[float, ...] | None = flag("model", "normalization: the centred pixels are divided by it (default: the "
@@ -380,6 +383,7 @@ class Args:
 
 
 FLAGS = {each.name: each for each in dataclasses.fields(Args) if each.metadata}
+NETWORK = tuple(name for name, each in FLAGS.items() if each.metadata["group"] == "model")
 
 
 def option(name: str) -> str:
@@ -474,8 +478,7 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
     --method and --recipe set defaults and nothing else: a given flag wins over both, and a recipe over a method.
     Raises UsageError where a flag is wrong.
     """
-    for name, value in given.items():
-        require_valid(name, value)
+    given = {name: valid(name, value) for name, value in given.items()}
     method, recipe = given.get("method"), given.get("recipe")
     values = {**{name: each.default for name, each in FLAGS.items()}, **dataset.flags(), **(run or {}),
               **(METHODS[method].flags_on(dataset.name) if method else {}), **(RECIPES[recipe] if recipe else {}),
@@ -488,21 +491,39 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
     return args
 
 
-def require_valid(name: str, value: Any) -> None:
-    """Raise UsageError unless there is such a flag, and the command line could give it this value."""
+def valid(name: str, value: Any) -> Any:
+    """The value of a flag as the command line would have it. Raises UsageError if the command line would refuse it."""
     if name not in FLAGS:
         near = difflib.get_close_matches(name, FLAGS, 1)
         raise UsageError(f"there is no flag {option(name)}" + (f"; did you mean {option(near[0])}?" if near else ""))
-    settings = FLAGS[name].metadata
-    if value is None or isinstance(FLAGS[name].default, bool):
-        return
-    if settings["choices"] and value not in settings["choices"]:
-        raise UsageError(f"{option(name)} must be one of {', '.join(settings['choices'])}, not {value}")
+    settings, usual = FLAGS[name].metadata, FLAGS[name].default
+    if value is None and usual is None:
+        return None
+    if isinstance(usual, bool):
+        if not isinstance(value, bool):
+            raise UsageError(f"{option(name)} must be true or false, not {value}")
+        return value
+    if settings["choices"]:
+        if value not in tuple(settings["choices"]):
+            raise UsageError(f"{option(name)} must be one of {', '.join(settings['choices'])}, not {value}")
+        return value
     try:
-        if settings["parse"]:
-            settings["parse"](",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
+        return (settings["parse"] or str)(",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
     except argparse.ArgumentTypeError as error:
         raise UsageError(f"{option(name)} {error}") from None
+
+
+def recorded_flags(flags: dict[str, Any], source: str | Path) -> dict[str, Any]:
+    """The flags of a run as the file `source` has them. Raises UsageError where the command line would refuse one."""
+    needed = vars(arguments(CIFAR10, {}))
+    for name in flags.keys() & FLAGS.keys() - {"on_collapse"}:  # older runs have another choice of it
+        if flags[name] is None and needed[name] is not None:
+            raise UsageError(f"{source}: {option(name)} has no value")
+        try:
+            flags = {**flags, name: valid(name, flags[name])}
+        except UsageError as error:
+            raise UsageError(f"{source}: {error}") from None
+    return flags
 
 
 def evaluated_flags(dataset: DataSet, folder: str) -> dict[str, Any]:
@@ -521,17 +542,17 @@ def run_flags(folder: str | Path) -> dict[str, Any]:
 
 def recorded(folder: str | Path) -> tuple[dict[str, Any], DataSet | None]:
     """The flags of the run in `folder` and its data set, as args.json has them; none where there is no such file. Runs
-    of older versions name their data set without its statement."""
+    of older versions name their data set without its statement. Raises UsageError if the file is damaged."""
+    file = Path(folder) / "args.json"
     try:
-        saved = json.loads((Path(folder) / "args.json").read_text(encoding="utf-8"))
+        saved = json.loads(file.read_text(encoding="utf-8"))
         flags = {**saved["args"], "data_set": saved["data_set"]}
         dataset = DataSet.stated(saved["statement"]) if "statement" in saved else None
     except FileNotFoundError:
         return {}, None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{Path(folder) / 'args.json'} is damaged: repair it, or move it away and give the run's "
-                         f"flags") from None
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in flags.items()}, dataset
+    except (OSError, ValueError, KeyError, TypeError, argparse.ArgumentTypeError):
+        raise UsageError(f"{file} is damaged: repair it, or move it away and give the run's flags") from None
+    return recorded_flags(flags, file), dataset
 
 
 def differing(given: dict[str, Any], run: dict[str, Any]) -> list[str]:
@@ -551,7 +572,8 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     add("--epsilons", type=radii, metavar="E,...", help="radii of the l_inf ball in 1/255 (default: the run's, or 8)")
     add("--samples", type=number(int, 1), metavar="N", help="the first N test images (default: all)")
     add("--seed", type=number(int, 0, 2**32 - 1), help="seed of the random starts (default: the run's, or 0)")
-    add("--which", choices=("last", "best", "healthy"), default="last", help="which network of a run")
+    add("--which", default="last", metavar="NAME", help="network of a run: last, best or healthy; of a file with "
+        "several networks: its key there (default: %(default)s)")
     add = p.add_argument_group("data and model (default: the run's)").add_argument
     add("--data-set", choices=DATA_SETS, help="data set on which the network was trained")
     add_flags(p, RUNS)
@@ -563,7 +585,7 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
 
 
 # Flags that evaluate.py takes from a run.
-RUNS = ("data_dir", "dummy", "model", "base_width", "width_factor", "shortcut", "mean", "std")
+RUNS = ("data_dir", "dummy", *NETWORK)
 
 
 # What flags mean for one run
@@ -643,8 +665,7 @@ def check(args: Args) -> None:
         raise UsageError("no folder for temporary files can be written: set TMPDIR to one") from None
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard")
-    if args.shortcut == "raw" and args.model not in ("PreActResNet18", "PreActResNet34"):
-        raise UsageError(f"--shortcut raw is for PreActResNet18 and 34, not {args.model}")
+    check_network(args)
     if args.multi_th > args.multi_samps:
         raise UsageError(f"--multi-th must be from 1 to --multi-samps ({args.multi_samps}), or -1, not {args.multi_th}")
     attack, parallel = ATTACKS[args.attack], args.attack == "multigrad" and args.multi_parallel
@@ -659,3 +680,11 @@ def check(args: Args) -> None:
         raise UsageError("--eval needs a model: --resume N for model_{N-1}.pth, or --resume auto")
     if isinstance(args.resume, int) and args.resume > args.epochs and not args.eval:
         raise UsageError(f"--resume must be from 0 to --epochs ({args.epochs}), or auto, not {args.resume}")
+
+
+def check_network(args: Args) -> None:
+    """Raise UsageError if the network has no such shortcut or block."""
+    if args.shortcut == "raw" and args.model not in ("PreActResNet18", "PreActResNet34"):
+        raise UsageError(f"--shortcut raw is for PreActResNet18 and 34, not {args.model}")
+    if args.block == "nuat" and args.model != "ResNet18":
+        raise UsageError(f"--block nuat is for ResNet18, not {args.model}")

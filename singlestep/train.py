@@ -282,7 +282,7 @@ def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: W
 
 def resume(state: State, found: Checkpoint, args: Args) -> list[str]:
     """Load the checkpoint into `state`, the network first. Returns notes to print."""
-    notes = load_network(state.evaluated, found.model, found.source)
+    notes = load_network(state.evaluated, found.model, found.source, not args.given & {"mean", "std"})
     if state.ema:
         state.model.load_state_dict(state.evaluated.state_dict())
     return notes + states.resume(state, found, args)

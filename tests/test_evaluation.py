@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import sys
 from types import SimpleNamespace
@@ -71,8 +72,8 @@ def wide(state, x):
                   last="fc")
 
 
-def postact(state, x):
-    """kuangliu's ResNet18."""
+def postact(state, x, rectified=False):
+    """kuangliu's ResNet18, and NuAT's, which has a ReLU before the addition, too."""
     out = F.relu(norm(state, "bn1", F.conv2d(x, state["conv1.weight"], padding=1)))
     for stage in range(4):
         for block in range(2):
@@ -82,7 +83,8 @@ def postact(state, x):
             if f"{name}.shortcut.0.weight" in state:
                 out = F.conv2d(out, state[f"{name}.shortcut.0.weight"], stride=stride)
                 out = norm(state, f"{name}.shortcut.1", out)
-            out = F.relu(norm(state, f"{name}.bn2", inner) + out)
+            inner = norm(state, f"{name}.bn2", inner)
+            out = F.relu((F.relu(inner) if rectified else inner) + out)
     return F.linear(out.mean(dim=(2, 3)), state["linear.weight"], state["linear.bias"])
 
 
@@ -100,15 +102,32 @@ def wrong_block(state):
 
 WONG = {"mu": torch.tensor((0.5, 0.4, 0.3)).view(1, 3, 1, 1), "sigma": torch.tensor((0.3, 0.2, 0.1)).view(1, 3, 1, 1)}
 RN, WRN = dict(model="ResNet18"), dict(model="WideResNet", width_factor=1)
+HALF = {"mean": torch.tensor(0.5), "std": torch.tensor([0.25])}  # one value for all channels
+
+
+def other(state):
+    """Other weights of the same network."""
+    return {key: 0 * value for key, value in state.items()}
+
+
+def plain(state, x):
+    return preact(state, scaled(x))
+
+
+def halved(state, x):
+    return preact(state, scaled(x, (0.5,) * 3, (0.25,) * 3))
+
 
 # The file's content, flags, its logits on x, what is said of it.
 FORMS = {
-    "bare": (lambda s: s, {}, lambda s, x: preact(s, scaled(x)), None),
+    "bare": (lambda s: s, {}, plain, "normalized with mean 0.4914,0.4822,0.4465, std 0.2471,0.2435,0.2616 "
+             "(CIFAR-10's); --mean and --std change it"),
     "module., under state_dict": (lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "test_acc": 0.8},
-                                  {}, lambda s, x: preact(s, scaled(x)), None),
+                                  {}, plain, "network state_dict.module of the file\n"),
     "_orig_mod.module., under net": (lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "epoch": 3},
-                                     {}, lambda s, x: preact(s, scaled(x)), None),
-    "raw shortcut": (lambda s: s, dict(shortcut="raw"), lambda s, x: preact(s, scaled(x), raw=True), None),
+                                     {}, plain, "network net._orig_mod.module of the file\n"),
+    "raw shortcut": (lambda s: s, dict(shortcut="raw"), lambda s, x: preact(s, scaled(x), raw=True),
+                     "assumed: --model=PreActResNet18 --base-width=4 --shortcut=raw, with ReLU. "),
     "kuangliu without bn": (lambda s: {k: v for k, v in s.items() if k.split(".")[0] != "bn"}, {},
                             lambda s, x: preact({k: v for k, v in s.items() if k.split(".")[0] != "bn"}, scaled(x)),
                             "without BatchNorm and ReLU before the last layer"),
@@ -122,11 +141,36 @@ FORMS = {
     "a flag over mu and sigma": (lambda s: {**s, **WONG}, dict(mean=(0.0,) * 3, std=(1.0,) * 3),
                                  lambda s, x: preact(s, x), "is overridden by --mean and --std"),
     "last and best": (lambda s: {"last": wrong_block(s), "best": {k: 0 * v for k, v in s.items()}}, {},
-                      lambda s, x: preact(s, scaled(x)), "unused in the file: model_preact_hl1"),
+                      plain, "unused in the file: model_preact_hl1"),
     "half": (lambda s: {k: v.half() if v.is_floating_point() else v for k, v in s.items()}, {},
              lambda s, x: preact({k: v.half().float() for k, v in s.items()}, scaled(x)), "weights in float16"),
     "kuangliu's ResNet18": (lambda s: {"net": {f"module.{k}": v for k, v in s.items()}}, RN,
-                            lambda s, x: postact(s, scaled(x)), None),
+                            lambda s, x: postact(s, scaled(x)),
+                            "assumed: --model=ResNet18 --base-width=4 --block=standard, with ReLU. "),
+    "NuAT's ResNet18": (lambda s: {"state_dict": s}, RN | dict(block="nuat", mean=(0.0,) * 3, std=(1.0,) * 3),
+                        lambda s, x: postact(s, x, rectified=True), "normalized with mean 0,0,0, std 1,1,1; --mean"),
+    "a constant for all channels": (lambda s: {**s, **HALF}, {}, halved,
+                                    "normalized as in the file: mean 0.5,0.5,0.5, std 0.25,0.25,0.25"),
+    "constants beside the network": (lambda s: {"net": s, **HALF}, {}, halved, "normalized as in the file"),
+    "a map of constants under a flag": (lambda s: {**s, "mean": torch.zeros(1, 3, 32, 32)},
+                                        dict(mean=MEAN, std=STD), plain, "(mean) is overridden by --mean and --std"),
+    "MAIR": (lambda s: {"rmodel": {"n_classes": torch.tensor(10), **HALF, **{f"model.{k}": v for k, v in s.items()}},
+                        "record_info": {"Best": 1.0}}, {}, halved, "network rmodel.model of the file\n"),
+    **{f"under {key}": (lambda s, key=key: {"epoch": 3, key: s}, {}, plain, f"network {key} of the file\n")
+       for key in ("weights", "params", "network", "ema", "model_state")},
+    "a number under a known key": (lambda s: {"state_dict": s, "last": 1, "model": None}, {}, plain,
+                                   "network state_dict of the file\n"),
+    "nothing under a known key": (lambda s: {"state_dict": None, "net": s}, {}, plain, "network net of the file\n"),
+    "two networks": (lambda s: {"state_dict": s, "state_dict_ema": other(s)}, {}, plain,
+                     "network state_dict of the file, which has others: --which=state_dict_ema\n"),
+    "two networks, by key": (lambda s: {"state_dict": other(s), "state_dict_ema": {f"module.{k}": s[k] for k in s}},
+                             dict(which="state_dict_ema"), plain,
+                             "network state_dict_ema.module of the file, which has others: --which=state_dict\n"),
+    "two networks, by prefix": (lambda s: {f"{name}.{k}": v for name, values in (("teacher", other(s)), ("student", s))
+                                           for k, v in values.items()}, dict(which="student"), plain,
+                                "network student of the file, which has others: --which=teacher\n"),
+    "last before the first": (lambda s: {"best": other(s), "last": s}, {}, plain,
+                              "network last of the file, which has others: --which=best\n"),
     "TRADES' WideResNet": (lambda s: {**s, **{k.replace("block1", "sub_block1"): v for k, v in s.items()
                                               if k.startswith("block1")}}, WRN | dict(mean=(0.0,) * 3, std=(1.0,) * 3),
                            lambda s, x: wide(s, x), "unused in the file: sub_block1"),
@@ -144,7 +188,8 @@ def test_a_published_file_gives_the_logits_of_its_own_network(form, tmp_path, ca
     with torch.no_grad():
         torch.testing.assert_close(model(x), logits(state, x), rtol=1e-4, atol=1e-4)
     output = capsys.readouterr().out
-    assert said in output if said else not output
+    assert said in output and output.count("compare the clean accuracy with the published one") == 1
+    assert "normalized" in output or "overridden by --mean and --std" in output
     assert not model.training and args.data_set == "CIFAR-10"
 
 
@@ -153,7 +198,35 @@ def test_a_deeper_network_and_foreign_constants_are_refused():
     with pytest.raises(UsageError, match=r"another architecture: at layer1\.2"):
         load_network(PreActResNet18(base_width=4), PreActResNet34(base_width=4).state_dict(), "a file")
     with pytest.raises(UsageError, match="invalid normalization constants"):
-        load_network(PreActResNet18(base_width=4), {**narrow(), "sigma": torch.zeros(3)}, "a file")
+        load_network(PreActResNet18(base_width=4), {**narrow(), **WONG, "sigma": torch.zeros(3)}, "a file")
+    pair = {"mean": torch.zeros(3), "std": torch.ones(3)}
+    for constants, named in (({"normalize.mean": torch.zeros(1, 3, 32, 32), "normalize.std": torch.ones(3)},
+                              "normalize.mean of shape \\(1, 3, 32, 32\\)"), ({"mu": torch.zeros(3)}, "mu of shape"),
+                             ({**pair, "teacher.mean": torch.ones(3)}, "teacher.mean")):
+        with pytest.raises(UsageError, match=f"not one mean and one std .*{named}.*: give --mean and --std"):
+            load_network(PreActResNet18(base_width=4), {**narrow(), **constants}, "a file")
+
+
+def test_a_network_that_the_file_does_not_have_is_refused(tmp_path):
+    torch.save({"state_dict": narrow(), "ema": narrow()}, tmp_path / "two.pt")
+    torch.save(narrow(), tmp_path / "model_best.pth")
+    flags = dict(data_set="cifar10", base_width=4)
+    for name in ("two.pt", "model_best.pth"):
+        with pytest.raises(UsageError, match="has no network best; leave it out"):
+            load_run(tmp_path / name, which="best", **flags)
+    with pytest.raises(UsageError, match="--which must be last, best, healthy for the folder of a run, not ema"):
+        load_run(tmp_path, which="ema", **flags)
+
+
+@pytest.mark.parametrize("flags, named", [
+    (dict(model="ResNet18", shortcut="raw"), "--shortcut raw is for PreActResNet18"),
+    (dict(block="nuat"), "--block nuat is for ResNet18, not PreActResNet18"),
+    (dict(modle="ResNet18"), "no flag --modle; did you mean --model?")])
+def test_a_flag_that_the_network_does_not_have_is_refused(flags, named, tmp_path):
+    network = (ResNet18 if flags.get("model") else PreActResNet18)(base_width=4)
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    with pytest.raises(UsageError, match=re.escape(named)):
+        load_run(tmp_path / "model.pt", data_set="cifar10", base_width=4, **flags)
 
 
 # A run
@@ -326,7 +399,7 @@ def job_of(model, folder, n=60, batch_size=16, pixels=None) -> evaluation.Job:
         labels = model(images.batch(slice(None))[0]).float().argmax(dim=1)
     labels[::15] = (labels[::15] + 1) % 10
     args = SimpleNamespace(seed=7, data_set="own", dummy=False, model="own", base_width=1, width_factor=1,
-                           shortcut="activated")
+                           shortcut="activated", block="standard", mean=None, std=None)
     opened = Opened(model, args, DATASETS["train_cifar.py"], "own", Folder(folder), {}, [])
     images = Images(pixels, labels, torch.contiguous_format)
     return evaluation.Job(opened, images, batch_size, FLOAT32, Stop(StopSignals()), Screen())
