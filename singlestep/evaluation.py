@@ -229,7 +229,7 @@ def attacked(job: Job, title: str, attack: PGD) -> Result:
     """The result of an attack on the images. The result without a perturbation is computed once."""
     begun = Restart(0, job.clean.unperturbed()) if job.clean and attack.restarts else None
     events = attack_steps(job.opened.model, job.images, attack, job.batch_size, job.precision, job.stop.world, begun)
-    for restart in shown(events, job.screen, title, len(job.images), attack.restarts, job.stop):
+    for restart in shown(events, job.screen, title, attack.restarts, job.stop):
         job.clean = job.clean or restart.result
         if not job.clean.clean_loss.isfinite().all():
             raise UsageError(f"the network in {job.opened.source} produces non-finite outputs")
@@ -244,10 +244,9 @@ def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, d
     key = {"network": fingerprint(model), **parameters(job.opened), "attack": attack, "epsilon": epsilon,
            "images": len(images), "seed": seed, "batch_size": job.batch_size}
     run = AutoAttack(model, images, parts, epsilon / 255, seed, job.batch_size, job.precision, file, key)
-    with job.screen.progress(attack, 1, "pass") as bar:
+    with job.screen.progress(attack, 1, "call") as bar:
         for passes in run.steps():
-            bar.update(passes)
-            bar.total = bar.done + run.passes_left
+            bar.update(passes, run.passes_left)
             number = f" {run.part} ({1 + parts.index(run.part)}/{len(parts)})" if len(parts) > 1 else ""
             bar.tell(f"{attack}{number}, epsilon {epsilon:g}, {100 * len(run.left) / len(images):.1f}% still robust")
             job.stop.together()

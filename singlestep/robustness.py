@@ -3,6 +3,7 @@
 An image is robust if it is classified correctly without a perturbation and at every point that every restart of the
 attack visits.
 """
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import NamedTuple
@@ -80,9 +81,11 @@ class Result:
 
 
 class Step(NamedTuple):
-    """Event after an attack step: number of this process's images it finished."""
+    """Event after a step on a batch of this process's images. passes: number of images in the batch; left: passes that
+    remain if no further image breaks."""
 
-    finished: int
+    passes: int
+    left: int
 
 
 class Restart(NamedTuple):
@@ -94,7 +97,7 @@ class Restart(NamedTuple):
 
 def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attack: PGD, batch_size: int = 128) -> Result:
     """Evaluate a network, clean and under an attack, in eval mode, on the images' device. Float32 decides; on CUDA, the
-    attack may use TF32.
+    attack may use TF32. Warns if the attack had no gradient to follow.
 
     network: images in [0, 1], (B, C, H, W), to logits; images: (N, C, H, W), uint8 or float in [0, 1]; labels: (N,).
     """
@@ -103,16 +106,23 @@ def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attack: PGD, ba
     *_, last = attack_steps(network, Images.of(images, labels), attack, batch_size, precision)
     network.train(training)
     assert isinstance(last, Restart)
+    for warning in no_gradient("the attack", last.result.metrics()["no_gradient"]):
+        warnings.warn(warning, stacklevel=2)
     return last.result
 
 
-def shown(events: Iterator[Step | Restart], screen: Screen, title: str, images: int, restarts: int,
-          stop: Stop) -> Iterator[Restart]:
+def no_gradient(attack: str, share: float) -> list[str]:
+    """A warning if an attack had a gradient of 0 for more than 1% of the images that it attacked."""
+    return [f"{attack} had a gradient of 0 for {100 * share:.0f}% of the images: the network may only look robust; try "
+            f"an attack without gradients, such as Square"] if share > 0.01 else []
+
+
+def shown(events: Iterator[Step | Restart], screen: Screen, title: str, restarts: int, stop: Stop) -> Iterator[Restart]:
     """Draw a bar over `attack_steps`, and stop if a signal came. Yields each Restart with all processes' results."""
-    with screen.progress(title, images, "image") as bar:
+    with screen.progress(title, 1, "image-step") as bar:
         for event in events:
             if isinstance(event, Step):
-                bar.update(event.finished * stop.world.size)
+                bar.update(event.passes * stop.world.size, event.left * stop.world.size)
                 stop.alone()
                 continue
             whole = event.result.sums(stop.world)
@@ -121,7 +131,6 @@ def shown(events: Iterator[Step | Restart], screen: Screen, title: str, images: 
                          f"{100 * whole.robust.mean().item():.1f}% still robust")
             yield Restart(event.number, whole)
             stop.together()
-        bar.update(images)
 
 
 def attack_steps(model: nn.Module, images: Images, attack: PGD, batch_size: int, precision: Precision,
@@ -138,35 +147,41 @@ def attack_steps(model: nn.Module, images: Images, attack: PGD, batch_size: int,
     model.eval()
     world.broadcast_buffers(model)
     mine = torch.arange(len(images), device=images.labels.device)[world.rank::world.size]
-    first, result = (begun.number, begun.result.share(mine)) if begun else \
-        (0, _clean(model, images, mine, batch_size, precision))
-    yield Step(int((~result.robust[mine]).sum()) if attack.restarts else len(mine))
+    whole = attack.steps + 1  # an image's passes in a restart that it withstands
+    if begun:
+        first, result = begun.number, begun.result.share(mine)
+    else:
+        first, result = 0, Result(*torch.zeros(6, len(images), device=mine.device))
+        result.robust, result.vanished = result.robust.bool(), result.vanished.bool()
+        left = len(mine) * (1 + whole * attack.restarts)
+        for index in mine.split(batch_size):
+            wrong = _clean(model, images, index, precision, result)
+            left -= len(index) + wrong * whole * attack.restarts
+            yield Step(len(index), left)
     for number in range(first, attack.restarts):
         yield Restart(number, result)
         queue = mine[result.robust[mine].nonzero().squeeze(1)]
-        last = number + 1 == attack.restarts
-        for broken, survived in _restart(model, images, queue, attack, number, batch_size, precision, result):
-            yield Step(broken + (survived if last else 0))
+        left = len(queue) * whole * (attack.restarts - number)
+        for passes, spared in _restart(model, images, queue, attack, number, batch_size, precision, result):
+            left -= passes + spared
+            yield Step(passes, left)
     yield Restart(attack.restarts, result)
 
 
-def _clean(model: nn.Module, images: Images, mine: Tensor, batch_size: int, precision: Precision) -> Result:
-    """Evaluate the images at `mine` without a perturbation."""
-    result = Result(*torch.zeros(6, len(images), device=mine.device))
-    result.robust, result.vanished = result.robust.bool(), result.vanished.bool()
-    for index in mine.split(batch_size):
-        x, y = images.batch(index)
-        logits = precision.float32_logits(model, x)
-        result.clean_loss[index] = F.cross_entropy(logits, y, reduction="none")
-        result.right[index] = _correct(logits, y).float()
-    result.robust |= result.right.bool()
-    result.robust_loss += torch.where(result.robust, 0, result.clean_loss)
-    return result
+def _clean(model: nn.Module, images: Images, index: Tensor, precision: Precision, result: Result) -> int:
+    """Evaluate the images at `index` without a perturbation. Returns how many are misclassified."""
+    x, y = images.batch(index)
+    logits = precision.float32_logits(model, x)
+    loss, right = F.cross_entropy(logits, y, reduction="none"), _correct(logits, y)
+    result.clean_loss[index], result.right[index], result.robust[index] = loss, right.float(), right
+    result.robust_loss[index] = torch.where(right, 0, loss)
+    return int((~right).sum())
 
 
 def _restart(model: nn.Module, images: Images, queue: Tensor, attack: PGD, number: int, batch_size: int,
              precision: Precision, result: Result) -> Iterator[tuple[int, int]]:
-    """Attack the images in `queue` once. Yields after every step how many broke and how many took all their steps."""
+    """Attack the images in `queue` once. Yields after every step the batch's size, and how many passes are spared
+    because images broke."""
     starts = _starts(images, attack, number).to(queue.device)
     index, taken, since = queue[:0], queue[:0], 0  # the images in the batch, the steps that each has taken
     x, y = images.batch(index)
@@ -195,8 +210,8 @@ def _restart(model: nn.Module, images: Images, queue: Tensor, attack: PGD, numbe
         result.robust_loss[index] = torch.where(wrong, loss, torch.where(finished, before.maximum(loss), before))
         result.magnitude[index] = torch.where(wrong | finished, delta.abs().mean(dim=(1, 2, 3)),
                                               result.magnitude[index])
-        broken, survived = torch.stack([wrong.sum(), (finished & ~wrong).sum()]).tolist()
-        yield broken, survived
+        later = (attack.restarts - number - 1) * (attack.steps + 1)
+        yield len(index), int((wrong * (attack.steps - taken + later)).sum())
         stays = (~(wrong | finished)).nonzero().squeeze(1)
         delta = pgd_step(delta, grad, x, attack.epsilon, attack.alpha)[stays]
         x, y, index, taken, since = x[stays], y[stays], index[stays], taken[stays] + 1, since + 1

@@ -530,7 +530,7 @@ def evaluate_network(run: Run, model: nn.Module, images: Images, attack: PGD, be
     title = "FGSM" if attack.steps == 1 and attack.init == "zero" else f"PGD-{attack.steps}"
     with advice_on_failure(run.signals, too_many_at_once(batch_size)):
         events = robustness.attack_steps(model, images, attack, batch_size, run.state.precision, world, begun)
-        for restart in robustness.shown(events, run.screen, title, len(images), attack.restarts, run.stop):
+        for restart in robustness.shown(events, run.screen, title, attack.restarts, run.stop):
             if 0 < restart.number < attack.restarts:
                 keep(restart)
     return restart.result

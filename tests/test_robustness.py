@@ -1,5 +1,8 @@
 """Accuracy, clean and under PGD with restarts, against results that can be worked out by hand or plainly."""
+import re
 import statistics
+import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,8 +12,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from singlestep.data import Images
-from singlestep.robustness import PGD, Restart, Step, attack_steps
-from singlestep.run.distributed import ALONE, World
+from singlestep.robustness import PGD, Restart, Step, attack_steps, evaluate, shown
+from singlestep.run import console
+from singlestep.run.console import Screen, StopSignals
+from singlestep.run.distributed import ALONE, Stop, World
 
 # Value, label, right without a perturbation, right under every perturbation of at most 8.
 GREY = [(140, 1, True, True), (136, 1, True, True), (135, 1, True, False), (128, 1, True, False),
@@ -23,12 +28,16 @@ GREY = [(140, 1, True, True), (136, 1, True, True), (135, 1, True, False), (128,
 def test_an_evaluation_finds_what_can_be_worked_out_by_hand(batch_size, restarts):
     values, labels, right, robust = map(torch.tensor, zip(*GREY))
     pixels = values.byte().view(-1, 1, 1, 1).expand(-1, 32, 32, 3).contiguous()
-    *events, last = attack_steps(Brightness(), Images(pixels, labels), PGD(EPSILON, 2 / 255, 10, restarts),
-                                 batch_size, FLOAT32)
-    done = [event.finished for event in events if isinstance(event, Step)]
+    model, passed = Brightness(), []
+    model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
+    *events, last = attack_steps(model, Images(pixels, labels), PGD(EPSILON, 2 / 255, 10, restarts), batch_size, FLOAT32)
+    steps = [event for event in events if isinstance(event, Step)]
     found = last.result.sums(ALONE)
     assert torch.equal(found.right.bool(), right) and torch.equal(found.robust.bool(), robust)
-    assert sum(done) == len(GREY)
+    assert [step.passes for step in steps] == passed
+    left = [step.left for step in steps]
+    assert all(before >= after + step.passes for before, after, step in zip(left, left[1:], steps[1:]))
+    assert left[-1] == 0 and (restarts == 1 or 6 * 11 in left)  # in a second restart, six images take eleven passes
     # Toward one half, all pixels move by epsilon, those of 255 and 0 too; what was wrong stays where it was.
     assert (255 * found.magnitude[robust]).tolist() == pytest.approx([8] * 6, rel=1e-4)
     assert (found.magnitude[~right] == 0).all() and not found.vanished.any()
@@ -109,6 +118,22 @@ def test_the_shrinking_batch_does_less_work():
     assert found.metrics()["robust_acc"] < 0.2
     assert sum(passed) < 0.3 * 20 * 10 * len(images)
     assert sum(size == 8 for size in passed) > 0.5 * len(passed)
+
+
+def test_the_time_left_of_many_restarts_never_grows(monkeypatch, capsys):
+    """On a clock that shows the images that the network has seen."""
+    passed, model = [], Wavy()
+    model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
+    monkeypatch.setattr(console, "MINUTES", 0)
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: sum(passed)))
+    events = attack_steps(model, wavy_images(), PGD(0.004, 0.001, 5, 10), 8, FLOAT32)
+    assert [restart.number for restart in shown(events, Screen(), "PGD", 10, Stop(StopSignals()))] == list(range(11))
+    lines = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"# PGD, restart 10/10, .* still robust: [\d,]+ of [\d,]+ image-steps, about 0 s left", lines[-1])
+    times = [line.partition("about ")[2].split() for line in lines if "about" in line]
+    left = [int(number) * (60 if unit == "min" else 1) for number, unit, _ in times]
+    assert len(left) > 100 and all(after <= before + 30 for before, after in zip(left, left[1:]))
+    assert left[0] <= 40 * 10 * 6
 
 
 def test_a_lower_precision_is_judged_only_where_there_is_something_to_judge():
@@ -203,3 +228,11 @@ def test_certainty_hides_no_gradient_and_an_attack_without_one_is_told_of():
     assert (found["clean_acc"], found["robust_acc"], found["no_gradient"]) == (0.75, 0, 0)
     found = evaluated(Certain(0.0), images, PGD(EPSILON, 2 / 255, 10, 1), 4, FLOAT32).metrics()
     assert (found["clean_acc"], found["robust_acc"], found["no_gradient"]) == (0.75, 0.75, 1)
+    x, y = images.batch(slice(None))
+    for attack in (PGD(EPSILON, EPSILON, 1, 1, init="zero"), PGD(EPSILON, 2 / 255, 10, 1),
+                   PGD(EPSILON, 2 / 255, 10, 1, loss="cw")):
+        with pytest.warns(UserWarning, match="a gradient of 0 for 100% of the images"):
+            evaluate(Certain(0.0), x, y, attack)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            evaluate(Certain(1e5), x, y, attack)

@@ -170,12 +170,13 @@ class Progress:
     def tell(self, what: str, **values: str) -> None:
         """Set the description in front of the bar and the values behind it."""
         self.what, self.values = what, "".join(f", {name} {value}" for name, value in values.items())
-        self.bar.total = self.total  # it may have changed
         self.bar.set_description(what, refresh=False)
         self.bar.set_postfix(values, refresh=False)
 
-    def update(self, n: int = 1) -> None:
-        """Count n more units, but never more than `total`."""
+    def update(self, n: int = 1, left: int | None = None) -> None:
+        """Count n more units, but never more than `total`; left: how many then remain, if the total has changed."""
+        if left is not None:
+            self.total = self.bar.total = self.done + n + left
         n = n if self.total is None else min(n, self.total - self.done)
         self.done += n
         self.bar.update(n)
