@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .attacks import frozen
 from .data import Images
+from .robustness import correct
 from .run.console import UsageError
 from .run.device import Precision
 from .run.folder import atomic_write
@@ -33,6 +34,18 @@ def library():
     return pyautoattack
 
 
+def parts_for(attack: str, classes: int) -> tuple[tuple[str, ...], list[str]]:
+    """Return the parts of an attack that networks of so many classes can be attacked by, and notes to print.
+
+    Raises UsageError if there are none.
+    """
+    wanted = tuple(COST) if attack == "autoattack" else (attack,)
+    parts = tuple(part for part in wanted if part != "apgd-t" or classes > 3)  # its loss compares four logits
+    if not parts:
+        raise UsageError(f"--attacks: {attack} needs four classes, and the data set has {classes}")
+    return parts, [] if parts == wanted else [f"{attack} is {', '.join(parts)}: apgd-t needs four classes"]
+
+
 class AutoAttack:
     """Standard AutoAttack (Croce and Hein, arXiv 2003.01690), or some of its parts.
 
@@ -41,8 +54,10 @@ class AutoAttack:
 
     Args:
         parts: keys of COST, in the order of the attack.
-        file: file of the attack's state; the caller removes it at the end.
+        file: file of the attack's state; the caller removes it at the end. None: no state is saved.
         key: what is attacked and how; only a state with an equal key is resumed.
+        classes: number of classes; an image is attacked toward nine others, or all.
+        check: called at every pass of the network; may raise Stopped.
 
     Attributes:
         left: indices of the images that are still classified correctly.
@@ -51,12 +66,15 @@ class AutoAttack:
     """
 
     def __init__(self, model: nn.Module, images: Images, parts: tuple[str, ...], epsilon: float, seed: int,
-                 batch_size: int, precision: Precision, file: Path, key: dict[str, Any]):
+                 batch_size: int, precision: Precision, file: Path | None, key: dict[str, Any], classes: int = 10,
+                 check: Callable[[], None] = lambda: None):
         self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # the library calls view()
         self.images = Images(images.pixels, images.labels, torch.contiguous_format)
         self.parts, self.epsilon, self.batch_size, self.precision = parts, epsilon, batch_size, precision
-        self.file, self.key = file, key
-        self.perturb = perturbations(self.model, epsilon, seed, images.labels.device)
+        self.file, self.key, self.check = file, key, check
+        self.targets = min(classes - 1, 9)
+        self.vanished: int | None = None  # images of the batch whose first gradient is 0, once computed
+        self.perturb = perturbations(self.logits, epsilon, seed, images.labels.device, self.targets)
         self.state = self._saved() or self._begin()
 
     @property
@@ -79,8 +97,14 @@ class AutoAttack:
     def passes_left(self) -> int:
         """Remaining cost in forward passes, if no further image breaks."""
         state = self.state
-        later = sum(COST[part] for part in self.parts[state["part"] + 1:])
-        return COST[self.part] * (len(state["queue"]) - state["done"] * self.batch_size) + len(self.left) * later
+        now, later = state["part"], state["part"] + 1
+        queue = max(0, len(state["queue"]) - state["done"] * self.batch_size)
+        return self._cost(self.parts[now:later]) * queue + self._cost(self.parts[later:]) * len(self.left)
+
+    @property
+    def no_gradient(self) -> dict[str, float]:
+        """Share of each part's images whose first gradient was 0."""
+        return {part: self.state["vanished"][part] / count for part, count in self.state["attacked"].items()}
 
     def steps(self) -> Iterator[int]:
         """Attack batch by batch. Before each batch, yield the cost of the batch before it, in forward passes."""
@@ -92,20 +116,34 @@ class AutoAttack:
                 for index in queue.split(self.batch_size)[state["done"]:] if len(queue) else ():
                     yield passes
                     self._attack(index)
-                    passes = COST[self.part] * len(index)
+                    passes = self._cost((self.part,)) * len(index)
                 state |= {"part": state["part"] + 1, "done": 0, "queue": state["left"]}
 
     def _attack(self, index: Tensor) -> None:
         """Attack the images at `index` with the current part, and save the state."""
         began, state, part = time.perf_counter(), self.state, self.part
         x, y = self.images.batch(index)
+        self.vanished = None
         broken = set(index[self.breaks(part, x, y)].tolist())
         state["left"] = [image for image in state["left"] if image not in broken]
-        state["broken"][part] = state["broken"].get(part, 0) + len(broken)
+        for name, count in (("broken", len(broken)), ("attacked", len(index)), ("vanished", self.vanished or 0)):
+            state[name][part] = state[name].get(part, 0) + count
         state["done"] += 1
         state["seconds"] += time.perf_counter() - began
-        with atomic_write(self.file) as out:
-            out.write(json.dumps(state).encode())
+        if self.file:
+            with atomic_write(self.file) as out:
+                out.write(json.dumps(state).encode())
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Return the logits that the parts see, and note where the batch's first gradient is 0."""
+        self.check()
+        if x.requires_grad and self.vanished is None:
+            self.vanished = 0
+            x.register_hook(self._note)
+        return self.model(x).float()
+
+    def _note(self, gradient: Tensor) -> None:
+        self.vanished = int((~gradient.flatten(1).any(dim=1)).sum())
 
     def breaks(self, part: str, x: Tensor, y: Tensor) -> Tensor:
         """Return for which images (B,) a part finds a misclassified image within the ball."""
@@ -113,27 +151,34 @@ class AutoAttack:
         inside = ((changed - x).abs() <= self.epsilon + EDGE) & (changed >= 0) & (changed <= 1)
         return inside.flatten(1).all(dim=1) & ~self._right(changed, y)
 
+    def _cost(self, parts: tuple[str, ...]) -> int:
+        """Cost of a robust image in forward passes."""
+        return sum(COST[part] * self.targets // 9 if part.endswith("-t") else COST[part] for part in parts)
+
     def _begin(self) -> dict[str, Any]:
         everything = torch.arange(len(self.images), device=self.images.labels.device)
         right = [index for batch in everything.split(self.batch_size)
                  for index in batch[self._right(*self.images.batch(batch))].tolist()]
-        return {"key": self.key, "part": 0, "done": 0, "seconds": 0.0, "queue": right, "left": right, "broken": {}}
+        return {"key": self.key, "part": 0, "done": 0, "seconds": 0.0, "queue": right, "left": right, "broken": {},
+                "attacked": {}, "vanished": {}}
 
     def _saved(self) -> dict[str, Any]:
         """Return the state of an interrupted attack with the same key; empty if there is none."""
         try:
-            state = json.loads(self.file.read_text(encoding="utf-8"))
-            return state if state["key"] == self.key else {}
+            state = json.loads(self.file.read_text(encoding="utf-8")) if self.file else {}
+            return {"attacked": {}, "vanished": {}, **state} if state["key"] == self.key else {}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
     def _right(self, x: Tensor, y: Tensor) -> Tensor:
-        return self.precision.float32_logits(self.model, x).argmax(dim=1) == y
+        return correct(self.precision.float32_logits(self.model, x), y)
 
 
-def perturbations(model: nn.Module, epsilon: float, seed: int, device: torch.device) -> dict[str, Callable]:
-    """Return the parts of AutoAttack by name, as functions (x, y) -> perturbed images."""
-    whole = library().AutoAttack(lambda x: model(x).float(), eps=epsilon, seed=seed, device=device, version="standard")
+def perturbations(logits: Callable[[Tensor], Tensor], epsilon: float, seed: int, device: torch.device,
+                  targets: int) -> dict[str, Callable]:
+    """Return the parts of AutoAttack by name, as functions (x, y) -> perturbed images; targets: classes to aim at."""
+    whole = library().AutoAttack(logits, eps=epsilon, seed=seed, device=device, version="standard")
     whole.apgd.loss, whole.fab.targeted = "ce", True
+    whole.apgd_targeted.n_target_classes = whole.fab.n_target_classes = targets
     return {"apgd-ce": whole.apgd.perturb, "apgd-t": whole.apgd_targeted.perturb, "fab-t": whole.fab.perturb,
             "square": whole.square.perturb}

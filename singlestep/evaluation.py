@@ -1,7 +1,9 @@
 """evaluate.py and --eval: attack networks, print a table, add a record to evaluation.json."""
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import options
-from .autoattack import AutoAttack, library
+from .autoattack import AutoAttack, library, parts_for
 from .checkpoints import Opened, fingerprint, open_run
 from .data import Images, testing
 from .options import Args, DataSet
-from .robustness import PGD, Restart, Result, attack_steps, shown
+from .robustness import PGD, Restart, Result, attack_steps, no_gradient, shown
 from .run import folder as folders
-from .run.console import Screen, StopSignals, UsageError, one_line_errors, say
+from .run.console import Screen, StopSignals, UsageError, duration, one_line_errors, say
 from .run.device import (
     Precision,
     advice_on_failure,
@@ -35,13 +37,21 @@ SURPRISE = 0.002  # share of images that Square breaks and APGD does not: the th
 # Measured: at most 0.21 on 13 correct networks (the maximum just before a collapse), at least 0.48 on wrong ones.
 MISMATCH = 0.33
 
+LONG = 120  # seconds; an attack that may take longer is announced
+
+HEADER = """\
+| attack        | epsilon |  step | images | accuracy | 95% interval  | seconds |
+|:--------------|--------:|------:|-------:|---------:|:-------------:|--------:|"""
+
 
 @dataclass
 class Job:
     """The evaluation of one network.
 
     clean: the unperturbed result, once computed; rows: table rows; robust: (attack, epsilon) -> whether each image is
-    robust, bool (N,); unfinished: files of interrupted attacks to remove at the end.
+    robust, bool (N,); warnings: about the network; unfinished: files of interrupted attacks, to remove once their rows
+    are kept; record: what evaluation.json holds of this evaluation; failure: why it does not hold all rows; pace:
+    seconds of a forward pass for an image, once measured.
     """
 
     opened: Opened
@@ -53,7 +63,11 @@ class Job:
     clean: Result | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     robust: dict[tuple[str, float], Tensor] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
+    record: dict[str, Any] = field(default_factory=dict)
+    failure: OSError | None = None
+    pace: float = 0.0
 
 
 def main(args) -> None:
@@ -66,28 +80,46 @@ def main(args) -> None:
             library()
             if world.size > 1:
                 raise UsageError("--attacks: AutoAttack and its parts are for one process, without torchrun")
-        for path in args.runs:
-            evaluate_file(path, args, device, Stop(signals, world))
+        epsilon = args.epsilons[0] if args.epsilons and len(args.epsilons) == 1 else None
+        flags = {name: getattr(args, name) for name in ("data_set", "seed", *options.RUNS)} | {"epsilon": epsilon}
+        networks = [partial(read, path, args.which, flags, args.attacks, args.out) for path in args.runs]
+
+        def check() -> None:
+            for each in networks[1:]:  # the first one is about to be opened
+                each()
+
+        world.from_main(check)
+        for each in networks:
+            evaluate_network(each, args, device, Stop(signals, world))
         world.leave()
 
 
-def evaluate_file(path: str, args, device: torch.device, stop: Stop) -> None:
-    """Evaluate the network at `path`, print the table and keep it."""
-    epsilon = args.epsilons[0] if args.epsilons and len(args.epsilons) == 1 else None
-    flags = {name: getattr(args, name) for name in ("data_set", "seed", *options.RUNS)}
-    job = open_job(path, args.which, {**flags, "epsilon": epsilon}, device, Precision.float32(device, tf32=False),
-                   args.batch_size, stop, Screen(stop.world.is_main))
+def evaluate_network(network: Callable[[], tuple[Opened, Images]], args, device: torch.device, stop: Stop) -> None:
+    """Evaluate a network under evaluate.py's attacks. `network` reads it and its test images."""
+    job = open_job(network, device, Precision.float32(device, tf32=False), args.batch_size, stop,
+                   Screen(stop.world.is_main))
     job.images = job.images[:args.samples]
     epsilons = args.epsilons or (job.opened.args.epsilon,)
+    attacks = [(attack, epsilon) for attack in args.attacks
+               for epsilon in ((0.0,) if attack == "clean" else epsilons)]
     for values in ({"mean": args.mean, "std": args.std}, *({"epsilon": each} for each in epsilons)):
         for hint in options.unit_hints(values):
             job.screen.say(f"# {hint}")
-    warnings = mismatch(job)
-    for attack in args.attacks:
-        for epsilon in (0.0,) if attack == "clean" else epsilons:
+    for attack, epsilon in attacks:
+        if attack not in (*options.PARTS, "autoattack"):
+            pgd = form_of_pgd(attack, epsilon, None, 0)
+            for hint in options.reach_hints(f"{attack}, epsilon {epsilon:g}", pgd.steps, 255 * pgd.alpha, epsilon):
+                job.screen.say(f"# {hint}")
+    job.warnings = mismatch(job)
+    try:
+        for attack, epsilon in attacks:
             measure(job, attack, epsilon)
-    job.rows += worst(job, epsilons)
-    keep(job, {"warnings": warnings + suspicions(job, epsilons)})
+        for found in worst(job, epsilons):
+            add(job, found)
+    finally:
+        warn(job)
+    if job.failure:
+        raise job.failure
 
 
 def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> None:
@@ -100,7 +132,7 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
     flags = {name: getattr(args, name) for name in ("seed", *options.RUNS)} | {"data_set": dataset}
 
     def opened(path: str | Path, which: str) -> Job:
-        return open_job(path, which, flags, device, precision, batch_size, Stop(signals, world), screen)
+        return open_job(partial(read, path, which, flags), device, precision, batch_size, Stop(signals, world), screen)
 
     def resumed() -> str | Path:
         trained_on = options.run_flags(args.fname).get("data_set", dataset.name)
@@ -113,6 +145,8 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
         return args.fname
 
     job = opened(world.from_main(resumed), "last")
+    for hint in options.pgd_hints(args):
+        screen.say(f"# {hint}")
     test = job.images
     job.images = test if args.full_test else test[:max(args.test_samples, args.last_samples or len(test))]
     began, epoch = time.perf_counter(), job.opened.epoch
@@ -120,37 +154,52 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
         measure_pgd(job, "clean", 0.0)
         fgsm = measure_pgd(job, "fgsm", args.epsilon).metrics()
         pgd = measure_pgd(job, f"pgd-{args.test_iters}-{args.test_restarts}", args.epsilon, args.pgd_alpha).metrics()
-        record: dict[str, Any] = {
+        keep(job, {
             "epoch": epoch, "test_loss": pgd["clean_loss"], "test_acc": pgd["clean_acc"],
             "test_robust_loss": pgd["robust_loss"], "test_robust_acc": pgd["robust_acc"],
             "attack_mean": pgd["attack_mean"], "no_gradient": pgd["no_gradient"], "test_images": pgd["images"],
-            "fgsm_acc": fgsm["robust_acc"], "test_time": time.perf_counter() - began}
+            "fgsm_acc": fgsm["robust_acc"], "test_time": time.perf_counter() - began})
         if args.final_iters:
             best = args.final_model == "best" and world.from_main(folder.file("model", "best").exists)
-            final, began = opened(args.fname, "best") if best else replace(job, rows=[]), time.perf_counter()
-            final.images, final.clean = test[:args.final_samples], None
+            network, began = (opened(args.fname, "best") if best else job).opened, time.perf_counter()
+            job = replace(job, opened=network, images=test[:args.final_samples], clean=None)
             torch.backends.cudnn.benchmark = False  # batches of every size are to come
-            result = measure_pgd(final, f"pgd-{args.final_iters}-{args.final_restarts}", args.epsilon, args.pgd_alpha)
-            job.rows += final.rows
-            record["final"] = {
+            result = measure_pgd(job, f"pgd-{args.final_iters}-{args.final_restarts}", args.epsilon, args.pgd_alpha)
+            keep(job, {"final": {
                 "model": "best" if best else "last", "iters": args.final_iters, "restarts": args.final_restarts,
                 "alpha": args.pgd_alpha, "epsilon": args.epsilon, "epoch": epoch,
-                "seconds": time.perf_counter() - began, **result.metrics()}
-    keep(job, record)
+                "seconds": time.perf_counter() - began, **result.metrics()}})
+    warn(job)
+    if job.failure:
+        raise job.failure
     world.leave()
 
 
-def open_job(path: str | Path, which: str, flags: dict[str, Any], device: torch.device, precision: Precision,
-             batch_size: int, stop: Stop, screen: Screen) -> Job:
-    """Open the network at `path` and its test images on rank 0, print the notes about it, and move both to the
-    device."""
-    def load() -> tuple[Opened, Images]:
-        opened = open_run(path, which, **flags)
-        opened.folder.require_writable("RUN_OR_FILE")
-        folders.evaluations(opened.folder)  # raises where the file is damaged, before anything is measured
-        return opened, testing(opened.dataset, opened.args.data_dir, opened.args.dummy)
+def read(path: str | Path, which: str, flags: dict[str, Any], attacks: tuple[str, ...] = (),
+         out: str | None = None) -> tuple[Opened, Images]:
+    """Open the network at `path` and its test images, and check what the attacks and the record need.
 
-    opened, images = stop.world.from_main(load)
+    The folder of what is opened is that of evaluation.json: `out`, or the network's; none if that is not writable.
+    """
+    opened = open_run(path, which, **flags)
+    folder = Folder(out) if out else opened.folder
+    if out:
+        folder.require_writable("--out")
+        folder.path.mkdir(parents=True, exist_ok=True)
+    elif not folder.is_writable():
+        opened.notes.append(f"{folder.path} cannot be written: no record is kept (evaluate.py --out=FOLDER keeps one)")
+        folder = Folder(None)
+    folders.evaluations(folder)  # raises where the file is damaged, before anything is measured
+    for attack in attacks:
+        if attack in (*options.PARTS, "autoattack"):
+            opened.notes.extend(parts_for(attack, opened.dataset.classes)[1])
+    return opened._replace(folder=folder), testing(opened.dataset, opened.args.data_dir, opened.args.dummy)
+
+
+def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device, precision: Precision,
+             batch_size: int, stop: Stop, screen: Screen) -> Job:
+    """Read the network and its test images on rank 0, print the notes about it, and move both to the device."""
+    opened, images = stop.world.from_main(network)
     for note in opened.notes:
         screen.say(f"# {opened.source}: {note}")
     layout = memory_format(opened.model, device)
@@ -158,23 +207,47 @@ def open_job(path: str | Path, which: str, flags: dict[str, Any], device: torch.
     return Job(opened, images.to(device, layout), batch_size, precision, stop, screen)
 
 
+def add(job: Job, found: dict[str, Any]) -> None:
+    """Add a row: print it, and keep it in evaluation.json."""
+    if not job.rows:
+        job.screen.say(f"\n{job.opened.source}\n\n{HEADER}")
+    job.rows.append(found)
+    job.screen.say(line(found))
+    keep(job, {})
+
+
 def keep(job: Job, found: dict[str, Any]) -> None:
-    """Add the record of an evaluation to evaluation.json, and print its table. Rank 0 alone does it."""
-    opened = job.opened
-    if not job.stop.world.is_main:
+    """Write the rows so far, and what else was found, to this evaluation's record. Rank 0 alone does it.
+
+    If that fails, as on a full disk, the next row's attempt writes all of them.
+    """
+    if not (job.stop.world.is_main and job.opened.folder.exists):
         return
-    record = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "file": opened.source,
-              "network": fingerprint(opened.model), **parameters(opened), "seed": opened.args.seed,
-              "samples": len(job.images), "batch_size": job.batch_size, "attacks": job.rows, **found,
-              "notes": opened.notes, **describe(job.images.labels.device, job.stop.world.size)}
+    record = {**(job.record or about(job)), "attacks": job.rows, **found, "warnings": job.warnings + suspicions(job)}
     try:
-        folders.add_evaluation(opened.folder, record)
-        for file in job.unfinished:
-            file.unlink(missing_ok=True)
-    finally:  # the disk may be full
-        if job.screen.shown:
-            say(table(opened.source, job.rows))
-        for warning in found.get("warnings", ()):
+        job.record = folders.add_evaluation(job.opened.folder, record, job.record)
+    except OSError as error:
+        job.failure = error
+        job.screen.warn(f"evaluation.json cannot be written: {error.strerror}")
+        return
+    job.failure = None
+    while job.unfinished:
+        job.unfinished.pop().unlink(missing_ok=True)
+
+
+def about(job: Job) -> dict[str, Any]:
+    """What a record says of an evaluation, its results aside."""
+    opened = job.opened
+    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "file": opened.source,
+            "network": fingerprint(opened.model), **parameters(opened), "seed": opened.args.seed,
+            "samples": len(job.images), "batch_size": job.batch_size, "notes": opened.notes,
+            **describe(job.images.labels.device, job.stop.world.size)}
+
+
+def warn(job: Job) -> None:
+    """Print the warnings."""
+    if job.stop.world.is_main:
+        for warning in job.warnings + suspicions(job):
             say(f"\nwarning: {warning}")
 
 
@@ -192,28 +265,57 @@ def measure(job: Job, attack: str, epsilon: float) -> None:
     if attack not in (*options.PARTS, "autoattack"):
         measure_pgd(job, attack, epsilon)
         return
+    if not job.clean:
+        attacked(job, "clean", form_of_pgd("clean", 0.0, None, 0))  # which refuses outputs that are not finite
     robust, seconds, more = auto_attack(job, attack, epsilon)
     job.robust[attack, epsilon] = robust
-    job.rows.append({**row(attack, epsilon, int(robust.sum()), len(robust), seconds), **more})
+    add(job, {**row(attack, epsilon, int(robust.sum()), len(robust), seconds), **more})
 
 
 def measure_pgd(job: Job, attack: str, epsilon: float, alpha: float | None = None) -> Result:
     """Attack the images by a form of PGD, and add a row. epsilon, alpha: radius and step in 1/255, the step a quarter
     of the radius by default."""
-    began, pgd = time.perf_counter(), form_of_pgd(attack, epsilon, alpha, job.opened.args.seed)
-    result = attacked(job, f"{attack}, epsilon {epsilon:g}" if pgd.restarts else attack, pgd)
+    pgd = form_of_pgd(attack, epsilon, alpha, job.opened.args.seed)
+    title = f"{attack}, epsilon {epsilon:g}" if pgd.restarts else attack
+    announce(job, title, epsilon, 3 * pgd.steps * pgd.restarts or 1)
+    began = time.perf_counter()
+    result = attacked(job, title, pgd)
     robust = result.robust.bool()
     job.robust[attack, epsilon] = robust
     found = {**row(attack, epsilon, int(robust.sum()), len(robust), time.perf_counter() - began),
-             "alpha": 255 * pgd.alpha if pgd.restarts else None, "file": job.opened.source}
+             "step": 255 * pgd.alpha if pgd.restarts else None, "file": job.opened.source}
     if pgd.restarts:
         found["no_gradient"] = result.metrics()["no_gradient"]
-    job.rows.append(found)
+    add(job, found)
     return result
 
 
+def announce(job: Job, title: str, epsilon: float, cost: float) -> None:
+    """Print how long an attack may take, if that is minutes. cost: forward passes of an image that stays robust; a
+    backward pass counts 2."""
+    if not job.screen.shown:
+        return
+    job.pace = job.pace or pace(job)
+    robust = min((found.double().mean().item() for (_, size), found in job.robust.items() if size <= epsilon),
+                 default=1.0)
+    seconds = cost * robust * len(job.images) * job.pace / job.stop.world.size
+    if seconds > LONG:
+        job.screen.say(f"# {title}: may take {duration(seconds)}")
+
+
+def pace(job: Job) -> float:
+    """Measure the seconds of a forward pass for an image."""
+    x, _ = job.images.batch(slice(job.batch_size))
+    began = 0.0
+    for _ in range(2):  # the first pass also prepares the device
+        began = time.perf_counter()
+        job.precision.float32_logits(job.opened.model, x).sum().item()
+    return (time.perf_counter() - began) / len(x)
+
+
 def form_of_pgd(attack: str, epsilon: float, alpha: float | None, seed: int) -> PGD:
-    """The attack of a name: clean, fgsm, cw or pgd-STEPS-RESTARTS; epsilon and alpha in 1/255."""
+    """The attack of a name: clean, fgsm, cw or pgd-STEPS-RESTARTS-STEP, whose step is `alpha` if it is not in the name;
+    epsilon, alpha and STEP in 1/255."""
     size, step = epsilon / 255, (epsilon / 4 if alpha is None else alpha) / 255
     if attack == "clean":
         return PGD(0.0, 0.0, 0, 0)
@@ -221,8 +323,8 @@ def form_of_pgd(attack: str, epsilon: float, alpha: float | None, seed: int) -> 
         return PGD(size, size, 1, 1, seed, init="zero")
     if attack == "cw":
         return PGD(size, step, 50, 10, seed, loss="cw")
-    steps, restarts = map(int, attack.split("-")[1:])
-    return PGD(size, step, steps, restarts, seed)
+    _, steps, restarts, *own = attack.split("-")
+    return PGD(size, float(own[0]) / 255 if own else step, int(steps), int(restarts), seed)
 
 
 def attacked(job: Job, title: str, attack: PGD) -> Result:
@@ -238,22 +340,25 @@ def attacked(job: Job, title: str, attack: PGD) -> Result:
 
 def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, dict[str, Any]]:
     """Run AutoAttack or a part. Returns robust (N,), seconds, extra entries."""
-    parts = options.PARTS if attack == "autoattack" else (attack,)
-    model, images, seed = job.opened.model, job.images, job.opened.args.seed
-    file = job.opened.folder.path / f".{attack}-{epsilon:g}.json"
+    parts, _ = parts_for(attack, job.opened.dataset.classes)
+    model, images, seed, folder = job.opened.model, job.images, job.opened.args.seed, job.opened.folder
+    file = folder.path / f".{attack}-{epsilon:g}.json" if folder.exists else None
     key = {"network": fingerprint(model), **parameters(job.opened), "attack": attack, "epsilon": epsilon,
            "images": len(images), "seed": seed, "batch_size": job.batch_size}
-    run = AutoAttack(model, images, parts, epsilon / 255, seed, job.batch_size, job.precision, file, key)
+    run = AutoAttack(model, images, parts, epsilon / 255, seed, job.batch_size, job.precision, file, key,
+                     job.opened.dataset.classes, job.stop.alone)
+    announce(job, f"{attack}, epsilon {epsilon:g}", epsilon, run.passes_left / max(1, len(run.left)))
     with job.screen.progress(attack, 1, "call") as bar:
         for passes in run.steps():
             bar.update(passes, run.passes_left)
             number = f" {run.part} ({1 + parts.index(run.part)}/{len(parts)})" if len(parts) > 1 else ""
             bar.tell(f"{attack}{number}, epsilon {epsilon:g}, {100 * len(run.left) / len(images):.1f}% still robust")
             job.stop.together()
-    job.unfinished.append(file)
+    if file:
+        job.unfinished.append(file)
     robust = torch.zeros(len(images), dtype=torch.bool)
     robust[run.left] = True
-    return robust, run.seconds, {"parts": run.broken}
+    return robust, run.seconds, {"parts": run.broken, "no_gradient": run.no_gradient}
 
 
 def row(attack: str, epsilon: float, robust: int, n: int, seconds: float | None = None) -> dict[str, Any]:
@@ -262,7 +367,7 @@ def row(attack: str, epsilon: float, robust: int, n: int, seconds: float | None 
 
     interval = binomtest(robust, n).proportion_ci(0.95, method="wilson")
     return {"attack": attack, "epsilon": epsilon, "n": n, "robust": robust, "accuracy": robust / n,
-            "low": float(interval.low), "high": float(interval.high), "seconds": seconds}
+            "low": float(interval.low), "high": float(interval.high), "seconds": seconds, "step": None}
 
 
 def worst(job: Job, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:
@@ -275,10 +380,10 @@ def worst(job: Job, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:
     return rows
 
 
-def suspicions(job: Job, epsilons: tuple[float, ...]) -> list[str]:
-    """Warnings where the results suggest that gradients mislead the attacks (gradient masking)."""
+def suspicions(job: Job) -> list[str]:
+    """Warnings where the results suggest that an attack is weak, or that gradients mislead it (gradient masking)."""
     warnings = []
-    for epsilon in epsilons:
+    for epsilon in dict.fromkeys(row["epsilon"] for row in job.rows):
         rows = {row["attack"]: row for row in job.rows if row["epsilon"] == epsilon}
         n = len(job.images)
         pgd = min((row for name, row in rows.items() if name.startswith("pgd-")), default=None,
@@ -293,8 +398,16 @@ def suspicions(job: Job, epsilons: tuple[float, ...]) -> list[str]:
         if square > SURPRISE * n:
             warnings.append(f"at epsilon {epsilon:g}, Square, which needs no gradient, breaks {square} of {n} images "
                             f"that APGD does not: gradients may be masked")
-        warnings += [f"at epsilon {epsilon:g}, {name} had a gradient of 0 for {100 * row['no_gradient']:.0f}% of the "
-                     f"images: try autoattack" for name, row in rows.items() if row.get("no_gradient", 0) > 0.01]
+        for name, row in rows.items():
+            fgsm = rows.get("fgsm", row)
+            if row["step"] is not None and row["n"] == fgsm["n"] and row["robust"] > fgsm["robust"]:
+                warnings.append(f"at epsilon {epsilon:g}, {name} leaves {100 * row['accuracy']:.2f}% and fgsm "
+                                f"{100 * fgsm['accuracy']:.2f}%: take more steps or another step "
+                                f"(pgd-STEPS-RESTARTS-STEP)")
+            shares = row.get("no_gradient", 0.0)
+            shares = shares if isinstance(shares, dict) else {name: shares}
+            for part, share in shares.items():
+                warnings += no_gradient(f"at epsilon {epsilon:g}, {part}", share)
     return warnings
 
 
@@ -339,16 +452,14 @@ def batchnorm_mismatch(model: nn.Module, x: Tensor) -> float:
     return torch.stack(distances).max().item() if distances else 0.0
 
 
-def table(title: str, rows: list[dict[str, Any]]) -> str:
-    """Render the rows in Markdown."""
-    lines = [f"\n{title}\n", "| attack | epsilon | images | accuracy | 95% interval | seconds |",
-             "|:--|--:|--:|--:|:-:|--:|"]
-    for each in rows:
-        epsilon = "" if each["attack"] == "clean" else f"{each['epsilon']:g}"
-        seconds = "" if each["seconds"] is None else f"{each['seconds']:.1f}"
-        lines.append(f"| {each['attack']} | {epsilon} | {each['n']} | {100 * each['accuracy']:.2f}% | "
-                     f"{100 * each['low']:.2f}-{100 * each['high']:.2f}% | {seconds} |")
-    return "\n".join(lines)
+def line(row: dict[str, Any]) -> str:
+    """A row of the table, in Markdown."""
+    epsilon = "" if row["attack"] == "clean" else f"{row['epsilon']:g}"
+    step = "" if row["step"] is None else f"{row['step']:.4g}"
+    seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"
+    interval = f"{100 * row['low']:.2f}-{100 * row['high']:.2f}%"
+    return (f"| {row['attack']:13} | {epsilon:>7} | {step:>5} | {row['n']:>6} | {100 * row['accuracy']:>7.2f}% | "
+            f"{interval:^13} | {seconds:>7} |")
 
 
 if __name__ == "__main__":

@@ -194,9 +194,9 @@ def attack_names(text: str) -> tuple[str, ...]:
     names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
         known = name in ("clean", "fgsm", "cw", "autoattack", *PARTS)
-        if not known and not re.fullmatch(r"pgd-[1-9]\d*-[1-9]\d*", name):
-            raise argparse.ArgumentTypeError(f"must be of clean, fgsm, pgd-STEPS-RESTARTS, cw, autoattack, "
-                                             f"{', '.join(PARTS)}, not {name!r}")
+        if not known and not re.fullmatch(r"pgd-[1-9]\d*-[1-9]\d*(-\d+(\.\d+)?)?", name):
+            raise argparse.ArgumentTypeError(f"must be of clean, fgsm, pgd-STEPS-RESTARTS, pgd-STEPS-RESTARTS-STEP, "
+                                             f"cw, autoattack, {', '.join(PARTS)}, not {name!r}")
     return names
 
 
@@ -567,13 +567,15 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     p.add_argument("runs", nargs="+", type=path, metavar="RUN_OR_FILE", help="a run's folder, or a model's file")
     add = p.add_argument_group("what is measured").add_argument
     add("--attacks", type=attack_names, default="clean,fgsm,pgd-50-10", metavar="NAME,...",
-        help="clean, fgsm (from zero, a step of epsilon), pgd-STEPS-RESTARTS (steps of epsilon/4), cw (PGD-50-10 on "
-        "the margin), autoattack, or a part of it: apgd-ce, apgd-t, fab-t, square")
+        help="clean, fgsm (from zero, a step of epsilon), pgd-STEPS-RESTARTS (steps of epsilon/4), "
+        "pgd-STEPS-RESTARTS-STEP (STEP in 1/255), cw (PGD-50-10 on the margin), autoattack, or a part of it: apgd-ce, "
+        "apgd-t, fab-t, square")
     add("--epsilons", type=radii, metavar="E,...", help="radii of the l_inf ball in 1/255 (default: the run's, or 8)")
     add("--samples", type=number(int, 1), metavar="N", help="the first N test images (default: all)")
     add("--seed", type=number(int, 0, 2**32 - 1), help="seed of the random starts (default: the run's, or 0)")
     add("--which", default="last", metavar="NAME", help="network of a run: last, best or healthy; of a file with "
         "several networks: its key there (default: %(default)s)")
+    add("--out", type=path, metavar="FOLDER", help="folder of evaluation.json (default: the run's, or the file's)")
     add = p.add_argument_group("data and model (default: the run's)").add_argument
     add("--data-set", choices=DATA_SETS, help="data set on which the network was trained")
     add_flags(p, RUNS)
@@ -618,6 +620,22 @@ def unit_hints(values: dict[str, Any]) -> list[str]:
             hints.append(f"{option(name)} is of pixels in [0, 1]: did you mean "
                          f"{','.join(f'{value / 255:.3g}' for value in values[name])}?")
     return hints
+
+
+def reach_hints(attack: str, steps: int, alpha: float, epsilon: float) -> list[str]:
+    """A line to print if PGD's steps of `alpha` cannot lead from the centre of the ball to its surface."""
+    if steps * alpha >= epsilon * (1 - 1e-9) or not steps:
+        return []
+    return [f"{attack}: {steps} steps of {alpha:g}/255 do not cross the ball of {epsilon:g}/255, so accuracy may look "
+            f"too high: take more steps, or a step of {epsilon / 4:g}"]
+
+
+def pgd_hints(args: Args) -> list[str]:
+    """Lines to print about a run's PGD, in training and in evaluation, where it is too weak."""
+    trained = ["pgd_iters"] if "pgd_iters" in in_effect(args) else []
+    return [hint for name in (*trained, "test_iters", "final_iters") for hint in reach_hints(
+        f"{option(name)}={getattr(args, name)} --pgd-alpha={args.pgd_alpha:g}", getattr(args, name), args.pgd_alpha,
+        args.epsilon)]
 
 
 def method_flags() -> set[str]:

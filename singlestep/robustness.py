@@ -172,7 +172,7 @@ def _clean(model: nn.Module, images: Images, index: Tensor, precision: Precision
     """Evaluate the images at `index` without a perturbation. Returns how many are misclassified."""
     x, y = images.batch(index)
     logits = precision.float32_logits(model, x)
-    loss, right = F.cross_entropy(logits, y, reduction="none"), _correct(logits, y)
+    loss, right = F.cross_entropy(logits, y, reduction="none"), correct(logits, y)
     result.clean_loss[index], result.right[index], result.robust[index] = loss, right.float(), right
     result.robust_loss[index] = torch.where(right, 0, loss)
     return int((~right).sum())
@@ -204,7 +204,7 @@ def _restart(model: nn.Module, images: Images, queue: Tensor, attack: PGD, numbe
                 grad, logits = confident_gradient(model, x, y, delta, attack.loss)
             logits = _deciding_logits(model, x, y, delta, logits, finished, precision)
             result.vanished[index] |= ~(finished | grad.flatten(1).any(dim=1))
-        wrong, loss = ~_correct(logits, y), F.cross_entropy(logits, y, reduction="none")
+        wrong, loss = ~correct(logits, y), F.cross_entropy(logits, y, reduction="none")
         before = result.robust_loss[index]
         result.robust[index] &= ~wrong
         result.robust_loss[index] = torch.where(wrong, loss, torch.where(finished, before.maximum(loss), before))
@@ -222,13 +222,13 @@ def _deciding_logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, logi
     """The logits, computed again in float32 wherever they decide: of misclassified and of finished images."""
     logits = logits.float()
     if not precision.is_float32:
-        suspect = (finished | ~_correct(logits, y)).nonzero().squeeze(1)
+        suspect = (finished | ~correct(logits, y)).nonzero().squeeze(1)
         if len(suspect):
             logits[suspect] = precision.float32_logits(model, (x[suspect] + delta[suspect]).clamp(0, 1))
     return logits
 
 
-def _correct(logits: Tensor, y: Tensor) -> Tensor:
+def correct(logits: Tensor, y: Tensor) -> Tensor:
     """Whether each image (B,) is classified correctly; never where a logit is not finite."""
     return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
 

@@ -185,6 +185,13 @@ def plain_evaluation(network, images, epsilon, alpha, steps, restarts, seed):
     return robust, loss
 
 
+def rows_of(output: str) -> list[list[str]]:
+    """The rows of evaluate.py's tables, each with its cells, the headers aside."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in output.splitlines()
+            if line.startswith("| ")]
+    return [row for row in rows if row[0] != "attack"]
+
+
 def one_line(result, named: str) -> None:
     status, output, error = result
     assert status == 2 and not output

@@ -2,6 +2,7 @@
 import re
 import statistics
 import warnings
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,8 @@ def test_an_evaluation_finds_what_can_be_worked_out_by_hand(batch_size, restarts
     pixels = values.byte().view(-1, 1, 1, 1).expand(-1, 32, 32, 3).contiguous()
     model, passed = Brightness(), []
     model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
-    *events, last = attack_steps(model, Images(pixels, labels), PGD(EPSILON, 2 / 255, 10, restarts), batch_size, FLOAT32)
+    *events, last = attack_steps(model, Images(pixels, labels), PGD(EPSILON, 2 / 255, 10, restarts), batch_size,
+                                 FLOAT32)
     steps = [event for event in events if isinstance(event, Step)]
     found = last.result.sums(ALONE)
     assert torch.equal(found.right.bool(), right) and torch.equal(found.robust.bool(), robust)
@@ -129,10 +131,10 @@ def test_the_time_left_of_many_restarts_never_grows(monkeypatch, capsys):
     events = attack_steps(model, wavy_images(), PGD(0.004, 0.001, 5, 10), 8, FLOAT32)
     assert [restart.number for restart in shown(events, Screen(), "PGD", 10, Stop(StopSignals()))] == list(range(11))
     lines = capsys.readouterr().out.splitlines()
-    assert re.fullmatch(r"# PGD, restart 10/10, .* still robust: [\d,]+ of [\d,]+ image-steps, about 0 s left", lines[-1])
+    assert re.fullmatch(r"# PGD, restart 10/10, .* robust: [\d,]+ of [\d,]+ image-steps, about 0 s left", lines[-1])
     times = [line.partition("about ")[2].split() for line in lines if "about" in line]
     left = [int(number) * (60 if unit == "min" else 1) for number, unit, _ in times]
-    assert len(left) > 100 and all(after <= before + 30 for before, after in zip(left, left[1:]))
+    assert len(left) > 100 and all(after <= before + 30 for before, after in pairwise(left))
     assert left[0] <= 40 * 10 * 6
 
 

@@ -79,17 +79,20 @@ class Folder:
         self.path = Path(os.devnull if path is None else path)
         self._lock: IO[str] | None = None
 
-    def require_writable(self, flag: str = "--fname") -> None:
-        """Raise UsageError, naming `flag`, unless the folder is writable or can be created. Writes nothing."""
+    def is_writable(self) -> bool:
+        """Return whether the folder is writable or can be created. Writes nothing."""
         there = self.path
         try:
             str(there).encode()  # fails if the name cannot be written to a log
             while not there.exists() and there != there.parent:
                 there = there.parent
-            writable = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+            return there.is_dir() and os.access(there, os.W_OK | os.X_OK)
         except (OSError, ValueError):  # not a valid name for the system
-            writable = False
-        if not writable:
+            return False
+
+    def require_writable(self, flag: str = "--fname") -> None:
+        """Raise UsageError, naming `flag`, unless the folder is writable or can be created. Writes nothing."""
+        if not self.is_writable():
             raise UsageError(f"{flag} {self.path} cannot be written: it must be a writable folder or a new one")
 
     def lock(self) -> None:
@@ -171,17 +174,27 @@ def evaluations(folder: Folder) -> list[dict[str, Any]]:
         raise UsageError(f"{path} is damaged: repair it, or move it to another folder") from None
 
 
-def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
+def add_evaluation(folder: Folder, record: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
     """Append a record to evaluation.json, and rewrite eval.log from the records of --eval.
 
     Concurrent evaluations wait for each other, for ten seconds at most.
+
+    Args:
+        before: what an earlier call returned: the record to replace.
+
+    Returns:
+        The record as it is in the file.
     """
+    record = json.loads(json.dumps(record))
     held = None
     with contextlib.suppress(TimeoutError):
         held = lock(folder.path / ".evaluation.lock", wait=10)
     try:
         records = evaluations(folder)
-        records.append(record)
+        if before in records:
+            records[records.index(before)] = record
+        else:
+            records.append(record)
         lines: list[str] = []
         above = ""
         for each in (each for each in records if "epoch" in each):
@@ -193,6 +206,7 @@ def add_evaluation(folder: Folder, record: dict[str, Any]) -> None:
         folder.write("evaluation.json", json.dumps(records, indent=1) + "\n")
         if lines:
             folder.write("eval.log", "".join(f"{line}\n" for line in lines))
+        return record
     finally:
         if held:
             held.close()
