@@ -220,7 +220,7 @@ def run_training(dataset: DataSet, args: Args, folder: Folder, signals: StopSign
         train_epochs(run)
         finish(run)
         if folder.exists:
-            screen.say(console.results_lines(args))
+            screen.say(console.results_lines(args, (state.history or [{}])[-1], len(run.test)))
     world.leave()
     return state
 
@@ -341,6 +341,7 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
     for flag in options.without_effect(args):
         yield f"{flag} has no effect with --attack={args.attack}, --objective={args.objective}, --model={args.model}"
     yield from options.unit_hints(args.flags())
+    yield from options.pgd_hints(args)
     if run.world.size > 1 and OBJECTIVES[args.objective].whole_batch:
         yield (f"--objective {args.objective} is computed per process: its value with {run.world.size} processes "
                f"differs from that with 1")
@@ -562,6 +563,10 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
     run.screen.say(console.epoch_line(record, state.history, args.epochs))  # last: standard output may be closed
     if record.get("collapsed"):
         run.screen.warn(console.collapse_line(record))
+    for warning in robustness.no_gradient("PGD", record.get("no_gradient", 0.0)):
+        run.screen.warn(warning)
+    if record.get("test_robust_acc", 0.0) > record.get("fgsm_acc", 1.0):
+        run.screen.say("# PGD is weaker than FGSM: raise --test-iters, or set --pgd-alpha to a quarter of --epsilon")
 
 
 def stop_on_collapse(run: Run) -> None:
@@ -639,9 +644,8 @@ def finish(run: Run) -> None:
     if run.writes:
         (run.folder.path / "final.pth").unlink(missing_ok=True)
     run.screen.say(console.final_line(found))
-    if found["no_gradient"] > 0.01:
-        run.screen.warn(f"for {100 * found['no_gradient']:.0f}% of the attacked images the gradient was 0: "
-                        f"the network may only look robust; try an attack without gradients, such as Square")
+    for warning in robustness.no_gradient("the final evaluation", found["no_gradient"]):
+        run.screen.warn(warning)
 
 
 def final_evaluation(run: Run) -> dict[str, Any]:

@@ -4,18 +4,20 @@ import os
 import pty
 import re
 import select
+import shlex
 import struct
 import termios
 from collections.abc import Callable
 
 import pytest
-from helpers import SMALL, linear_network
+import torch
+from helpers import SMALL, linear_network, rows_of
 from hypothesis import given
 from hypothesis import strategies as st
 from processes import Started, start_together
 
 from singlestep import train
-from singlestep.options import DATA_SETS, data_set, parse
+from singlestep.options import DATA_SETS, data_set, parse, pgd_hints
 from singlestep.run import console
 from singlestep.run.console import Screen, clock, duration, epoch_line
 
@@ -70,6 +72,63 @@ def test_the_banner_names_the_numbers_in_effect(name, call, tmp_path, small_dumm
     assert f"{data_set(name).name} (synthetic): " in data and f"{args.epochs} epochs of" in data
     assert f"of base width {args.base_width}" in network and "float32" in network and folder.endswith("run")
     assert "python evaluate.py" in output and "python plot.py" in output
+
+
+@pytest.mark.parametrize("seconds, images, samples, full", [
+    (10.0, 1000, 1000, "about 38 min"), (600.0, 1000, 100, "about 38 h 20 min"),
+    (6000.0, 100, 10, "about 3833 h 20 min")])
+def test_the_command_after_a_run_takes_a_minute(seconds, images, samples, full):
+    """The last epoch had PGD-10 on `images` in `seconds`; the full command, PGD-50-10, on 10,000."""
+    args = parse(data_set("cifar10"), argv=["--fname=a run"])
+    lines = console.results_lines(args, {"test_time": seconds, "test_images": images}, 10_000).splitlines()
+    assert lines[1].endswith(f"python evaluate.py 'a run' --attacks=clean,fgsm,pgd-10-1 --samples={samples}")
+    assert "PGD-50-10 on all 10,000 test images" in lines[2] and full in lines[2]
+    assert "--attacks" not in console.results_lines(args, {}, 0)
+
+
+def test_the_command_after_a_run_runs(call, judged, tmp_path, small_dummy):
+    output = call("train_cifar.py", *FLAGS, "--final-iters=0", "--fname", tmp_path / "run")[1]
+    command, = (line for line in output.splitlines() if "python evaluate.py" in line)
+    _, script, *flags = shlex.split(command.partition(":")[2])
+    status, table, error = judged(*flags, "--device=cpu")
+    assert (script, status, error) == ("evaluate.py", 0, "")
+    assert [row[0] for row in rows_of(table)] == ["clean", "fgsm", "pgd-10-1", "worst case"]
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--attack=fgsm", "--epsilon=32", "--test-iters=10", "--final-iters=50"], ["--test-iters=10 --pgd-alpha=2"]),
+    (["--attack=fgsm", "--test-iters=10", "--final-iters=50"], []),
+    (["--attack=fgsm", "--epsilon=16", "--test-iters=1", "--final-iters=0"], ["--test-iters=1 --pgd-alpha=2"]),
+    (["--method=trades", "--pgd-iters=3", "--test-iters=4", "--final-iters=3"],
+     ["--pgd-iters=3 --pgd-alpha=2", "--final-iters=3 --pgd-alpha=2"])])
+def test_a_runs_pgd_that_cannot_cross_the_ball_is_noted(flags, named):
+    hints = pgd_hints(parse(data_set("cifar10"), argv=flags))
+    assert [hint.partition(": ")[0] for hint in hints] == named
+    assert all("do not cross the ball" in hint for hint in hints)
+
+
+def test_an_epochs_pgd_that_is_weaker_than_fgsm_is_noted(call, tmp_path, small_dummy, monkeypatch):
+    monkeypatch.setattr(train, "new_network", linear_network)  # which FGSM breaks as well as any attack
+    flags = [*SMALL, "--attack=fgsm", "--lr-max=0", "--final-iters=0", "--epsilon=4"]
+    for steps, told in ((1, True), (2, True), (8, False)):
+        output = call("train_cifar.py", *flags, f"--test-iters={steps}", "--pgd-alpha=1", "--fname",
+                      tmp_path / str(steps))[1]
+        assert ("# --test-iters=" in output) == ("# PGD is weaker than FGSM" in output) == told
+    output = call("train_cifar.py", *flags, "--pgd-alpha=1", "--eval", "--resume=auto", "--fname", tmp_path / "1")[1]
+    assert "# --test-iters=2" in output and "leaves" in output and "take more steps" in output
+
+
+def test_an_epoch_whose_attack_has_no_gradient_is_told_of(call, tmp_path, small_dummy, monkeypatch):
+    def blind(dataset, args):
+        network = linear_network(dataset, args)
+        torch.nn.init.zeros_(network.linear.weight)
+        return network
+
+    monkeypatch.setattr(train, "new_network", blind)
+    output = call("train_cifar.py", *SMALL, "--attack=fgsm", "--lr-max=0", "--quiet", "--fname", tmp_path / "run")[1]
+    warnings = [line for line in output.splitlines() if "had a gradient of 0 for 100% of the images" in line]
+    assert [line.partition(" had")[0] for line in warnings] == ["# warning: PGD"] * 2 + [
+        "# warning: the final evaluation"]
 
 
 def test_quiet_leaves_nothing_but_errors(call, tmp_path, small_dummy, monkeypatch):

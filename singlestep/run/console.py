@@ -286,18 +286,32 @@ def final_estimate(args, seconds: float, evaluated: int, images: int) -> str:
     Returns:
         A line to print; empty if the estimate is under 5 minutes.
     """
-    passes = args.final_iters * (1 + 0.4 * (args.final_restarts - 1)) / (args.test_iters * args.test_restarts)
-    expected = seconds / evaluated * images * passes
+    expected = pgd_seconds(args, seconds / evaluated, args.final_iters, args.final_restarts, images)
     if expected < 300:
         return ""
     return (f"# the final evaluation (PGD-{args.final_iters}-{args.final_restarts} on {images:,} images) may take "
             f"{duration(expected)}; to shorten it, lower --final-iters, --final-restarts or --final-samples")
 
 
-def results_lines(args) -> str:
-    """Return lines about the folder of the results and the next commands."""
+def pgd_seconds(args, seconds: float, steps: int, restarts: int, images: int) -> float:
+    """Estimate the duration of PGD on `images`, assuming that 40% stay robust; seconds: of an epoch's PGD, an image."""
+    return seconds * images * steps * (1 + 0.4 * (restarts - 1)) / (args.test_iters * args.test_restarts)
+
+
+def results_lines(args, record: dict[str, Any], images: int) -> str:
+    """Return lines about the folder of the results and the next commands, the first of which takes about a minute.
+
+    record: of the last epoch; images: number of test images.
+    """
+    flags, full = "", ""
+    if record.get("test_images"):
+        seconds = record["test_time"] / record["test_images"]
+        within = int(60 / max(pgd_seconds(args, seconds, 10, 1, 1), 1e-9))  # how many images take a minute
+        flags = f" --attacks=clean,fgsm,pgd-10-1 --samples={max(10, min(1000, within // 10 * 10))}"
+        full = (f"# (without these flags: PGD-50-10 on all {images:,} test images, about "
+                f"{duration(pgd_seconds(args, seconds, 50, 10, images))})\n")
     return (f"# results are in {args.fname}\n"
-            f"# evaluate the model:  python evaluate.py {shlex.quote(args.fname)}\n"
+            f"# evaluate the model:  python evaluate.py {shlex.quote(args.fname)}{flags}\n{full}"
             f"# plot the run:        python plot.py {shlex.quote(args.fname)} "
             f"--out={shlex.quote(args.fname + '/curves.png')}")
 
