@@ -3,8 +3,8 @@
     python evaluate.py runs/zerograd --attacks=clean,pgd-50-10,autoattack --samples=1000
     python evaluate.py published.pt --data-set=cifar10 --model=WideResNet --epsilons=2,4,8
 
-A run's folder says which network, data set and epsilon it has; for a published file, give them as flags. The results
-are printed as a table, and added to evaluation.json in the run's folder or beside the file.
+A run's folder says which network, data set and epsilon it has; for a published file, give them as flags. Each result
+is printed as a row of a table, and kept in evaluation.json: in the run's folder, beside the file, or in --out.
 """
 from singlestep.options import parse_evaluation
 

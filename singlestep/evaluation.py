@@ -111,6 +111,8 @@ def evaluate_network(network: Callable[[], tuple[Opened, Images]], args, device:
             for hint in options.reach_hints(f"{attack}, epsilon {epsilon:g}", pgd.steps, 255 * pgd.alpha, epsilon):
                 job.screen.say(f"# {hint}")
     job.warnings = mismatch(job)
+    for warning in job.warnings:
+        job.screen.warn(warning)
     try:
         for attack, epsilon in attacks:
             measure(job, attack, epsilon)
@@ -245,9 +247,9 @@ def about(job: Job) -> dict[str, Any]:
 
 
 def warn(job: Job) -> None:
-    """Print the warnings."""
+    """Print the warnings about the results."""
     if job.stop.world.is_main:
-        for warning in job.warnings + suspicions(job):
+        for warning in suspicions(job):
             say(f"\nwarning: {warning}")
 
 

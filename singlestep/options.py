@@ -627,7 +627,7 @@ def reach_hints(attack: str, steps: int, alpha: float, epsilon: float) -> list[s
     if steps * alpha >= epsilon * (1 - 1e-9) or not steps:
         return []
     return [f"{attack}: {steps} steps of {alpha:g}/255 do not cross the ball of {epsilon:g}/255, so accuracy may look "
-            f"too high: take more steps, or a step of {epsilon / 4:g}"]
+            f"too high: take more steps, or larger ones"]
 
 
 def pgd_hints(args: Args) -> list[str]:
