@@ -201,7 +201,9 @@ def read(path: str | Path, which: str, flags: dict[str, Any], attacks: tuple[str
 def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device, precision: Precision,
              batch_size: int, stop: Stop, screen: Screen) -> Job:
     """Read the network and its test images on rank 0, print the notes about it, and move both to the device."""
+    stop.signals.deferred = False
     opened, images = stop.world.from_main(network)
+    stop.signals.deferred = True
     for note in opened.notes:
         screen.say(f"# {opened.source}: {note}")
     layout = memory_format(opened.model, device)

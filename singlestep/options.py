@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .methods import ATTACKS, DEPENDENT, METHODS, MODELS, OBJECTIVES, RECIPES
-from .run.console import UsageError, one_line_errors, say
+from .run.console import UsageError, end_on_interrupt, one_line_errors, say
 
 # Data sets
 
@@ -454,6 +454,8 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
 
 def parse(dataset: DataSet, description: str | None = None, argv: list[str] | None = None) -> Args:
     """The arguments of the script that trains on `dataset`; --help and a mistake end the process."""
+    if argv is None:
+        end_on_interrupt()
     p = parser(dataset, description)
     named, _ = p.parse_known_args(argv)
     if named.help or named.method == "list":
@@ -541,12 +543,18 @@ def run_flags(folder: str | Path) -> dict[str, Any]:
 
 
 def recorded(folder: str | Path) -> tuple[dict[str, Any], DataSet | None]:
-    """The flags of the run in `folder` and its data set, as args.json has them; none where there is no such file. Runs
-    of older versions name their data set without its statement. Raises UsageError if the file is damaged."""
+    """The flags of the run in `folder` and its data set, as args.json has them; none where there is no such file.
+
+    A relative --data-dir is resolved from the folder in which the run was started, if that folder exists. Runs of older
+    versions name neither that folder nor their data set's statement. Raises UsageError if the file is damaged.
+    """
     file = Path(folder) / "args.json"
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
         flags = {**saved["args"], "data_set": saved["data_set"]}
+        started_in = [start["folder"] for start in saved.get("starts", ()) if "folder" in start]
+        if started_in and os.path.isdir(started_in[-1]) and not os.path.isabs(flags["data_dir"]):
+            flags["data_dir"] = os.path.relpath(os.path.join(started_in[-1], flags["data_dir"]))
         dataset = DataSet.stated(saved["statement"]) if "statement" in saved else None
     except FileNotFoundError:
         return {}, None
@@ -563,6 +571,8 @@ def differing(given: dict[str, Any], run: dict[str, Any]) -> list[str]:
 
 def parse_evaluation(description: str | None = None, argv: list[str] | None = None) -> argparse.Namespace:
     """The arguments of evaluate.py; flags that default to the run's are None."""
+    if argv is None:
+        end_on_interrupt()
     p = Parser(description)
     p.add_argument("runs", nargs="+", type=path, metavar="RUN_OR_FILE", help="a run's folder, or a model's file")
     add = p.add_argument_group("what is measured").add_argument

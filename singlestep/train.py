@@ -206,9 +206,10 @@ def run_training(dataset: DataSet, args: Args, folder: Folder, signals: StopSign
     screen = Screen(world.is_main, args.quiet)
     with world.said_once():
         state, layout = build(dataset, args, device, world, network)
-        plan = world.from_main(lambda: prepare(dataset, args, state, folder, world, screen, images))
+        plan = world.from_main(lambda: prepare(dataset, args, state, folder, world, signals, screen, images))
         if plan.found and not world.is_main:
             resume(state, plan.found, args)  # rank 0 has done so
+    signals.deferred = True
     for note in plan.notes:
         screen.say(f"# {note}")
     if plan.complete:
@@ -249,8 +250,8 @@ def build(dataset: DataSet, args: Args, device: torch.device, world: World,
     return State(model, optimizer, precision, ema), layout
 
 
-def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: World, screen: Screen,
-            images: tuple[Images, Images, Images] | None) -> Plan:
+def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: World, signals: StopSignals,
+            screen: Screen, images: tuple[Images, Images, Images] | None) -> Plan:
     """On rank 0: find the checkpoint and load it, read the images, and make the folder ready for the epochs to come."""
     found = None
     if folder.exists:
@@ -271,6 +272,7 @@ def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: W
             folders.write_logs(folder, state, args)
         return Plan(found, notes, images, True, None)
     aside = None
+    signals.deferred = True  # move all files or none
     if folder.exists:
         folder.lock()
         state.final = None

@@ -8,6 +8,8 @@ import http.server
 import importlib
 import io
 import json
+import os
+import signal
 import socket
 import tarfile
 import threading
@@ -26,7 +28,7 @@ from PIL import Image
 from processes import Started
 from torchvision import datasets
 
-from singlestep import data, options
+from singlestep import data, networks, options
 from singlestep.data import Augmentation, Images, dummy, read_torchvision
 from singlestep.run.console import UsageError
 from singlestep.run.folder import lock
@@ -259,6 +261,32 @@ def test_a_server_that_stalls_fails_and_the_next_download_removes_what_a_killed_
             read_torchvision("CIFAR10", str(root))
         go.set()
     assert [path.name for path in root.iterdir()] == [".lock"] and socket.getdefaulttimeout() is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("command", ["train", "eval", "evaluate"])
+def test_a_signal_during_a_download_ends_at_once_and_leaves_nothing(command, number, tmp_path, call, judged,
+                                                                    monkeypatch):
+    archived(tmp_path, monkeypatch)
+    given, go = signal.signal(signal.SIGHUP, signal.SIG_DFL), threading.Event()  # the tests may be run under nohup
+    torch.save(networks.PreActResNet18(10, base_width=4).state_dict(), tmp_path / "model_0.pth")
+
+    def stop(handler):
+        os.kill(os.getpid(), number)
+        go.wait(60)
+
+    flags = ["--device=cpu", "--base-width=4", "--data-dir", tmp_path / "new" / "data"]
+    with serving(stop) as (address, _):
+        monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/cifar-10-python.tar.gz")
+        if command == "evaluate":
+            status, output, error = judged(tmp_path / "model_0.pth", "--data-set=cifar10", *flags)
+        else:
+            more = ["--eval", "--resume=1", "--fname", tmp_path] if command == "eval" else ["--fname", tmp_path / "run"]
+            status, output, error = call("train_cifar.py", *flags, *more)
+        go.set()
+    signal.signal(signal.SIGHUP, given)
+    assert (status, output) == (128 + number, "") and error.endswith(f": stopped by {number.name}\n")
+    assert error.count("\n") == 1 and {path.name for path in tmp_path.iterdir()} == {"source", "model_0.pth"}
 
 
 def test_no_process_waits_for_another_download_without_end(tmp_path, monkeypatch, no_network):

@@ -13,7 +13,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DATASETS, FLOAT32, SIDE, SMALL, epochs_of, evaluated, linear_network, one_line, rows_of
+from helpers import (
+    DATASETS,
+    FLOAT32,
+    SIDE,
+    SMALL,
+    TINY,
+    epochs_of,
+    evaluated,
+    linear_network,
+    one_line,
+    rows_of,
+    write_cifar10,
+)
 from processes import together
 from torch import nn
 
@@ -884,3 +896,29 @@ def test_without_a_final_evaluation_a_run_is_complete(tmp_path, call, small_dumm
     assert len((tmp_path / "run" / "eval.log").read_text().splitlines()) == 2
     assert call("train_cifar.py", *flags, "--resume=auto", "--final-iters=1")[0] == 0
     assert json.loads((tmp_path / "run" / "final.json").read_text())["iters"] == 1
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_relative_data_dir_is_resolved_from_where_the_run_was_started(older, tmp_path, call, judged, monkeypatch):
+    project, other, moved = (tmp_path / name for name in ("project", "other", "moved"))
+    write_cifar10(project / "data", monkeypatch)
+    other.mkdir()
+    monkeypatch.chdir(project)
+    flags = [flag for flag in TINY if flag not in ("--dummy", "--epochs=2")]
+    run = tmp_path / "runs" / "a"
+    assert call("train_cifar.py", *flags, "--epochs=1", "--data-dir=data", "--fname", run)[0] == 0
+    evaluate = ["--attacks=clean", "--device=cpu"]
+    assert judged(run, *evaluate, "--data-dir=data")[1].count("#") == 0  # not said to override the run's
+    if older:
+        saved = json.loads((run / "args.json").read_text())
+        del saved["starts"][0]["folder"]
+        (run / "args.json").write_text(json.dumps(saved))
+    else:
+        monkeypatch.chdir(other)
+        assert judged(f"../runs/{run.name}", *evaluate)[0] == 0
+        assert call("train_cifar.py", *flags, "--eval", "--resume=auto", "--fname=../runs/a")[0] == 0
+        assert load_run(run)[1].data_dir == "../project/data"
+        assert not list(other.iterdir())
+    project.rename(moved)
+    monkeypatch.chdir(moved)
+    assert judged(run, *evaluate)[0] == 0

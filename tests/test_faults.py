@@ -13,6 +13,8 @@ import signal
 import stat
 import subprocess
 import sys
+import time
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -63,6 +65,31 @@ def test_closed_streams_cost_nothing(tmp_path, call):
         output, error = process.communicate(timeout=120)
         assert process.returncode == 0 and not error and (output.count("/2  lr ") == 2) == (closed == "2>&-"), error
         assert_same_run(tmp_path / str(i), tmp_path / "whole")
+
+
+@pytest.mark.parametrize("command", [["train_cifar.py", "--dummy"], ["evaluate.py", "run"]])
+def test_ctrl_c_while_pytorch_is_imported_ends_at_once(command, tmp_path):
+    """The import of libraries can lose a KeyboardInterrupt."""
+    (tmp_path / "torch.py").write_text("import pathlib, time\ntry:\n    pathlib.Path('begun').touch()\n"
+                                       "    time.sleep(60)\nexcept KeyboardInterrupt:\n    pass\n")
+    name, *flags = command
+    process = subprocess.Popen([sys.executable, str(ROOT / name), *flags], cwd=tmp_path, text=True,
+                               env={**os.environ, "PYTHONPATH": str(tmp_path)}, stderr=subprocess.PIPE)
+    while not (tmp_path / "begun").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == "" and process.returncode == -signal.SIGINT  # 130 in a shell
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, call, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("singlestep.run.device.version", missing)
+    status, _, error = call("train_cifar.py", *TINY, "--fname", tmp_path / "run")
+    expected = "error: No package metadata was found for torchvision: install or repair this package\n"
+    assert status == 1 and error.endswith(expected)
 
 
 class Unwritable(io.TextIOWrapper):

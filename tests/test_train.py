@@ -1,11 +1,13 @@
 """Schedules, seeds, the training step, precision and how training ends, against what can be worked out by hand."""
 import argparse
+import contextlib
 import math
 import os
 import platform
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -302,6 +304,13 @@ def test_an_epoch_is_judged_on_the_first_images_and_scored_on_the_same_in_each(f
 # Signals
 
 
+def test_before_signals_are_deferred_the_first_one_stops_at_once():
+    with StopSignals() as signals, pytest.raises(Stopped, match="stopped by SIGTERM"), contextlib.suppress(Exception):
+        os.kill(os.getpid(), signal.SIGTERM)  # in a library that catches every Exception
+        time.sleep(10)
+    assert signals.received == signal.SIGTERM
+
+
 def test_the_first_signal_is_noted_the_second_acts_and_an_ignored_one_stays_ignored(monkeypatch):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -309,6 +318,7 @@ def test_the_first_signal_is_noted_the_second_acts_and_an_ignored_one_stays_igno
     monkeypatch.setattr(signal, "SIG_DFL", lambda number, frame: acted.append(number))
     try:
         with StopSignals() as signals:
+            signals.deferred = True
             os.kill(os.getpid(), signal.SIGHUP)
             assert signals.received is None
             os.kill(os.getpid(), signal.SIGTERM)

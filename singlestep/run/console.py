@@ -25,7 +25,7 @@ class Failure(Exception):
     """An error that ends a run although no flag or file is wrong: one line, exit status 1."""
 
 
-class Stopped(Exception):
+class Stopped(BaseException):  # like KeyboardInterrupt: `except Exception` must not catch it
     """A signal stopped the run. `midway`: within a step, so that the state must not be saved."""
 
     def __init__(self, number: signal.Signals, how: str = "", midway: bool = False):
@@ -69,13 +69,15 @@ def discard(stream: TextIO) -> None:
 
 
 class StopSignals:
-    """Context that records SIGINT, SIGTERM and SIGHUP, so that loops can stop between two steps.
+    """Context in which SIGINT, SIGTERM and SIGHUP stop a run.
 
-    A second signal acts immediately, except under torchrun. An ignored signal stays ignored, as SIGHUP does under
-    nohup. Outside the main thread, signals are not recorded.
+    While `deferred`, a signal is recorded, so that loops can stop between two steps; before, it raises Stopped at once.
+    A second signal ends the process, except under torchrun. An ignored signal stays ignored, as SIGHUP does under
+    nohup. Outside the main thread, signals are not looked for.
     """
 
     received: signal.Signals | None = None
+    deferred = False
 
     def __enter__(self) -> "StopSignals":
         self._before = {}
@@ -91,16 +93,24 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame) -> None:
-        self.received = signal.Signals(number)
+        again, self.received = self.received, signal.Signals(number)
         if "WORLD_SIZE" not in os.environ:  # a scheduler and torchrun may both forward the same signal
             signal.signal(number, signal.SIG_DFL)
+        if not self.deferred and not again:
+            raise Stopped(self.received)
+
+
+def end_on_interrupt() -> None:
+    """Let Ctrl-C end the process at once, as other signals do: PyTorch's import can lose a KeyboardInterrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextlib.contextmanager
 def one_line_errors(folder: str = "") -> Iterator[None]:
-    """On an error of this module or of the system, print one line to standard error and end the process.
+    """On an error of this module, of the system or of an import, print one line to standard error and end the process.
 
-    Exit status: 2 for UsageError, 1 for Failure and OSError, 128 + signal number for Stopped.
+    Exit status: 2 for UsageError, 1 for Failure, OSError and ImportError, 128 + signal number for Stopped.
     """
     def end(status: int, text: str) -> NoReturn:
         if text:
@@ -122,6 +132,8 @@ def one_line_errors(folder: str = "") -> Iterator[None]:
         end(128 + signal.SIGINT, "stopped by SIGINT")
     except BrokenPipeError:
         end(1, f"error: standard output was closed{'; --resume auto continues this run' if folder else ''}")
+    except ImportError as error:
+        end(1, f"error: {error}: install or repair this package")
     except OSError as error:
         end(1, ": ".join(filter(None, ["error", str(error.filename or folder), error.strerror or str(error)])))
 

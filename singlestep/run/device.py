@@ -97,10 +97,10 @@ def commit() -> str | None:
 
 
 def describe(device: torch.device, processes: int = 1) -> dict[str, Any]:
-    """Return versions, hardware, command line and commit, to be recorded with every result."""
+    """Return versions, hardware, commit, command line and working directory, to be recorded with every result."""
     return {"commit": commit(), "python": platform.python_version(), "torch": str(torch.__version__),
             "torchvision": version("torchvision"), "device": hardware(device), "threads": torch.get_num_threads(),
-            "processes": processes, "command": [Path(sys.argv[0]).name, *sys.argv[1:]]}
+            "processes": processes, "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "folder": os.getcwd()}
 
 
 def keep_freed_memory(keep: bool = True) -> None:
