@@ -74,7 +74,7 @@ def read(folder: Path, data_dir: str | None) -> tuple[Any, dict[str, Any]]:
         raise UsageError(f"{folder} is not the folder of a run: it has no args.json")
     try:
         started = json.loads((folder / "args.json").read_text(encoding="utf-8"))
-        run, _ = SimpleNamespace(**started["args"]), [start["commit"] for start in started["starts"]]
+        run, _ = SimpleNamespace(**options.run_flags(folder)), [start["commit"] for start in started["starts"]]
         run.data_dir = data_dir or str(ROOT / os.path.expanduser(run.data_dir))  # reproduce.py starts runs in ROOT
         return run, started
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

@@ -111,8 +111,8 @@ def _as_saved(run: dict[str, Any], found: Checkpoint | None) -> tuple[dict[str, 
     saved = options.recorded_flags(found.training["run"].get("args", {}), found.source)
     names = [name for name in ("data_set", "dummy", "epsilon", *options.NETWORK)
              if name in saved and run.get(name) != saved[name]]
-    notes = [f"{options.option(name)} is {saved[name]}, as in this file, not {run.get(name)}, as in args.json"
-             for name in names]
+    notes = [f"{options.option(name)} is {saved[name]}, as the run's state has it, not {run.get(name)}, as in "
+             f"args.json" for name in names]
     return {**run, **{name: saved[name] for name in names}}, notes
 
 

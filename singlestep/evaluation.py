@@ -131,13 +131,15 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
     world, folder = World.join(device), Folder(args.fname)
     precision, batch_size = Precision(args, device), evaluation_batch(args, device)
     screen = Screen(world.is_main, args.quiet)
-    flags = {name: getattr(args, name) for name in ("seed", *options.RUNS)} | {"data_set": dataset}
+    recorded, names = options.run_flags(args.fname), ("seed", "epsilon", *options.RUNS)
+    flags = {name: getattr(args, name) for name in names if not recorded or name in args.given}  # the rest is the run's
+    flags["data_set"] = dataset
 
     def opened(path: str | Path, which: str) -> Job:
         return open_job(partial(read, path, which, flags), device, precision, batch_size, Stop(signals, world), screen)
 
     def resumed() -> str | Path:
-        trained_on = options.run_flags(args.fname).get("data_set", dataset.name)
+        trained_on = recorded.get("data_set", dataset.name)
         if trained_on != dataset.name:
             raise UsageError(f"--resume: the run in --fname {args.fname} is on {trained_on}, not {dataset.name}")
         if args.resume != "auto":
@@ -147,6 +149,7 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
         return args.fname
 
     job = opened(world.from_main(resumed), "last")
+    args = replace(args, epsilon=job.opened.args.epsilon)  # args.json may have been edited
     for hint in options.pgd_hints(args):
         screen.say(f"# {hint}")
     test = job.images

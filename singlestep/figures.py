@@ -50,8 +50,10 @@ def read_run(folder: Path) -> Run:
     try:
         lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
         epochs = [json.loads(line) for line in lines]
-        if any(not math.isfinite(record[name]) for record in epochs for name in ("epoch", PGD, CLEAN)):
-            raise ValueError
+        for record in epochs:
+            finite = math.isfinite(record["epoch"] + record[PGD] + record[CLEAN])
+            if not finite or not all(isinstance(value, (int, float, type(None))) for value in record.values()):
+                raise ValueError
         file = folder / "final.json"
         final = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if final is not None and not math.isfinite(final["robust_acc"] + final["iters"] + final["restarts"]):
@@ -94,9 +96,7 @@ def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
 
 def without_effect(flags: dict[str, Any]) -> set[str]:
     """Return the flags that belong to attacks and objectives other than those of the run."""
-    attack, objective = ATTACKS.get(flags["attack"]), OBJECTIVES.get(flags["objective"])
-    if attack is None or objective is None:  # the run is of another version
-        return set()
+    attack, objective = ATTACKS[flags["attack"]], OBJECTIVES[flags["objective"]]
     every = {name for each in ATTACKS.values() for name in each.flags}
     every |= {name for each in OBJECTIVES.values() for name in each.flags}
     return every - {*attack.flags, *objective.flags, "pgd_alpha"}

@@ -29,7 +29,7 @@ from helpers import (
 from processes import together
 from torch import nn
 
-from singlestep import attacks, checkpoints, data, evaluation, options, robustness, train
+from singlestep import attacks, checkpoints, data, evaluation, figures, options, robustness, train
 from singlestep.autoattack import AutoAttack, parts_for
 from singlestep.checkpoints import Opened, load_network, load_run
 from singlestep.data import Images
@@ -257,6 +257,14 @@ def run(tmp_path, call, small_dummy, monkeypatch):
     return tmp_path / "run"
 
 
+def edit(folder, **changes):
+    """Change entries of a run's args.json."""
+    saved = json.loads((folder / "args.json").read_text())
+    for part, values in changes.items():
+        saved[part].update(values)
+    (folder / "args.json").write_text(json.dumps(saved))
+
+
 def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
     model, args = load_run(run)
     assert (args.epsilon, args.base_width, args.attack) == (4, 4, "fgsm")
@@ -481,14 +489,40 @@ def test_only_flags_that_change_the_network_have_it_checked(flags, doubted, run,
     assert status == 0 and ("BatchNorm" in output) == doubted
 
 
-@pytest.mark.parametrize("name, value", [
-    ("model", "PreActResNet19"), ("epsilon", "x"), ("epsilon", -1), ("base_width", 0), ("shortcut", "x"),
-    ("mean", [0.5, 0.5]), ("std", [0.5, 0, 0.5]), ("seed", -1)])
-def test_an_edited_flag_of_a_run_is_one_line_that_names_it(name, value, run, judged):
-    saved = json.loads((run / "args.json").read_text())
-    saved["args"][name] = value
-    (run / "args.json").write_text(json.dumps(saved))
-    one_line(judged(run, "--device=cpu", "--samples=8", "--attacks=clean"), f"--{name.replace('_', '-')} must be")
+def test_an_edited_flag_of_a_run_is_one_line_that_names_it(run, judged, call, call_main):
+    whole = (run / "args.json").read_text()
+    for name, value in (("model", "PreActResNet19"), ("epsilon", "x"), ("epsilon", -1), ("base_width", 0),
+                        ("shortcut", "x"), ("mean", [0.5, 0.5]), ("std", [0.5, 0, 0.5]), ("seed", -1),
+                        ("epsilon", None), ("epochs", None), ("model", {}), ("test_iters", -1), ("batch_size", 1.5),
+                        ("attack", "x"), ("dummy", "yes"), ("amp", 1), ("lr_max", True)):
+        edit(run, args={name: value})
+        for result in (judged(run, "--device=cpu", "--samples=8", "--attacks=clean"), call_main(figures, run),
+                       call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run)):
+            one_line(result, f"{run / 'args.json'}: --{name.replace('_', '-')} ")
+        (run / "args.json").write_text(whole)
+    for statement in ({"mean": "x"}, {"std": [1, 0, 1]}, {"classes": 0}, {"classes": [10]}, {"mean": 1}):
+        edit(run, statement=statement)
+        one_line(judged(run, "--device=cpu", "--samples=8", "--attacks=clean"), "args.json is damaged")
+        (run / "args.json").write_text(whole)
+    edit(run, args={"epsilon": "4/255", "seed": "0"})  # numbers all the same
+    status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=fgsm")
+    assert status == 0 and "| fgsm | 4 | 8 |" in output
+
+
+def test_the_state_of_a_run_is_believed_before_an_edited_args_json(run, judged, call):
+    expected = {which: checkpoints.fingerprint(load_run(run, which)[0]) for which in ("last", "best")}
+    edit(run, args={"epsilon": 2, "mean": [0.5, 0.5, 0.5], "shortcut": "raw"})
+    for which in ("last", "best"):
+        model, args = load_run(run, which)
+        assert checkpoints.fingerprint(model) == expected[which]
+        assert (args.epsilon, args.mean, args.shortcut) == (4, None, "activated")
+    status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=fgsm")
+    assert status == 0 and "| fgsm | 4 | 8 |" in output and "BatchNorm" not in output
+    assert "--mean is None, as the run's state has it, not (0.5, 0.5, 0.5), as in args.json" in output
+    status, output, _ = call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run)
+    assert status == 0 and "--epsilon is 4.0, as the run's state has it, not 2.0, as in args.json" in output
+    record = json.loads((run / "evaluation.json").read_text())[1]
+    assert record["network"] == expected["last"] and record["final"]["epsilon"] == 4
 
 
 def test_eval_takes_its_flags_from_the_run_and_says_which_ones_win(run, call):

@@ -172,6 +172,12 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, call_plot):
         assert [line.startswith("# left out: ") for line in error.splitlines()].count(False) == 1
         assert not output or "x.png" in error
     assert sorted(tmp_path.rglob("*")) == before
+    for record in ('"x"', "[1]", '{"epoch": 0, "test_robust_acc": 0.3, "test_acc": 0.6, "fgsm_acc": "0.4"}',
+                   '{"epoch": 0, "test_robust_acc": 0.3, "test_acc": 0.6, "lr": [0.1]}',
+                   '{"epoch": 0, "test_robust_acc": null, "test_acc": 0.6}'):
+        (damaged / "metrics.jsonl").write_text(record + "\n")
+        status, _, error = call_plot(damaged, "--y=test_robust_acc,lr")
+        assert status == 2 and "metrics.jsonl is damaged" in error and error.count("\n") == 1, record
     (damaged / "args.json").write_text("{")
     with pytest.raises(UsageError, match="damaged"):
         figures.read_run(damaged)
