@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import pickle
 import pty
 import random
 import resource
@@ -14,8 +15,12 @@ import stat
 import subprocess
 import sys
 import time
+import types
+import warnings
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import (
@@ -37,7 +42,9 @@ from torchvision import datasets
 
 from singlestep import data, figures, options, robustness, train
 from singlestep.data import Images
+from singlestep.run.console import UsageError
 from singlestep.run.device import Precision, slowdown
+from singlestep.run.state import read_checkpoint
 
 
 def test_a_closed_standard_output_costs_no_epoch(tmp_path):
@@ -362,11 +369,62 @@ def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, small_dumm
         assert status == 1 and line.endswith(f": error: out of memory: {advice}\n")
 
 
+class Command:
+    """Pickled, a call of a function."""
+
+    def __init__(self, *command):
+        self.command = command
+
+    def __reduce__(self):
+        return self.command[0], self.command[1:]
+
+
 def test_what_is_refused_for_safety_is_told_by_its_type(tmp_path, call, small_dummy):
-    assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path / "run")[0] == 0
-    path = tmp_path / "run" / "model_0.pth"
-    torch.save({"state_dict": torch.load(path, weights_only=True), "args": argparse.Namespace(epochs=1)}, path)
-    one_line(call("train_cifar.py", *TINY, "--fname", tmp_path / "run", "--resume=1"), "contains argparse.Namespace")
+    """Neither is it loaded, nor an older checkpoint in its place."""
+    flags = [*TINY, "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags, "--epochs=1")[0] == 0
+    path, made = tmp_path / "run" / "state.pth", tmp_path / "made"
+    content = torch.load(path, weights_only=True)
+    for command, named in ((Command(os.system, f"touch {made}"), "contains posix.system"),
+                           (Command(eval, f"open('{made}', 'w')"), "contains eval"),
+                           (torch.nn.Linear(1, 1), "contains torch.nn.modules.linear.Linear"),
+                           (np.array([None]), "contains numpy.dtypes.ObjectDType")):
+        for new in (True, False):
+            torch.save({**content, "more": command}, path, _use_new_zipfile_serialization=new)
+            one_line(call("train_cifar.py", *flags, "--resume=auto"), f"{named}, which could run code of its own")
+    for protocol in (2, 3, 4, 5):
+        path.write_bytes(pickle.dumps({"more": Command(os.system, f"touch {made}")}, protocol))
+        one_line(call("train_cifar.py", *flags, "--resume=auto"), "which could run code of its own")
+    assert not made.exists()
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_plain_values_beside_the_weights_are_read(new, tmp_path):
+    values = {"args": argparse.Namespace(epochs=1, out=Path("runs")), "more": types.SimpleNamespace(a=[1]),
+              "accuracy": [kind(1) for kind in (np.float32, np.float64, np.int64, np.bool_)], "losses": np.arange(3)}
+    torch.save(values, tmp_path / "x.pth", _use_new_zipfile_serialization=new)
+    read = read_checkpoint(tmp_path / "x.pth")
+    assert str(read.pop("args").out) == "runs" and read.pop("losses").tolist() == [0, 1, 2]
+    assert read == {name: values[name] for name in read}
+
+
+@pytest.mark.parametrize("content, named", [
+    (b"\x14\0\0\0\0\0\0\0{\"a\":{\"dtype\":\"F32\"", "is a safetensors file"),
+    (b"\n<!DOCTYPE html>", "is a web page"),
+    (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+    (b"", "is truncated, altered or not a")])
+def test_a_file_of_another_kind_is_named(content, named, tmp_path):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(UsageError, match=f"x.pth {named}"):
+        read_checkpoint(tmp_path / "x.pth")
+
+
+def test_a_torchscript_program_is_named(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(torch.nn.Linear(1, 1)).save(tmp_path / "x.pth")
+    with pytest.raises(UsageError, match=r"x.pth is a TorchScript program: save the state dict of torch.jit.load"):
+        read_checkpoint(tmp_path / "x.pth")
 
 
 def test_without_a_folder_for_temporary_files_tmpdir_is_named(tmp_path, call, monkeypatch):

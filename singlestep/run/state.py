@@ -9,6 +9,7 @@
 Checkpoints contain only tensors and plain values and are loaded with weights_only=True. Every file is written
 atomically. Files of an earlier run are moved to earlier_N/, never overwritten.
 """
+import argparse
 import io
 import math
 import re
@@ -17,7 +18,8 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import numpy as np
@@ -175,7 +177,7 @@ def find_checkpoint(folder: Folder, resume: int | str, evaluation: bool = False)
         The checkpoint; None if `resume` is "auto" and the folder has no checkpoint.
 
     Raises:
-        UsageError: the checkpoint is missing or cannot be read.
+        UsageError: the checkpoint is missing or cannot be read, or one that "auto" would read could run code.
     """
     if resume != "auto":
         return _pair(folder, int(resume) - 1)
@@ -192,6 +194,8 @@ def find_checkpoint(folder: Folder, resume: int | str, evaluation: bool = False)
         try:
             found = read()
         except UsageError as error:
+            if isinstance(error, CodeRefused):
+                raise
             fault = fault or (error, files)
             continue
         return found._replace(source=f"{found.source}, because {fault[1]} is damaged") if fault else found
@@ -317,6 +321,10 @@ def save_state(folder: Folder, state: State, args, sums: Tensor) -> None:
     write_logs(folder, state, args)
 
 
+class CodeRefused(UsageError):
+    """A file that could run code when it is loaded."""
+
+
 def read_checkpoint(path: Path) -> dict:
     """Read a checkpoint. Raises UsageError if it is missing, damaged, or not only tensors and plain values."""
     if not path.exists():
@@ -326,20 +334,40 @@ def read_checkpoint(path: Path) -> dict:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():  # torch.load does not verify checksums
                     raise ValueError
-        with warnings.catch_warnings(), torch.serialization.safe_globals(NUMPY_SCALARS):
+        with warnings.catch_warnings(), torch.serialization.safe_globals(PLAIN):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds of errors for unreadable files
-        foreign = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)|GLOBAL (\S+) was not an allowed", str(error))
-        if foreign:
-            raise UsageError(f"--resume: {path} contains {foreign[1] or foreign[2]}, which could run code when it is "
-                             f"loaded: save only the state dict to a new file, and use that file") from None
-        raise UsageError(f"--resume: {path} is truncated, altered or not a PyTorch checkpoint") from None
+        raise _refused(path, str(error)) from None
     if not isinstance(content, dict):
         raise UsageError(f"--resume: {path} contains no state dict")
     return content
 
 
-# numpy.float64, which the published scripts save in checkpoints, under its names in NumPy 1 and 2.
-NUMPY_SCALARS: list = [np.dtype, type(np.dtype("float64")), *(
-    (np.float64().__reduce__()[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+def _refused(path: Path, reason: str) -> UsageError:
+    """The error about a file that torch.load cannot load for `reason`."""
+    beginning = path.read_bytes()[:200] if path.is_file() else b""
+    foreign = re.search(r"GLOBAL (\S+)|(?:Unsupported|but got <)class '?([\w.]+)", reason)
+    if foreign or beginning[:2] in (b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # pickles, but not torch.save's
+        name = (foreign[1] or foreign[2]) if foreign else "a pickle"
+        return CodeRefused(f"--resume: {path} contains {name}, which could run code of its own when it is loaded: save "
+                           f"only the state dict to a new file, and use that file")
+    kind = "truncated, altered or not a PyTorch checkpoint"
+    if "TorchScript" in reason:
+        kind = "a TorchScript program: save the state dict of torch.jit.load(FILE) to a new file, and use that file"
+    elif beginning[8:10] == b'{"':
+        kind = "a safetensors file: torch.save what safetensors.torch.load_file reads from it, and use that file"
+    elif beginning.startswith(b"version https://git-lfs"):
+        kind = "a pointer of Git LFS, not the file itself: fetch it with git lfs pull"
+    elif beginning.lstrip()[:1] == b"<":
+        kind = "a web page, not the file that it offers: download the file itself"
+    return UsageError(f"--resume: {path} is {kind}")
+
+
+# What a checkpoint may contain beside tensors and Python's plain values: namespaces of flags, paths, and NumPy's arrays
+# and numbers, under their names in NumPy 1 and 2 and in all versions of Python.
+PLAIN: list = [argparse.Namespace, SimpleNamespace, np.dtype, np.ndarray, *(
+    type(np.dtype(kind)) for kind in "?bhilqBHILQefdg"), *(
+    (function, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core") for function, name in
+    ((np.float64().__reduce__()[0], "scalar"), (np.empty(0).__reduce__()[0], "_reconstruct"))), *(
+    (PurePosixPath, f"{module}.PosixPath") for module in ("pathlib", "pathlib._local"))]
