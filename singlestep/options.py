@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .methods import ATTACKS, DEPENDENT, METHODS, MODELS, OBJECTIVES, RECIPES
-from .run.console import UsageError, end_on_interrupt, one_line_errors, say
+from .run.console import UsageError, end_on_interrupt, one_line_errors, printable, say
 
 # Data sets
 
@@ -414,7 +414,7 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
             message += f"; did you mean {near[0]}?" if near else ""
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        self.exit(2, printable(f"{self.prog}: error: {' '.join(message.split())}\n"))
 
     def print_help(self, file=None) -> None:
         print_answer(self.format_help().rstrip())

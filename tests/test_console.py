@@ -1,5 +1,6 @@
 """What a person sees: the banner, a line an epoch, bars, and what --quiet leaves of them."""
 import fcntl
+import json
 import os
 import pty
 import re
@@ -16,7 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from processes import Started, start_together
 
-from singlestep import train
+from singlestep import figures, train
+from singlestep.checkpoints import load_run
+from singlestep.networks import PreActResNet18
 from singlestep.options import DATA_SETS, data_set, parse, pgd_hints
 from singlestep.run import console
 from singlestep.run.console import Screen, clock, duration, epoch_line
@@ -139,6 +142,13 @@ def test_quiet_leaves_nothing_but_errors(call, tmp_path, small_dummy, monkeypatc
     assert call("train_cifar.py", *FLAGS, "--fname", tmp_path / "run", "--resume=1", "--epsilon=7")[2].count("\n") == 1
 
 
+@given(st.text())
+def test_what_is_printed_controls_no_terminal(text):
+    shown = console.printable(text)
+    assert all(c.isprintable() or c in "\t\n" for c in shown)
+    assert shown == text or not all(c.isprintable() or c in "\t\n" for c in text)
+
+
 def on_a_terminal(start: Callable[..., Started | list[Started]], name, *flags, columns: int = 160) -> str:
     """What the script shows on a terminal of its own, started by `start` in one process or in several."""
     leader, follower = pty.openpty()
@@ -167,6 +177,29 @@ def test_a_terminal_without_columns_shows_lines(tmp_path):
                     "with console.Screen().progress('waiting', 2, 'step') as bar:\n    bar.update()\n")
     assert "# waiting: 1 of 2 steps, time left unknown" in on_a_terminal(Started, wait, columns=0)
     assert "0%|" in on_a_terminal(Started, wait) and "1 of 2" not in on_a_terminal(Started, wait)
+
+
+def test_names_from_files_cannot_control_the_terminal(tmp_path, call, call_main, capsys, monkeypatch):
+    """In a file's keys, in args.json, in a folder's name, in a flag, and over a bar."""
+    red = "\x1b[31m"
+    folder = tmp_path / f"{red}run\r"
+    folder.mkdir()
+    state = PreActResNet18(base_width=4).state_dict()
+    torch.save({f"{red}net": {**state, f"{red}more.x": torch.zeros(1)}}, folder / "model.pt")
+    load_run(folder / "model.pt", data_set="cifar10", base_width=4)
+    shown = capsys.readouterr().out
+    assert "\\x1b[31mrun\\r/model.pt: network \\x1b[31mnet of the file\n" in shown
+    assert "unused in the file: \\x1b[31mmore" in shown
+    (folder / "args.json").write_text(json.dumps({"data_set": red, "args": {"model": red}}))
+    flags = ["--device=cpu", "--eval", "--resume=1", "--fname", folder]
+    errors = [call_main(figures, folder)[2], call("train_cifar.py", *flags)[2], call("train_cifar.py", f"--{red}")[2]]
+    monkeypatch.setattr(console, "drawable", lambda: True)
+    with Screen().progress(f"reading {red}") as bar:
+        bar.tell(f"training on {red}")
+    bars = capsys.readouterr().err
+    assert red not in bars and "reading \\x1b[31m" in bars
+    for text in (shown, *errors):
+        assert "x1b[31m" in text and all(c.isprintable() or c == "\n" for c in text), text
 
 
 def test_off_a_terminal_a_long_wait_says_a_line_now_and_then(monkeypatch, capsys):

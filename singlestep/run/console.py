@@ -33,11 +33,18 @@ class Stopped(BaseException):  # like KeyboardInterrupt: `except Exception` must
         self.number, self.midway = number, midway
 
 
+def printable(text: str) -> str:
+    """Escape characters that could control a terminal, as `repr` does; keep tabs and newlines."""
+    return "".join(c if c.isprintable() or c in "\t\n" else c.encode("unicode_escape", "surrogatepass").decode()
+                   for c in text)
+
+
 def say(text: str, error: bool = False, needed: bool = False) -> None:
     """Print a line, above the progress bar if there is one.
 
-    Without a stream, nothing is printed. Characters that the stream cannot encode are escaped. If the stream cannot be
-    written (a full disk, a terminal that is gone), a warning is printed, and the stream is not used again.
+    Without a stream, nothing is printed. Characters that the stream cannot encode, or that could control a terminal,
+    are escaped. If the stream cannot be written (a full disk, a terminal that is gone), a warning is printed, and the
+    stream is not used again.
 
     Raises:
         BrokenPipeError: the reader of standard output is gone.
@@ -47,7 +54,7 @@ def say(text: str, error: bool = False, needed: bool = False) -> None:
     if stream is None:
         return
     encoding = stream.encoding or "utf-8"
-    line = f"{text}\n".encode(encoding, "backslashreplace").decode(encoding)
+    line = f"{printable(text)}\n".encode(encoding, "backslashreplace").decode(encoding)
     try:
         tqdm.write(line, stream, end="")  # text and newline in one write, even if unbuffered
         stream.flush()
@@ -170,7 +177,7 @@ class Progress:
         self.done, self.first = done, done
         self.said, self.values, self.over = time.monotonic(), "", threading.Event()
         self.timed: tuple[float, int] | None = None  # time and units after the first step, which may compile
-        self.bar = tqdm(desc=what, total=total, unit=unit, initial=done, leave=False, dynamic_ncols=True,
+        self.bar = tqdm(desc=printable(what), total=total, unit=unit, initial=done, leave=False, dynamic_ncols=True,
                         bar_format=None if total else "{desc} {elapsed}", disable=not (screen.shown and drawable()))
         if not self.bar.disable:
             threading.Thread(target=self._move, daemon=True).start()
@@ -182,7 +189,7 @@ class Progress:
     def tell(self, what: str, **values: str) -> None:
         """Set the description in front of the bar and the values behind it."""
         self.what, self.values = what, "".join(f", {name} {value}" for name, value in values.items())
-        self.bar.set_description(what, refresh=False)
+        self.bar.set_description(printable(what), refresh=False)
         self.bar.set_postfix(values, refresh=False)
 
     def update(self, n: int = 1, left: int | None = None) -> None:
