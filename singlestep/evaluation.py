@@ -215,12 +215,12 @@ def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device,
 
 
 def add(job: Job, found: dict[str, Any]) -> None:
-    """Add a row: print it, and keep it in evaluation.json."""
-    if not job.rows:
-        job.screen.say(f"\n{job.opened.source}\n\n{HEADER}")
+    """Add a row: keep it in evaluation.json, and print it."""
     job.rows.append(found)
-    job.screen.say(line(found))
     keep(job, {})
+    if job.screen.shown:
+        head = f"\n{job.opened.source}\n\n{HEADER}\n" if len(job.rows) == 1 else ""
+        say(head + line(found), needed=not job.opened.folder.exists or job.failure is not None)
 
 
 def keep(job: Job, found: dict[str, Any]) -> None:

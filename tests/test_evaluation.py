@@ -28,6 +28,7 @@ from helpers import (
 )
 from processes import together
 from torch import nn
+from tqdm import tqdm
 
 from singlestep import attacks, checkpoints, data, evaluation, figures, options, robustness, train
 from singlestep.autoattack import AutoAttack, parts_for
@@ -35,6 +36,7 @@ from singlestep.checkpoints import Opened, load_network, load_run
 from singlestep.data import Images
 from singlestep.networks import PreActResNet18, ResNet18, WideResNet
 from singlestep.robustness import PGD, evaluate
+from singlestep.run import console
 from singlestep.run import folder as folders
 from singlestep.run import state as states
 from singlestep.run.console import Screen, Stopped, StopSignals, UsageError, duration
@@ -394,6 +396,30 @@ def test_a_network_in_a_folder_that_cannot_be_written_is_measured(run, judged, c
     assert len(json.loads((tmp_path / "new" / "folder" / "evaluation.json").read_text())) == 2
     assert sorted(path.name for path in run.iterdir()) == before
     one_line(judged(*flags, "--out", run / "results"), "--out")
+
+
+@pytest.mark.parametrize("fault, writable, status, kept", [
+    (errno.EPIPE, True, 1, ["clean", "fgsm"]), (errno.ENOSPC, True, 0, ["clean", "fgsm", "cw", "worst case"]),
+    (errno.ENOSPC, False, 1, None)])
+def test_a_row_that_cannot_be_printed_is_kept(fault, writable, status, kept, run, judged, monkeypatch):
+    """Where there is no record either, the program ends."""
+    flags = [run, "--device=cpu", "--samples=8", "--attacks=clean,fgsm,cw"]
+    write = tqdm.write
+
+    def fail(text, *rest, **keywords):
+        if "| fgsm" in text:
+            raise OSError(fault, os.strerror(fault))
+        write(text, *rest, **keywords)
+
+    monkeypatch.setattr(tqdm, "write", fail)
+    monkeypatch.setattr(console, "discard", lambda stream: None)
+    if not writable:
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    assert judged(*flags)[0] == status
+    assert (run / "evaluation.json").exists() == bool(kept)
+    if kept:
+        record, = json.loads((run / "evaluation.json").read_text())
+        assert [row["attack"] for row in record["attacks"]] == kept
 
 
 def test_a_step_is_shown_and_can_be_given(run, judged):
