@@ -428,7 +428,7 @@ def main(description: str | None = None) -> None:
         out = Path(args.out) if args.out else None
         groups = named(read_runs(args.runs))
         keys = keys_of(args.y, groups)
-        say(table(groups), needed=True)
+        say(table(groups), needed=not out)
         if not out:
             say("# to draw the curves of these runs, add --out=curves.png")
             return

@@ -134,12 +134,16 @@ def test_a_text_that_no_file_holds_must_be_printed(flags):
     assert (done.returncode, done.stderr) == (1, f"{name}: error: standard output: No space left on device\n")
 
 
-def test_a_table_of_runs_must_be_printed(tmp_path, call, call_main, monkeypatch):
+def test_a_table_of_runs_must_be_printed_unless_a_figure_is_saved(tmp_path, call, call_main, monkeypatch):
+    figure = tmp_path / "curves.png"
     assert call("train_cifar.py", *TINY, "--fname", tmp_path / "run")[0] == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
-        assert call_main(figures, tmp_path / "run") == (
-            1, "", "figures.py: error: standard output: No space left on device\n")
+    for flags, status, line in (([], 1, "figures.py: error: standard output: No space left on device\n"),
+                                ([f"--out={figure}"], 0, "warning: standard output cannot be written (No space left on "
+                                                         "device): continuing without it\n")):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", open("/dev/full", "w"))  # noqa: SIM115
+            assert call_main(figures, tmp_path / "run", *flags) == (status, "", line)
+    assert figure.exists()
 
 
 @pytest.mark.parametrize("number, status", [(None, 0), (signal.SIGHUP, 129)])
