@@ -165,18 +165,21 @@ def plain_start(x, epsilon, seed, restart):
     return torch.empty(n, height, width, channels).uniform_(-epsilon, epsilon).permute(0, 3, 1, 2).clamp(-x, 1 - x)
 
 
-def plain_evaluation(network, images, epsilon, alpha, steps, restarts, seed):
-    """Which images PGD leaves right at every point of every restart, and their losses there or where they broke."""
+def plain_evaluation(network, images, epsilon, alpha, steps, restarts, seed, init="random", loss_of=F.cross_entropy):
+    """Which images PGD leaves right at every point of every restart, and their losses there or where they broke.
+
+    loss_of: the loss that the attack maximizes.
+    """
     x, y = images.batch(slice(None))
     robust = network(x).argmax(dim=1) == y
     loss = torch.where(robust, 0, F.cross_entropy(network(x), y, reduction="none")).detach()
     for restart in range(restarts):
-        delta = plain_start(x, epsilon, seed, restart)
+        delta = plain_start(x, epsilon, seed, restart) if init == "random" else torch.zeros_like(x)
         for step in range(steps + 1):
             delta = delta.requires_grad_()
             logits = network(x + delta)
             losses = F.cross_entropy(logits, y, reduction="none")
-            grad, = torch.autograd.grad(losses.sum(), delta)
+            grad, = torch.autograd.grad(loss_of(logits, y, reduction="sum"), delta)
             broken = robust & (logits.argmax(dim=1) != y)
             losses, ends = losses.detach(), robust & (step == steps)
             loss = torch.where(broken, losses, torch.where(ends, loss.maximum(losses), loss))

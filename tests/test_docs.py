@@ -240,7 +240,7 @@ def test_the_worked_example_of_a_data_set_works(tmp_path, project, monkeypatch):
 def test_the_readme_is_short_and_names_every_method():
     text = (ROOT / "README.md").read_text()
     table = len(methods.METHODS)  # a row each
-    assert len(text.splitlines()) - table <= 143
+    assert len(text.splitlines()) - table <= 144
     assert all(f"`{name}`" in text for name in methods.METHODS)
     page = (ROOT / "docs/methods.md").read_text()
     assert all(f"`{name}`" in page for name in (*methods.ATTACKS, *methods.OBJECTIVES))

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import sys
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from helpers import (
     evaluated,
     linear_network,
     one_line,
+    plain_evaluation,
     rows_of,
     write_cifar10,
 )
@@ -34,12 +36,13 @@ from singlestep import attacks, checkpoints, data, evaluation, figures, options,
 from singlestep.autoattack import AutoAttack, parts_for
 from singlestep.checkpoints import Opened, load_network, load_run
 from singlestep.data import Images
-from singlestep.networks import PreActResNet18, ResNet18, WideResNet
+from singlestep.networks import Normalize, PreActResNet18, ResNet18, WideResNet
 from singlestep.robustness import PGD, evaluate
 from singlestep.run import console
 from singlestep.run import folder as folders
 from singlestep.run import state as states
 from singlestep.run.console import Screen, Stopped, StopSignals, UsageError, duration
+from singlestep.run.device import seed_everything
 from singlestep.run.distributed import ALONE, Stop
 from singlestep.run.folder import Folder
 
@@ -249,13 +252,15 @@ def test_a_flag_that_the_network_does_not_have_is_refused(flags, named, tmp_path
 # A run
 
 
+RUN = [*SMALL, "--attack=fgsm", "--epsilon=4", "--lr-max=0"]
+
+
 @pytest.fixture
 def run(tmp_path, call, small_dummy, monkeypatch):
     """The folder of a run whose weights are written down, and so what its network finds."""
     with monkeypatch.context() as patch:
         patch.setattr(train, "new_network", linear_network)
-        assert call("train_cifar.py", *SMALL, "--attack=fgsm", "--epsilon=4", "--lr-max=0",
-                    "--fname", tmp_path / "run")[0] == 0
+        assert call("train_cifar.py", *RUN, "--fname", tmp_path / "run")[0] == 0
     return tmp_path / "run"
 
 
@@ -571,6 +576,23 @@ def test_eval_takes_its_flags_from_the_run_and_says_which_ones_win(run, call):
     assert [row["file"] for row in third["attacks"]] == [*[str(run / "state.pth")] * 3, str(run / "model_best.pth")]
 
 
+@pytest.mark.parametrize("more, name", [(["--eval"], "evaluation.json"), ([], "final.json")])
+def test_the_final_evaluation_is_of_the_best_model_if_asked(more, name, run, call):
+    """Here, the best model answers 3 whatever the image, and the last one does not."""
+    best = torch.load(run / "model_best.pth", weights_only=True)
+    best["linear.weight"].zero_()
+    best["linear.bias"].copy_(torch.eye(10)[3])
+    torch.save(best, run / "model_best.pth")
+    for model in ("best", "last"):
+        assert call("train_cifar.py", *RUN, *more, "--fname", run, "--resume=auto", f"--final-model={model}")[0] == 0
+        found = json.loads((run / name).read_text())
+        final = found[-1]["final"] if more else found
+        _, labels = data.load_test("CIFAR-10", n=48, synthetic=True)
+        constant = (labels == 3).double().mean().item()
+        assert final["model"] == model and constant > 0
+        assert (final["clean_acc"] == final["robust_acc"] == constant) == (model == "best")
+
+
 # AutoAttack
 
 
@@ -606,7 +628,7 @@ EPSILON = 0.7  # in 1/255: of which about half of the images are broken
 
 @pytest.mark.parametrize("batch_size", [16, 60])
 def test_autoattack_finds_what_its_authors_evaluation_finds(batch_size, tmp_path, short):
-    model = mixed()
+    model = nn.Sequential(OrderedDict(normalize=Normalize((0.4, 0.5, 0.6), (0.9, 0.8, 0.7)), network=mixed()))
     job = job_of(model, tmp_path, batch_size=batch_size)
     left, _, more = evaluation.auto_attack(job, "autoattack", EPSILON)
     x, y = job.images.batch(slice(None))
@@ -724,6 +746,14 @@ def test_a_signal_within_a_batch_of_autoattack_is_answered_at_the_next_pass(part
     status, output, error = judged(run, "--device=cpu", "--samples=8", f"--attacks=clean,{part}")
     assert status == 143 and error.endswith("stopped by SIGTERM\n") and len(calls) == 3
     assert [row[0] for row in rows_of(output)] == ["clean"]
+
+
+def test_the_worst_case_counts_images_that_no_attack_breaks(tmp_path):
+    job = job_of(mixed(), tmp_path, 4)
+    job.robust = {("fgsm", 4.0): torch.tensor([1, 1, 0, 1]).bool(), ("cw", 4.0): torch.tensor([1, 0, 1, 1]).bool(),
+                  ("fgsm", 8.0): torch.zeros(4).bool()}
+    row, = evaluation.worst(job, (4.0, 8.0))
+    assert (row["epsilon"], row["robust"], row["n"]) == (4, 2, 4)
 
 
 # Doubt
@@ -894,27 +924,44 @@ def test_the_margin_of_carlini_and_wagner_is_followed():
         assert int(grad.flatten(2).any(dim=2).sum()) == moved
 
 
-def test_counts_are_those_of_robustbench_and_torchattacks(tmp_path):
-    """Where these are installed; torchattacks' PGD, too, is judged at every point, and its random starts are others."""
-    torchattacks = pytest.importorskip("torchattacks")
-    robustbench = pytest.importorskip("robustbench.utils")
-    job = job_of(mixed(), tmp_path, 120, 40)
-    x, y = job.images.batch(slice(None))
-    for attack, epsilon in (("clean", 0.0), ("pgd-10-1", EPSILON), ("pgd-50-1", EPSILON)):
-        evaluation.measure(job, attack, epsilon)
-    clean, *ours = (row["robust"] for row in job.rows)
-    assert round(120 * robustbench.clean_accuracy(job.opened.model, x, y)) == clean
-    for steps, count in zip((10, 50), ours):
-        held = torch.ones(120, dtype=torch.bool)
+def margin(logits, y, reduction):
+    """Carlini and Wagner's loss: the highest logit of another class minus the label's."""
+    others = logits.masked_fill(F.one_hot(y, logits.shape[1]).bool(), -torch.inf)
+    return (others.amax(dim=1) - logits[range(len(y)), y]).sum()
 
-        def watched(model, inputs, logits, held=held):
-            held &= logits.detach().argmax(dim=1) == y
 
-        hook = job.opened.model.register_forward_hook(watched)
-        job.opened.model(torchattacks.PGD(job.opened.model, EPSILON / 255, EPSILON / 1020, steps)(x, y))
+@pytest.mark.parametrize("attack, form", [
+    ("fgsm", dict(alpha=EPSILON / 255, steps=1, restarts=1, init="zero")),
+    ("pgd-4-2", dict(alpha=EPSILON / 1020, steps=4, restarts=2)),
+    ("cw", dict(alpha=EPSILON / 1020, steps=50, restarts=10, loss_of=margin))])
+def test_an_attack_finds_what_a_plain_loop_finds(attack, form, tmp_path):
+    job = job_of(Double(mixed()), tmp_path, 12)
+    found = evaluation.measure_pgd(job, attack, EPSILON)
+    robust, loss = plain_evaluation(job.opened.model, job.images, EPSILON / 255, seed=7, **form)
+    assert torch.equal(found.robust, robust) and 0 < robust.sum() < 11
+    torch.testing.assert_close(found.robust_loss.double(), loss, rtol=1e-5, atol=1e-6)
+
+
+def test_results_are_those_of_robustbench_and_torchattacks(tmp_path):
+    """Image by image: torchattacks' PGD, too, is judged at every point, and has our random starts."""
+    import robustbench.utils
+    import torchattacks
+
+    job = job_of(Double(mixed()), tmp_path, 120, 40)
+    model, (x, y) = job.opened.model, job.images.batch(slice(None))
+    evaluation.measure(job, "clean", 0.0)
+    assert robustbench.utils.clean_accuracy(model, x, y) == pytest.approx(job.rows[0]["accuracy"])
+    for steps in (10, 50):
+        evaluation.measure(job, f"pgd-{steps}-1", EPSILON)
+        right = []
+        hook = model.register_forward_hook(lambda model, inputs, logits, right=right: right.append(
+            logits.argmax(dim=1) == y))
+        seed_everything(robustness.STARTS, job.opened.args.seed, 0)
+        attack = torchattacks.PGD(model, EPSILON / 255, EPSILON / 1020, steps)
+        model(attack(x.contiguous(memory_format=torch.channels_last), y))
         hook.remove()
-        held &= job.robust["clean", 0.0]
-        assert abs(int(held.sum()) - count) <= 3 and 10 < count < 102
+        robust = torch.stack(right).all(dim=0) & job.robust["clean", 0.0]
+        assert torch.equal(job.robust[f"pgd-{steps}-1", EPSILON], robust) and 10 < robust.sum() < 102
 
 
 # The final evaluation
