@@ -149,6 +149,51 @@ def test_gradients_are_averaged_over_shards_of_unequal_size(tmp_path, monkeypatc
             assert two[part][key] == pytest.approx(value, rel=1e-6), key
 
 
+WATCHED = """
+import torch
+from helpers import SmallNet
+
+seen, measure = {"noise": [], "mean": [], "whole": [], "training": [], "evaluation": []}, train.measure
+
+def buffers(model):
+    return torch.cat([buffer.double().flatten() for buffer in model.buffers()])
+
+class Watched(SmallNet):
+    def forward(self, x):
+        if self.training:
+            seen["training"].append(buffers(self))
+        return super().forward(x)
+
+def attack(model, x, y, epsilon, step):
+    seen["noise"].append(torch.rand(3))
+    seen["mean"].append(step.mean(step.index))
+    seen["whole"].append(step.whole.double().mean())
+    return torch.zeros_like(x)
+
+def measured(run):
+    found = measure(run)
+    seen["evaluation"].append(buffers(run.state.model))
+    return found
+
+train.new_network = lambda dataset, args: Watched(classes=dataset.classes)
+train.attacks.none, train.measure = attack, measured
+train.finish = lambda run: torch.save({name: torch.stack(values) for name, values in seen.items()},
+                                      run.folder.path / f"{run.world.rank}.pt")
+"""
+
+
+def test_processes_have_noise_of_their_own_and_means_and_buffers_in_common(tmp_path):
+    """At every step: random numbers of the attack, a mean over the batch's images, BatchNorm's running statistics."""
+    done = together(program(tmp_path / "watched.py", WATCHED), *SMALL, "--attack=none", "--fname", tmp_path)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert len(first["noise"]) == 6 and (first["noise"] != second["noise"]).all()
+    for name in ("training", "evaluation"):
+        assert torch.equal(first[name], second[name]) and not torch.equal(first[name][0], first[name][1]), name
+    for own in (first, second):
+        torch.testing.assert_close(own["mean"], own["whole"])
+
+
 def test_a_process_that_dies_ends_the_run_and_a_restart_goes_on(tmp_path):
     """One of two processes is killed in the second epoch; torchrun starts both again, from the newest state."""
     dying = program(tmp_path / "dying.py", """
