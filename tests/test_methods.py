@@ -760,6 +760,17 @@ def test_a_step_that_overflows_in_float16_spoils_nothing_that_is_kept(method, tm
     assert all(values.isfinite().all() for values in (*run.state.kept.values(), *run.state.model.state_dict().values()))
 
 
+def test_the_gradient_of_an_update_is_not_scaled_in_float16(tmp_path, small_dummy, monkeypatch):
+    """The gradient at x + delta that SORA gets after the step, from the same weights in float32 and in float16."""
+    found = []
+    monkeypatch.setattr(attacks, "sora_update", lambda step, x, delta, grad, epsilon: found.append(grad))
+    for precision in ([], ["--amp", "--amp-dtype=float16"]):
+        run = small_run(tmp_path, "--method=sora", *precision)
+        run.state.model.train()
+        train.train_step(run, train.batch(run, torch.arange(32), {}))
+    torch.testing.assert_close(found[1].norm(), found[0].norm(), rtol=0.1, atol=0)
+
+
 # Runs that go on
 
 
@@ -1050,19 +1061,20 @@ def test_the_average_is_of_weights_and_buffers_and_is_what_is_judged_and_saved(t
         return train_epoch(run, observed)
 
     judged = []
-    steps = train.robustness.attack_steps
+    steps, measure = train.robustness.attack_steps, train.measure
     monkeypatch.setattr(train, "train_epoch", spy)
     monkeypatch.setattr(train.robustness, "attack_steps",
                         lambda model, *rest: judged.append(model.state_dict()) or steps(model, *rest))
+    monkeypatch.setattr(train, "measure", lambda run: {**measure(run), "score": run.state.epoch, "test_robust_acc": 1})
     flags = [*THREE, "--attack=fgsm", "--ema=0.9", "--lr-schedule=onedrop", "--epochs=2", "--fname", tmp_path / "run"]
     assert call("train_cifar.py", *flags)[0] == 0
     state, moved = runs[-1].state, 0
-    saved = torch.load(tmp_path / "run" / "model_1.pth", weights_only=True)
+    saved = [torch.load(tmp_path / "run" / f"model_{name}.pth", weights_only=True) for name in (1, "best", "healthy")]
     whole = torch.load(tmp_path / "run" / "state.pth", weights_only=True)
     for name, value in averages[-1].items():
         if name.endswith("num_batches_tracked"):
             continue
-        for found in (state.ema.module.state_dict(), state.evaluated.state_dict(), judged[-1], saved, whole["model"]):
+        for found in (state.ema.module.state_dict(), state.evaluated.state_dict(), judged[-1], *saved, whole["model"]):
             torch.testing.assert_close(found[name].double(), value, rtol=1e-6, atol=1e-9)
         assert torch.equal(whole["opt"]["run"]["raw"][name], state.model.state_dict()[name])
         moved += not torch.allclose(value, state.model.state_dict()[name].double(), rtol=1e-3)

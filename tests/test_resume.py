@@ -229,14 +229,16 @@ def test_resume_n_keeps_what_later_epochs_left(tmp_path, call, small_dummy):
 
 
 @pytest.mark.parametrize("change, named", [("--lr-max=0.3", "--lr-max"), ("--zero-qval=0.2", "--zero-qval"),
-                                           ("--seed=9", "--seed"), ("--batch-size=16", "--batch-size")])
+                                           ("--seed=9", "--seed"), ("--batch-size=16", "--batch-size"),
+                                           ("--epsilon=4 --gradalign-lambda=0.2", "--epsilon")])
 def test_a_run_does_not_go_on_with_other_flags_unless_told_to(change, named, tmp_path, call, small_dummy):
     folder = tmp_path / "run"
     assert call("train_cifar.py", *THREE, "--epochs=3", "--fname", folder)[0] == 0
     before = files(folder)
-    one_line(call("train_cifar.py", *THREE, change, "--fname", folder, "--resume=2"), named)
+    flags = [*THREE, *change.split(), "--fname", folder, "--resume=2"]
+    one_line(call("train_cifar.py", *flags), named)
     assert files(folder) == before
-    assert call("train_cifar.py", *THREE, change, "--fname", folder, "--resume=2", "--allow-changes")[0] == 0
+    assert call("train_cifar.py", *flags, "--allow-changes")[0] == 0
 
 
 def test_a_best_by_another_measure_gives_way_and_is_kept_beside(tmp_path, call, small_dummy, monkeypatch):

@@ -14,13 +14,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DATASETS, EPSILON, FLOAT32, ROOT, Brightness, Wavy, precision, wavy_images
+from helpers import DATASETS, EPSILON, FLOAT32, ROOT, Brightness, SmallNet, Wavy, precision, wavy_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from singlestep import methods, objectives, options, train
-from singlestep.attacks import fgsm, zerograd
+from singlestep.attacks import confident_gradient, fgsm, input_gradient, zerograd
 from singlestep.data import Augmentation, Images
 from singlestep.run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError
 from singlestep.run.device import Compiled, choose_device, evaluation_batch, seed_everything
@@ -235,6 +235,20 @@ def test_what_is_not_finite_is_never_saved(broken, tmp_path):
     assert model.training and not list(tmp_path.iterdir())
 
 
+def test_small_gradients_do_not_vanish_in_float16():
+    """An entry of a gradient of a mean over 2^15 images is 2^-29 or 2^-28 here; float16 ends at 2^-24."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 2, bias=False))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.tensor([[1], [-1]]) * torch.tensor([1, -1] * 6) * 2.0**-14)
+    x, y = torch.full((2**15, 3, 2, 2), 0.5), torch.zeros(2**15, dtype=torch.long)
+    for gradient in (input_gradient, confident_gradient):
+        expected, _ = gradient(model, x, y, torch.zeros_like(x))
+        with precision(True, "float16").autocast():
+            found, logits = gradient(model, x, y, torch.zeros_like(x))
+        assert logits.dtype == torch.float16
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_low_precision_trains_nearly_alike(dtype):
     images, seen, trained = wavy_images(32), [], []
@@ -368,6 +382,17 @@ def test_freed_memory_is_used_again_without_new_pages():
     """In a process of its own: how the heap of this one is cut up depends on the tests before."""
     usual, kept = map(int, subprocess.check_output([sys.executable, "-c", PAGES], cwd=ROOT, text=True).split())
     assert kept < usual / 10
+
+
+def test_sync_bn_normalizes_over_all_processes():
+    """As far as this can be seen without a GPU."""
+    class Here(SmallNet):
+        def to(self, *args, **keywords):
+            return self
+
+    args = options.parse(options.CIFAR10, argv=["--sync-bn"])
+    state, _ = train.build(options.CIFAR10, args, torch.device("cuda"), World(size=2), Here())
+    assert isinstance(state.model.bn, nn.SyncBatchNorm)
 
 
 def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):

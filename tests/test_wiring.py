@@ -166,7 +166,8 @@ def run_of(script, flags, tmp_path):
         "--epsilon=4", f"--fname={tmp_path}", *flags])
     world = World()
     state, layout = train.build(dataset, args, CPU, world)
-    state.model.double().register_forward_pre_hook(lambda module, inputs: inputs[0].double())
+    for network in {state.model, state.evaluated}:
+        network.double().register_forward_pre_hook(lambda module, inputs: inputs[0].double())
     for each in state.optimizer.state.values():
         each["momentum_buffer"] = each["momentum_buffer"].double()
     images = [each.to(CPU, layout) for each in load(dataset, args)]
@@ -245,24 +246,41 @@ def test_three_steps_are_those_of_the_method(script, attack, objective, tmp_path
         torch.testing.assert_close(value, weights[name], rtol=1e-8, atol=1e-10, msg=name)
 
 
-def test_evaluations_attack_as_the_flags_say(tmp_path):
-    flags = "--pgd-alpha=0.5 --test-iters=3 --test-restarts=2 --final-iters=5 --final-restarts=3 --final-samples=24"
-    run, _ = run_of("train_cifar.py", flags.split(), tmp_path)
+@pytest.mark.parametrize("averaged", [False, True])
+def test_evaluations_attack_as_the_flags_say(averaged, tmp_path):
+    """With --ema, they are all of the averaged network; the other one then has other weights altogether."""
+    flags = "--pgd-alpha=0.5 --test-iters=3 --test-restarts=2 --final-iters=5 --final-restarts=3 --final-samples=24 " \
+            "--val-size=4"
+    run, _ = run_of("train_cifar.py", [*flags.split(), "--ema=0.5" if averaged else "--ema=0"], tmp_path)
     train.train_epoch(run)
-    model, (x, _) = run.state.model.eval(), run.test.batch(slice(None))
+    model, (x, _) = (run.state.ema.module if averaged else run.state.model).eval(), run.test.batch(slice(None))
     with torch.no_grad():
         model.linear.bias -= model(x).mean(dim=0)  # or all answers were the same, too far apart for the attack
         labels = model(x).argmax(dim=1)
+        run.held_out.labels.copy_(model(run.held_out.batch(slice(None))[0]).argmax(dim=1))
     labels[::8] = (labels[::8] + 1) % 10
     run.test.labels.copy_(labels)
     net, network = own_network("train_cifar.py", model.state_dict())
     net.eval()
+    if averaged:
+        run.state.model.linear.weight.data.neg_()
+    epoch = train.measure(run)
 
     for n, right, steps, restarts, prefix, found in (
-            (32, 28, 3, 2, "test_", train.measure(run)),
-            (24, 21, 5, 3, "", train.final_evaluation(run))):
+            (32, 28, 3, 2, "test_", epoch), (24, 21, 5, 3, "", train.final_evaluation(run))):
         robust, loss = plain_evaluation(network, run.test[:n], EPSILON, 0.5 / 255, steps, restarts, SEED)
         assert 0 < robust.sum() < right
         assert found[f"{prefix}acc" if prefix else "clean_acc"] == right / n and found[f"{prefix}images"] == n
         assert found[f"{prefix}robust_acc"] == robust.double().mean()
         assert found[f"{prefix}robust_loss"] == pytest.approx(loss.double().mean().item(), rel=1e-6)
+
+    fgsm, _ = plain_evaluation(network, run.test, EPSILON, EPSILON, 1, 1, SEED, init="zero")
+    robust, _ = plain_evaluation(network, run.held_out, EPSILON, 0.5 / 255, 3, 2, SEED)
+    assert epoch["fgsm_acc"] == fgsm.double().mean() and epoch["score"] == robust.double().mean()
+    assert epoch["val_robust_acc"] == epoch["score"] > 0
+    seed_everything(2, SEED, 0)
+    g = gradient(network, x, torch.zeros_like(x), labels).flatten(1)
+    other = gradient(network, x, torch.empty_like(x).uniform_(-EPSILON, EPSILON), labels).flatten(1)
+    assert epoch["alignment"] == pytest.approx(torch.cosine_similarity(g, other).mean().item(), rel=1e-5)
+    participation = g.abs().sum(dim=1).square() / g.square().sum(dim=1) / g.shape[1]
+    assert epoch["participation"] == pytest.approx(participation.mean().item(), rel=1e-5)
