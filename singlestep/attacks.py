@@ -20,10 +20,13 @@ In formulas, g is the gradient of the mean cross-entropy with respect to delta, 
 ball and clips x + delta to [0, 1].
 """
 import contextlib
+import functools
+import inspect
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 import torch.nn.functional as F
@@ -46,6 +49,7 @@ class Step:
         keeps_graph: whether the objective backpropagates through `logits`.
         start: perturbation at which the attack ran its first forward pass.
         logits, gradient: logits at x + start, and the gradient of the mean cross-entropy with respect to start.
+        checks: whether to check images, epsilon, logits and gradients, for which the host waits for the device.
     """
 
     network: nn.Module
@@ -62,6 +66,7 @@ class Step:
     start: Any = None
     logits: Any = None
     gradient: Any = None
+    checks: bool = True
 
     @property
     def index(self) -> Tensor:
@@ -89,7 +94,54 @@ class Step:
         """Return the mean of `values` (B,) over the images of all processes, detached."""
         return self.sum(values.detach().double().sum()) / len(self.whole)
 
+    def check(self, x: Tensor, epsilon: float) -> None:
+        """Raise ValueError if `checks` is set and images or epsilon are out of range."""
+        if self.checks:
+            check_images(x)
+            check_epsilon(epsilon)
 
+
+P = ParamSpec("P")
+
+
+def checked(attack: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Have an attack check its arguments, and the network's logits and gradients, unless `Step.checks` is False.
+
+    The attack then raises ValueError if images or epsilon are out of range, or if a logit or the perturbation is not
+    finite. It warns if more than 1% of the images' gradients are 0.
+    """
+    signature = inspect.signature(attack)
+
+    @functools.wraps(attack)
+    def call(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        given = signature.bind(*args, **kwargs).arguments
+        model, x, step = given["model"], given["x"], given.get("step")
+        if step is not None and not step.checks:
+            return attack(*args, **kwargs)
+        check_images(x)
+        check_epsilon(given["epsilon"], given.get("norm", "l_inf"))
+        vanished = [torch.zeros(0, device=x.device)]  # for each pass, whether each image's gradient is 0
+
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if torch.is_grad_enabled() and inputs[0].requires_grad:
+                inputs[0].register_hook(lambda grad: vanished.append(1.0 - grad.flatten(1).any(dim=1).float()))
+
+        def after(module: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> None:
+            require_finite(logits)
+
+        with model.register_forward_pre_hook(before), model.register_forward_hook(after):
+            delta = attack(*args, **kwargs)
+        require_finite(delta)
+        if torch.cat(vanished).mean() > 0.01:
+            warnings.warn("the gradient is 0 for more than 1% of the images, so this attack cannot move them: the "
+                          "network may only look robust; singlestep.evaluate has a gradient that does not vanish with "
+                          "confidence, and Square needs none", stacklevel=2)
+        return delta
+
+    return call
+
+
+@checked
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, init: str = "random",
          step: Step | None = None) -> Tensor:
     """FGSM (Goodfellow et al., arXiv 1412.6572) or, with a random start, FGSM-RS (Wong et al., arXiv 2001.03994).
@@ -97,11 +149,12 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, i
     delta = box(eta + alpha sign(g)), g the gradient at x + eta; eta = 0 with init "zero", eta ~ U(-epsilon, epsilon)
     with init "random". Passes: 2.
     """
-    delta = start(x, check_epsilon(epsilon), init)
+    delta = start(x, epsilon, init)
     grad, _ = input_gradient(model, x, y, delta, step)
     return box(delta + alpha * grad.sign(), x, epsilon)
 
 
+@checked
 def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, q: float, steps: int = 1,
              init: str = "random", step: Step | None = None) -> Tensor:
     """ZeroGrad (arXiv 2103.15476): FGSM that ignores the smallest gradient entries of each image.
@@ -109,13 +162,14 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: floa
     delta = box(eta + alpha sign(g')); g' is the gradient g with at most a fraction `q` of each image's entries set to
     0, those of the smallest magnitude (see `quantile_mask`). `steps` repeats this update. Passes: 1 + steps.
     """
-    delta = start(x, check_epsilon(epsilon), init)
+    delta = start(x, epsilon, init)
     for _ in range(steps):
         grad, _ = input_gradient(model, x, y, delta, step)
         delta = box(delta + alpha * quantile_mask(grad, q).sign(), x, epsilon)
     return delta
 
 
+@checked
 def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, samples: int = 3,
               threshold: int | None = None, parallel: bool = False, step: Step | None = None) -> Tensor:
     """MultiGrad (arXiv 2103.15476): one step along the signs on which several gradients agree.
@@ -128,7 +182,6 @@ def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: flo
         threshold: number of gradients that must agree; None: all.
         parallel: compute all gradients in one batch of samples * B images, over which BatchNorm then normalizes.
     """
-    epsilon = check_epsilon(epsilon)
     if samples < 1:
         raise ValueError(f"samples must be 1 or more, not {samples}")
     if parallel:
@@ -139,6 +192,7 @@ def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: flo
     return box(alpha * sign_consensus(grads, samples if threshold is None else threshold), x, epsilon)
 
 
+@checked
 def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, steps: int, restarts: int = 1,
         norm: str = "l_inf", early_stop: bool = False, step: Step | None = None) -> Tensor:
     """PGD (Madry et al., arXiv 1706.06083).
@@ -152,7 +206,7 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     """
     best_delta, best_loss = torch.zeros_like(x), x.new_full((len(x),), -math.inf)
     for _ in range(restarts):
-        delta = start(x, epsilon if norm == "l_2" else check_epsilon(epsilon), norm=norm)
+        delta = start(x, epsilon, norm=norm)
         for _ in range(steps):
             grad, logits = input_gradient(model, x, y, delta, step)
             moved = pgd_step(delta, grad, x, epsilon, alpha, norm)
@@ -172,11 +226,13 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     return best_delta
 
 
+@checked
 def none(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step | None = None) -> Tensor:
     """No perturbation (standard training): delta = 0. Passes: 1."""
     return torch.zeros_like(x)
 
 
+@checked
 def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, k: float = 2.0,
           step: Step | None = None) -> Tensor:
     """N-FGSM (de Jorge et al., arXiv 2202.01181): FGSM from larger noise, without projection to the ball.
@@ -184,11 +240,12 @@ def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
     delta = eta + alpha sign(g), eta ~ U(-k epsilon, k epsilon), clipped to the pixel range only, so abs(delta) can
     reach k epsilon + alpha. Passes: 2.
     """
-    eta = start(x, k * check_epsilon(epsilon))
+    eta = start(x, k * epsilon)
     grad, _ = input_gradient(model, x, y, eta, step)
     return box(eta + alpha * grad.sign(), x, math.inf)
 
 
+@checked
 def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> Tensor:
     """SORA (arXiv 2606.00738): a step of random length that shrinks as the loss becomes less linear. Passes: 2.
 
@@ -213,6 +270,7 @@ def sora_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: flo
     v.copy_(torch.where(u.isfinite(), 0.95 * v + 0.05 * u.clamp(-1, 1), v))
 
 
+@checked
 def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, count: int = 3,
          step: Step | None = None) -> Tensor:
     """FGSM-RS with checkpoints (Kim et al., arXiv 2010.01799). Passes: 2 + (count - 1) / 3.
@@ -232,6 +290,7 @@ def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, c
     return _per_image(share) * delta
 
 
+@checked
 def free(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> Tensor:
     """Free adversarial training (Shafahi et al., arXiv 1904.12843). Passes: 1.
 
@@ -252,6 +311,7 @@ def free_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: flo
     step.store("free", box(delta + epsilon * grad.sign().nan_to_num(), x, epsilon), places)
 
 
+@checked
 def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, step: Step, reset: int = 40,
         smoothing: float = 0.0) -> Tensor:
     """FGSM-MEP, the momentum variant of FGSM-PGI (Jia et al., arXiv 2207.08859).
@@ -285,6 +345,7 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     return box(d + alpha * grad.sign(), x, epsilon)
 
 
+@checked
 def kl(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, steps: int = 10,
        step: Step | None = None) -> Tensor:
     """The attack of TRADES (Zhang et al., arXiv 1901.08573). Passes with the objective `trades`: 2.3 + steps.
@@ -303,6 +364,7 @@ def kl(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, ste
     return delta
 
 
+@checked
 def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, weight: float,
             step: Step | None = None) -> Tensor:
     """The attack of NuAT (Sriramanan et al., NeurIPS 2021). Passes with the objective `nuclear`: 3.3.
@@ -395,6 +457,8 @@ def gradient(model: nn.Module, x: Tensor, delta: Tensor, mean_loss: Callable[[Te
         keep: return logits with their graph, so that an objective can backpropagate through them to the parameters. By
             default the parameters are frozen, which saves time and memory, and the logits are detached.
     """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("attacks need gradients: call them outside torch.inference_mode() (torch.no_grad() is fine)")
     delta = delta.detach().requires_grad_()
     with contextlib.nullcontext() if keep else frozen(model), torch.enable_grad():
         logits = model(x + delta)
@@ -444,11 +508,27 @@ def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") 
     return delta.clamp(-x, 1 - x)
 
 
-def check_epsilon(epsilon: float) -> float:
-    """Return `epsilon`. Raises ValueError if it exceeds 1, most likely because it was given in units of 1/255."""
-    if epsilon > 1:
-        raise ValueError(f"epsilon must be in pixel units: 8/255, not {epsilon}")
-    return epsilon
+def check_images(x: Tensor) -> None:
+    """Raise ValueError unless the images are float in [0, 1], up to rounding errors."""
+    if not x.is_floating_point():
+        raise ValueError(f"images must be float in [0, 1], not {x.dtype}")
+    if len(x):
+        low, high = torch.stack(x.aminmax()).tolist()
+        rounding = max(1e-6, 4 * torch.finfo(x.dtype).eps)
+        if not (low >= -rounding and high <= 1 + rounding):
+            raise ValueError(f"images must be in [0, 1], not from {low:.3g} to {high:.3g}: divide pixels in 0 to 255 "
+                             f"by 255, and leave normalization to the network")
+
+
+def require_finite(values: Tensor) -> None:
+    if not values.isfinite().all():
+        raise ValueError("the network's logits or gradients are not finite")
+
+
+def check_epsilon(epsilon: float, norm: str = "l_inf") -> None:
+    """Raise ValueError unless epsilon is in pixel units: from 0 to 1 or, for "l_2", 0 or more."""
+    if not 0 <= epsilon <= (1 if norm == "l_inf" else math.inf):
+        raise ValueError(f"epsilon must be in pixel units, from 0 to 1: 8/255, not {epsilon}")
 
 
 @torch.no_grad()

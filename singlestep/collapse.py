@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import input_gradient
+from .attacks import check_epsilon, check_images, input_gradient
 
 # Thresholds, chosen on labelled runs; experiments/collapses.py measures their errors.
 MISLED = 0.5  # PGD accuracy / FGSM accuracy under which a collapse starts
@@ -77,13 +77,15 @@ def abnormal(at_start: Tensor | None, logits: Tensor, y: Tensor) -> tuple[Tensor
 def signs(model: nn.Module, x: Tensor, y: Tensor, epsilon: float) -> dict[str, float]:
     """Compute two metrics of the input gradients g1 at x (B, C, H, W) and g2 at x + U(-epsilon, epsilon).
 
-    Puts the model in eval mode.
+    Puts the model in eval mode. Raises ValueError if images or epsilon are out of range.
 
     Returns:
         alignment: mean cos(g1, g2) (Andriushchenko and Flammarion, arXiv 2007.02617); it falls from near 1 as the loss
         becomes less linear. participation: mean of (norm1(g1) / norm2(g1))^2 / d, the effective fraction of the d
         entries that the gradient is spread over.
     """
+    check_images(x)
+    check_epsilon(epsilon)
     model.eval()
     here, _ = input_gradient(model, x, y, torch.zeros_like(x))
     there, _ = input_gradient(model, x, y, torch.empty_like(x).uniform_(-epsilon, epsilon))

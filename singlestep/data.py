@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from . import options
+from .attacks import check_images
 from .options import DataSet
 from .run.console import UsageError
 from .run.folder import lock
@@ -55,7 +56,7 @@ class Augmentation:
         return {
             "top": torch.randint(2 * self.padding + 1, (n,)),
             "left": torch.randint(2 * self.padding + 1, (n,)),
-            "flip": torch.rand(n) < (0.5 if self.flip else 0.0),
+            "flip": torch.rand(n, dtype=torch.float32) < (0.5 if self.flip else 0.0),
             "angle": torch.empty(n, dtype=torch.float64).uniform_(-self.degrees, self.degrees),
         }
 
@@ -132,8 +133,8 @@ class Images:
             raise ValueError(f"images must be (N, C, H, W), uint8 or float, not {images.dtype} {tuple(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be ({len(images)},), one for each image, not {tuple(labels.shape)}")
-        if images.is_floating_point() and len(images) and (images.min() < 0 or images.max() > 1):
-            raise ValueError("float images must be in [0, 1]; give images in 0 to 255 as uint8")
+        if images.is_floating_point():
+            check_images(images)
         return cls(images.permute(0, 2, 3, 1), labels.long(), torch.contiguous_format)
 
     def __getitem__(self, part: slice) -> "Images":
@@ -189,14 +190,15 @@ def testing(dataset: DataSet, data_dir: str, synthetic: bool = False) -> Images:
 def dummy(classes: int) -> tuple[Images, Images]:
     """Create synthetic training and test images: a coarse pattern for each class, random brightness, and noise."""
     generator = torch.Generator().manual_seed(classes)
-    patterns = torch.rand(classes, 4, 4, 3, generator=generator)
+    patterns = torch.rand(classes, 4, 4, 3, generator=generator, dtype=torch.float32)
     patterns = patterns.repeat_interleave(DUMMY_SIDE // 4, dim=1).repeat_interleave(DUMMY_SIDE // 4, dim=2)
 
     def drawn(train: bool) -> Images:
         generator.manual_seed(classes * 2 + train)
         labels = torch.arange(DUMMY_SIZES[train]) % classes
-        shift = 0.2 * torch.rand(len(labels), 1, 1, 1, generator=generator) - 0.1
-        noise = 0.1 * torch.randn(len(labels), DUMMY_SIDE, DUMMY_SIDE, 3, generator=generator)
+        shift = 0.2 * torch.rand(len(labels), 1, 1, 1, generator=generator, dtype=torch.float32) - 0.1
+        shape = (len(labels), DUMMY_SIDE, DUMMY_SIDE, 3)
+        noise = 0.1 * torch.randn(shape, generator=generator, dtype=torch.float32)
         return Images(((patterns[labels] + shift + noise).clamp(0, 1) * 255).round().byte(), labels)
 
     return drawn(True), drawn(False)

@@ -34,6 +34,7 @@ def perturbed(x: Tensor, delta: Tensor) -> Tensor:
 def ce(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step",
        smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """Cross-entropy at the perturbed images (arXiv 2103.15476): loss = CE(x + delta). Passes: 1."""
+    step.check(x, epsilon)
     logits = model(perturbed(x, delta))
     return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
 
@@ -123,6 +124,7 @@ def trades(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
 
     loss = CE(x) + beta KL(p(x) || p(x + delta)), with gradients through both p(x) and p(x + delta).
     """
+    step.check(x, epsilon)
     clean, logits = step.network(x), model(perturbed(x, delta))
     divergence = F.kl_div(logits.float().log_softmax(dim=1), clean.float().log_softmax(dim=1), log_target=True,
                           reduction="batchmean")
@@ -135,6 +137,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: floa
 
     loss = CE(x) + ramp weight norm_nuclear(f(x) - f(x + delta)) / B, with `Step.ramp`.
     """
+    step.check(x, epsilon)
     logits, clean = model(perturbed(x, delta)), step.network(x)
     norm = torch.linalg.matrix_norm(clean.float() - logits.float(), ord="nuc")
     return F.cross_entropy(clean, y, label_smoothing=smoothing) + weight * step.ramp * norm / len(x), logits

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import confident_gradient, pgd_step
+from .attacks import check_epsilon, confident_gradient, pgd_step
 from .data import Images
 from .run.console import Screen
 from .run.device import Precision, seed_everything
@@ -100,7 +100,9 @@ def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attack: PGD, ba
     attack may use TF32. Warns if the attack had no gradient to follow.
 
     network: images in [0, 1], (B, C, H, W), to logits; images: (N, C, H, W), uint8 or float in [0, 1]; labels: (N,).
+    Raises ValueError if images or epsilon are out of range.
     """
+    check_epsilon(attack.epsilon)
     training = network.training
     precision = Precision.float32(images.device)
     *_, last = attack_steps(network, Images.of(images, labels), attack, batch_size, precision)
@@ -151,7 +153,7 @@ def attack_steps(model: nn.Module, images: Images, attack: PGD, batch_size: int,
     if begun:
         first, result = begun.number, begun.result.share(mine)
     else:
-        first, result = 0, Result(*torch.zeros(6, len(images), device=mine.device))
+        first, result = 0, Result(*torch.zeros(6, len(images), dtype=torch.float32, device=mine.device))
         result.robust, result.vanished = result.robust.bool(), result.vanished.bool()
         left = len(mine) * (1 + whole * attack.restarts)
         for index in mine.split(batch_size):
@@ -238,7 +240,7 @@ def _starts(images: Images, attack: PGD, number: int) -> Tensor:
     seed and the restart alone."""
     n, height, width, channels = images.pixels.shape
     if attack.init == "zero":
-        return torch.zeros(1, channels, height, width).expand(n, -1, -1, -1)
+        return torch.zeros(1, channels, height, width, dtype=torch.float32).expand(n, -1, -1, -1)
     seed_everything(STARTS, attack.seed, number)
-    starts = torch.empty(n, height, width, channels).uniform_(-attack.epsilon, attack.epsilon)
+    starts = torch.empty(n, height, width, channels, dtype=torch.float32).uniform_(-attack.epsilon, attack.epsilon)
     return starts.permute(0, 3, 1, 2)

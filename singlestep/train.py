@@ -418,7 +418,7 @@ def train_step(run: Run, batch: Batch) -> None:
     epsilon = growth * (args.epsilon / 255)
     alpha = {} if run.alpha is None else {"alpha": growth * run.alpha}
     step = Step(run.network, len(run.train), batch.whole, state.epoch, batch.number, state.epoch / args.epochs,
-                state.kept, world.rank, world.size, world.sum, OBJECTIVES[args.objective].graph)
+                state.kept, world.rank, world.size, world.sum, OBJECTIVES[args.objective].graph, checks=False)
     seed_everything(STEP, args.seed, state.epoch, state.step, world.rank)
     with precision.autocast():
         delta = run.attack(run.network, x, y, epsilon, step=step, **alpha)

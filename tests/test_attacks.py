@@ -1,6 +1,7 @@
 """The attacks against the paper's formulas, written out again here in float64."""
 import copy
 import inspect
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from singlestep import attacks, methods, objectives, options
+from singlestep import attacks, collapse, methods, objectives, options
 from singlestep.attacks import Step, confident_gradient, fgsm, multigrad, pgd, quantile_mask, sign_consensus, zerograd
 
 EPSILON = 8 / 255
@@ -240,6 +241,7 @@ ALL = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is 0")
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=40, deadline=None)
 @example(batch=1, channels=1, side=1, dtype=torch.float32, device="cpu", train=False, flat=True, scale=1.0,
@@ -385,3 +387,88 @@ def test_the_tables_name_functions_and_give_them_their_keywords():
         for name, record in table.items():
             signature = inspect.signature(getattr(module, name))
             signature.bind(*[None] * arguments, step=None, **args.keywords(record.keywords))
+
+
+# What users give to attacks and objectives of their own programs
+
+
+def called(kind: str, name: str, model, x, y, epsilon=EPSILON, **more):
+    """The attack or objective of that name with the command line's keywords, as a user calls it."""
+    args = options.parse(options.CIFAR10, argv=["--pgd-iters=2"])
+    step = Step(model, len(x), torch.arange(len(x)), **more)
+    if kind == "attack":
+        return getattr(attacks, name)(model, x, y, epsilon, step=step, **args.keywords(methods.ATTACKS[name].keywords))
+    if methods.OBJECTIVES[name].start:
+        step.gradient = step.start = x.detach().double()
+        step.logits = model(step.start)
+    keywords = args.keywords(methods.OBJECTIVES[name].keywords)
+    return getattr(objectives, name)(model, x, y, 0 * x, epsilon, step=step, **keywords)
+
+
+EVERY = [*(("attack", name) for name in methods.ATTACKS), *(("objective", name) for name in methods.OBJECTIVES)]
+
+
+@pytest.mark.parametrize("kind, name", EVERY)
+def test_images_and_epsilon_out_of_range_are_refused_by_every_attack_and_objective(kind, name):
+    model, x, y = problem("smooth", 4)
+    for wrong, message in (((x - 0.5) / 0.25, r"in \[0, 1\], not from -2 to 2: "), (255 * x, "not from 0 to 255: "),
+                           (x.where(x < 0.9, torch.nan), "not from nan to nan"), ((255 * x).byte(), "not torch.uint8")):
+        with pytest.raises(ValueError, match=message):
+            called(kind, name, model, wrong, y)
+    for epsilon in (8, -EPSILON, float("nan")):
+        with pytest.raises(ValueError, match=f"8/255, not {epsilon}"):
+            called(kind, name, model, x, y, epsilon)
+    called(kind, name, model, (x * (1 + 1e-7)).requires_grad_(), y, 1)  # rounding is no mistake
+    called(kind, name, model, (x - 0.5) / 0.25, y, checks=False)
+
+
+def test_every_measure_from_python_refuses_images_and_epsilon_out_of_range():
+    model, x, y = problem("smooth", 4)
+    with pytest.raises(ValueError, match="not from -2 to 2: "):
+        collapse.signs(model, (x - 0.5) / 0.25, y, EPSILON)
+    with pytest.raises(ValueError, match="8/255, not 8"):
+        collapse.signs(model, x, y, 8)
+    assert pgd(model, x, y, 1.5, 0.5, 2, norm="l_2").abs().max() <= 1
+    with pytest.raises(ValueError, match="8/255, not -1"):
+        pgd(model, x, y, -1, 0.5, 2, norm="l_2")
+
+
+RUNS_THE_NETWORK = [name for name in methods.ATTACKS if name not in ("none", "free")]
+
+
+@pytest.mark.parametrize("name", RUNS_THE_NETWORK)
+def test_outputs_that_are_not_finite_are_refused_by_every_attack(name):
+    for wrong in (torch.nan, torch.inf):
+        model, x, y = problem("smooth", 4)
+        model.linear.bias.data[1] = wrong
+        with pytest.raises(ValueError, match="not finite"):
+            called("attack", name, model, x, y)
+        assert not model._forward_hooks and not model._forward_pre_hooks
+    model, x, y = problem("smooth", 4)
+    model.linear.bias.data[1] = torch.nan
+    for early_stop in (False, True):
+        with pytest.raises(ValueError, match="not finite"):
+            pgd(model, x, y, EPSILON, EPSILON, 2, restarts=3, early_stop=early_stop)
+
+
+@pytest.mark.parametrize("name", RUNS_THE_NETWORK)
+def test_every_attack_warns_where_there_is_no_gradient_to_follow(name):
+    """The network that decides as before, but whose probabilities round to 0 and 1."""
+    model, x, y = problem("smooth", 4)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        called("attack", name, model.eval(), x, y)
+        assert not caught
+        model.linear.weight.data *= 1e6
+        model.linear.bias.data *= 1e6
+        called("attack", name, model, x, model(x).argmax(dim=1))
+    assert [str(each.message).startswith("the gradient is 0 for") for each in caught] == [True]
+    assert caught[0].filename == __file__
+
+
+def test_inference_mode_is_named():
+    model, x, y = problem("smooth", 4)
+    with torch.no_grad():
+        fgsm(model, x, y, EPSILON, EPSILON)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside torch\.inference_mode"):
+        fgsm(model, x, y, EPSILON, EPSILON)

@@ -543,6 +543,7 @@ def test_soras_ratio_is_clipped_and_moves_v_for_the_next_step(stretch, ratio):
         assert step.kept["sora"].item() == pytest.approx(0.95 * v + 0.05 * ratio, abs=1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:the gradient is 0")
 def test_sora_and_pgi_where_there_is_no_gradient():
     """Of one image or of all, nothing becomes infinite or undefined."""
     net, x, y = pool()

@@ -81,6 +81,33 @@ def test_images_of_another_form_are_refused():
                    torch.zeros(3, 3, 8, 8)):
         with pytest.raises(ValueError, match=r"images|labels"):
             singlestep.evaluate(network_of_seed(0), images, labels, singlestep.PGD(0.1, 0.1, 1, 1))
+    for images, message in ((torch.rand(4, 3, 8, 8) - 2, r"not from -\d"),
+                            (torch.full((4, 3, 8, 8), torch.nan), "nan")):
+        with pytest.raises(ValueError, match=message):
+            train(network_of_seed(0), images, labels, "fgsm", epochs=1)
+    with pytest.raises(ValueError, match="8/255, not 8"):
+        singlestep.evaluate(network_of_seed(0), torch.zeros(4, 3, 8, 8), labels, singlestep.PGD(8, 2, 1, 1))
+
+
+def test_inference_mode_is_named():
+    network, images, labels = network_of_seed(0), torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"outside torch\.inference_mode"):
+        train(network, images, labels, "fgsm", epochs=1)
+
+
+def test_another_default_dtype_changes_no_image_and_no_start(small_dummy):
+    def found():
+        x, y = singlestep.load_test("cifar10", n=32, synthetic=True)
+        result = singlestep.evaluate(network, x, y, singlestep.PGD(8 / 255, 2 / 255, 2, 2))
+        return x, y, result.robust_loss, data.Augmentation(flip=True).draw(20)["flip"]
+
+    network = network_of_seed(1)
+    expected = found()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert all(map(torch.equal, found(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_evaluate_counts_what_the_attack_leaves(small_dummy):
