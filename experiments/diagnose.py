@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from singlestep.attacks import confident_gradient, quantile_mask, start
 from singlestep.checkpoints import open_run
 from singlestep.data import testing
-from singlestep.figures import label_at_the_ends, pyplot, save
+from singlestep.figures import label_at_the_ends, own_style, save, shade, subplots
 from singlestep.options import Parser, figure_path, number, path
 from singlestep.run.console import UsageError, one_line_errors, say
 from singlestep.run.device import seed_everything
@@ -127,24 +127,26 @@ def tables(found: list[Found], q: float) -> str:
         table(heads + bins + ["below q", "above q"], [a + b for a, b in zip(first, flips)])])
 
 
+@own_style()
 def figures(found: list[Found], q: float, title: str) -> dict[str, Any]:
     """A figure of each diagnostic, by name."""
-    plt = pyplot()
+    from matplotlib.ticker import MaxNLocator
+
     epochs, ticks = [each.network.epoch for each in found], (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
 
     def lines(axes, x: list[float], curves: dict[str, list[float]]) -> None:
         for i, (name, values) in enumerate(curves.items()):  # they are ordered: from dark to light
-            shade = plt.get_cmap("viridis")(0.88 * i / max(1, len(curves) - 1))
-            axes.plot(x, values, color=shade, marker="osD^vP"[i], label=name, zorder=3, clip_on=False)
+            axes.plot(x, values, color=shade(i, len(curves) - 1), marker="osD^vP"[i], label=name, zorder=3,
+                      clip_on=False)
 
-    magnitudes, panel = plt.subplots(figsize=(5.5, 3.6), layout="constrained")
+    magnitudes, panel = subplots(figsize=(5.5, 3.6))
     lines(panel, epochs, {f"{100 * level:g}%": [math.log10(max(each.magnitudes[i], 1e-3)) for each in found]
                          for i, level in enumerate(LEVELS)})
     panel.set_yticks([math.log10(tick) for tick in ticks], [f"{tick:g}" for tick in ticks])
     every = [value for line in panel.lines for value in line.get_ydata()]
     panel.set(xlabel="epoch", ylabel="magnitude / the image's mean", ylim=(min(every) - 0.1, max(every) + 0.1),
               title=f"{title}: quantiles of the gradient's entries")
-    flips, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    flips, (left, right) = subplots(1, 2, figsize=(10, 3.6))
     shown = [found[round(i * (len(found) - 1) / 4)] for i in range(5)] if len(found) > 5 else found
     lines(left, [100 * (i + 0.5) / BINS for i in range(BINS)],
           {f"epoch {each.network.epoch}": [100 * share for share in each.flips] for each in shown})
@@ -153,7 +155,7 @@ def figures(found: list[Found], q: float, title: str) -> dict[str, Any]:
     left.set(xlabel="rank of the magnitude in the image, %", ylabel="signs that flip, %")
     right.set(xlabel="epoch", ylabel="signs that flip, %")
     for axes in (panel, right):
-        axes.xaxis.set_major_locator(plt.MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (left, right):
         axes.set_ylim(bottom=0)
     flips.suptitle(f"{title}: signs that flip between two points of the ball", fontsize=9)
@@ -175,7 +177,8 @@ def main() -> None:
     with one_line_errors():
         out = Path(args.out) if args.out else None
         if out:
-            pyplot()  # or its absence would be told after all the work
+            with own_style():  # or the absence of matplotlib would be told after all the work
+                pass
         found, q = measured(Folder(args.run), args)
         say(tables(found, q))
         for part, figure in figures(found, q, Path(args.run).resolve().name).items() if out else ():

@@ -213,6 +213,7 @@ def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable
                       ecolor=style.colour)
 
 
+@figures.own_style()
 def figure_of_epochs(name: str, results: Results) -> Any:
     """PGD accuracy over epochs, in which a collapse shows, beside the accuracy on what is trained on."""
     table = TABLES[name]
@@ -220,8 +221,7 @@ def figure_of_epochs(name: str, results: Results) -> Any:
     if len(rows) < 2:
         return None
     above = max(len(label(table, row)) for row in rows) > 24  # long names leave no room beside one another
-    figure, panels = figures.pyplot().subplots(*((2, 1) if above else (1, 2)), figsize=(7, 6) if above else (9.5, 3.4),
-                                            layout="constrained")
+    figure, panels = figures.subplots(*((2, 1) if above else (1, 2)), figsize=(7, 6) if above else (9.5, 3.4))
     titles = {PGD: "test images under PGD", TRAINING: "training images under the attack trained on"}
     for axes, (key, title) in zip(panels, titles.items()):
         over_epochs(axes, table, rows, results, key)
@@ -231,11 +231,12 @@ def figure_of_epochs(name: str, results: Results) -> Any:
     return figure
 
 
+@figures.own_style()
 def figure_of_quantiles(name: str, results: Results) -> Any:
     rows = sorted(measured(TABLES[name], results), key=size)
     if len(rows) < 2:
         return None
-    figure, axes = figures.pyplot().subplots(figsize=(5.5, 3.4), layout="constrained")
+    figure, axes = figures.subplots(figsize=(5.5, 3.4))
     x, found = [size(row) for row in rows], [results.of(row) for row in rows]
     points(axes, x, found, last(CLEAN), "clean", figures.Style("#888888", "s"))
     points(axes, x, found, last(PGD), "PGD, last epoch", figures.STYLES["zerograd"])
@@ -247,6 +248,7 @@ def figure_of_quantiles(name: str, results: Results) -> Any:
     return figure
 
 
+@figures.own_style()
 def figure_of_epsilons(name: str, results: Results) -> Any:
     """Accuracy over epsilon, a curve for each method that was measured at two or more."""
     table = TABLES[name]
@@ -256,7 +258,7 @@ def figure_of_epsilons(name: str, results: Results) -> Any:
     by_method = {method: rows for method, rows in by_method.items() if len(rows) > 1}
     if not by_method:
         return None
-    figure, panels = figures.pyplot().subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    figure, panels = figures.subplots(1, 2, figsize=(9.5, 3.4))
     for axes, value, title in zip(panels, (last(CLEAN), last(PGD)), ("clean", "under PGD, last epoch")):
         which = styles(table, [rows[0] for rows in by_method.values()], results)
         for (method, rows), style in zip(by_method.items(), which):
@@ -269,6 +271,7 @@ def figure_of_epsilons(name: str, results: Results) -> Any:
     return figure
 
 
+@figures.own_style()
 def figure_of_epsilons_over_epochs(name: str, results: Results) -> Any:
     """PGD accuracy over epochs, a panel for each epsilon at which there is something to compare."""
     rows = sorted(measured(TABLES[name], results), key=size)
@@ -277,7 +280,7 @@ def figure_of_epsilons_over_epochs(name: str, results: Results) -> Any:
     if len(panels) < 2:
         return None
     lines = (len(panels) + 1) // 2
-    figure, grid = figures.pyplot().subplots(lines, 2, figsize=(9.5, 3.4 * lines), sharey=True, layout="constrained")
+    figure, grid = figures.subplots(lines, 2, figsize=(9.5, 3.4 * lines), sharey=True)
     for axes, (epsilon, own) in zip(grid.flat, panels.items()):
         over_epochs(axes, TABLES[name], own, results, PGD)
         axes.set_title(f"epsilon = {epsilon}/255")
@@ -319,7 +322,6 @@ def write_report(results: Results, out: Path) -> Path:
                 continue
             figures.save(figure, image)
             figures.save(figure, image.with_suffix(".pdf"))
-            figures.pyplot().close(figure)
             over = ", over epochs" if draw in (figure_of_epochs, figure_of_epsilons_over_epochs) else ""
             text.append(f"\n![{table.title}{over}]({image.name})\n")
     text.append(f"\n## The runs\n\n{run_list(results)}")

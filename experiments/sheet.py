@@ -22,7 +22,7 @@ from singlestep import options
 from singlestep.attacks import box, input_gradient, quantile_mask
 from singlestep.checkpoints import open_run
 from singlestep.data import load
-from singlestep.figures import pyplot, save
+from singlestep.figures import own_style, save, subplots
 from singlestep.options import Parser, number, path
 from singlestep.run.console import UsageError, one_line_errors, say
 from singlestep.run.folder import Folder
@@ -37,6 +37,7 @@ def class_names(dataset: options.DataSet, args) -> list[str]:
         return pickle.load(file)[source.meta["key"]]
 
 
+@own_style()
 def sheet(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float, q: float, names: list[str]) -> Any:
     """A column for each image of x (B, 3, H, W): the image, perturbations from zero of size epsilon, what q zeroes."""
     grad, logits = input_gradient(model.eval(), x, y, torch.zeros_like(x))
@@ -50,8 +51,7 @@ def sheet(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: flo
         "zeroed\n(white: in all\nchannels)": (kept == 0).float().mean(dim=1, keepdim=True).expand_as(x),
         "image with\nZeroGrad's": x + zerograd,
     }
-    figure, axes = pyplot().subplots(len(rows), len(x), figsize=(1.1 * len(x) + 1, 1.15 * len(rows) + 0.5),
-                                     squeeze=False, layout="constrained")
+    figure, axes = subplots(len(rows), len(x), figsize=(1.1 * len(x) + 1, 1.15 * len(rows) + 0.5), squeeze=False)
     for line, (name, images) in zip(axes, rows.items()):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
         for panel, image in zip(line, images):

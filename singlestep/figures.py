@@ -3,16 +3,20 @@
 A run is named by the flags in which it differs from the others. Runs that differ only in the seed are averaged; a band
 shows their minimum and maximum. Epochs count from 1 here, from 0 in the files of a run.
 """
+import contextlib
 import difflib
 import json
 import math
+import os
 import statistics
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 from . import options
 from .collapse import collapsed
@@ -83,7 +87,8 @@ def dependent(flags: dict[str, Any]) -> dict[str, Any]:
 def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
     """Return the name of the published method with these flags, and the flags that the name implies.
 
-    Without such a method, the name consists of the attack and the objective.
+    Without such a method, the name consists of the attack and the objective and, if a method has this name, of the
+    values in which the run departs from the method.
     """
     usual: dict[str, Any] = {"fgsm_init": "random", "objective": "ce", "elle_adaptive": False, "label_smoothing": 0.0}
     for name, published in METHODS.items():
@@ -91,7 +96,13 @@ def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
         if all(flags.get(flag) == value for flag, value in {**usual, **stands_for}.items()):
             return name, {*usual, *stands_for}
     objective = flags["objective"]
-    return flags["attack"] + (f" + {objective}" if objective != "ce" else ""), {"attack", "objective"}
+    title = flags["attack"] + (f" + {objective}" if objective != "ce" else "")
+    departs = {}
+    if title in METHODS:
+        stands_for = {**usual, **METHODS[title].flags_on(flags.get("data_set", ""))}
+        departs = {flag: flags.get(flag) for flag, value in stands_for.items() if flags.get(flag) != value}
+        title += " with " + ", ".join(_word(flag, value) for flag, value in departs.items())
+    return title, {"attack", "objective", *departs}
 
 
 def without_effect(flags: dict[str, Any]) -> set[str]:
@@ -239,26 +250,46 @@ STYLES = {
     "pgi": Style("#332288", "<"), "nuat": Style("#661100", ">"), "gradalign": Style("#cc6677", "v"),
     "elle": Style("#7a5cc2", "8"), "elle-a": Style("#b199e8", "8", "--"), "trades": Style("#555555", "D", "--"),
 }
-# Styles for runs that the styles of their methods do not distinguish.
-OTHERS = (Style("#0077bb", "o"), Style("#ee7733", "s"), Style("#009988", "^"), Style("#cc3311", "D"),
-          Style("#33bbee", "v"), Style("#ee3377", "P"), Style("#555555", "*"))
+# Styles for runs that the styles of their methods do not distinguish: all pairs of a color and a marker.
+COLORS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#ee3377", "#555555")
+OTHERS = tuple(Style(color, marker) for color, marker, _ in zip(cycle(COLORS), cycle("os^DvP*X"), range(7 * 8)))
 
 
-def pyplot() -> Any:
-    """Import matplotlib.pyplot and set the style of all figures. Raises UsageError if matplotlib is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UsageError("a figure needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+@contextlib.contextmanager
+def own_style() -> Iterator[None]:
+    """Draw in the style of all figures, whatever matplotlibrc says, and leave the user's settings as they are.
 
-    plt.rcParams.update({
-        "figure.dpi": 150, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 9, "lines.markersize": 4,
-        "lines.linewidth": 1.4, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
-        "axes.spines.right": False, "legend.frameon": False, "text.parse_math": False, "pdf.fonttype": 42,
-        "svg.hashsalt": "plot"})
-    return plt
+    Raises UsageError if matplotlib is not installed.
+    """
+    with mock.patch.dict(os.environ):
+        os.environ.pop("MPLBACKEND", None)  # it may name a backend that is not installed; these figures need none
+        try:
+            import matplotlib
+        except ImportError:
+            raise UsageError("a figure needs matplotlib: pip install matplotlib") from None
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update({
+            "figure.dpi": 150, "savefig.dpi": 150, "font.size": 9, "axes.titlesize": 9, "lines.markersize": 4,
+            "lines.linewidth": 1.4, "axes.grid": True, "grid.alpha": 0.25, "axes.spines.top": False,
+            "axes.spines.right": False, "legend.frameon": False, "text.parse_math": False, "pdf.fonttype": 42,
+            "svg.hashsalt": "plot"})
+        yield
+
+
+def subplots(lines: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any) -> tuple[Any, Any]:
+    """Create a figure and its panels. Unlike pyplot's, the figure is of no window and of no session."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize, layout="constrained")
+    return figure, figure.subplots(lines, columns, **options)
+
+
+def shade(place: int, last: int) -> Any:
+    """Return the color at `place` of 0 .. last on a scale from dark to light."""
+    from matplotlib import colormaps
+
+    return colormaps["viridis"](0.88 * place / max(1, last))
 
 
 def styles(runs: list[dict[str, Any]]) -> list[Style]:
@@ -268,8 +299,8 @@ def styles(runs: list[dict[str, Any]]) -> list[Style]:
     """
     values = ordered(runs, [flag for flag in differing(runs) if any(flag not in without_effect(run) for run in runs)])
     if values:
-        shades, places = pyplot().get_cmap("viridis"), [sorted(set(values)).index(value) for value in values]
-        return [Style(shades(0.88 * place / max(1, *places)), "osD^vP*X"[place % 8]) for place in places]
+        places = [sorted(set(values)).index(value) for value in values]
+        return [Style(shade(place, max(places)), "osD^vP*X"[place % 8]) for place in places]
     own = [style for run in runs if (style := style_of_method(run))]
     return own if len(set(own)) == len(runs) else list(islice(cycle(OTHERS), len(runs)))
 
@@ -360,6 +391,7 @@ def _apart(wanted: list[float], gap: float, low: float, high: float) -> list[flo
     return [places[i] for i in range(len(wanted))]
 
 
+@own_style()
 def save(figure, path: Path) -> None:
     """Save a figure in the format given by the file name. Equal figures give identical files."""
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {"Software": None}}
@@ -368,20 +400,31 @@ def save(figure, path: Path) -> None:
         figure.savefig(file, format=kind, metadata=metadata[kind])
 
 
+def legend_below(figure, size: float = 7) -> None:
+    """Name the curves in a legend below all panels, by which the figure grows. Long names take several lines."""
+    width, height = figure.get_size_inches()
+    room = int(72 * width / (0.55 * size))  # in letters; a curve's sample takes about 8
+    named = {textwrap.fill(line.get_label(), room - 8, break_on_hyphens=False): line
+             for axes in figure.axes for line in axes.lines if not line.get_label().startswith("_")}
+    columns = max(1, room // (8 + max(len(part) for name in named for part in name.splitlines())))
+    rows, deepest = math.ceil(len(named) / columns), 1 + max(name.count("\n") for name in named)
+    figure.set_size_inches(width, height + rows * (1.2 * deepest + 0.5) * size / 72)
+    figure.legend(named.values(), named, loc="outside lower center", ncols=columns, fontsize=size)
+
+
+@own_style()
 def draw(groups: dict[str, list[Run]], keys: list[str]) -> Any:
     """Draw a figure of the runs with one panel for each key."""
-    plt = pyplot()
     columns = min(2, len(keys))
     lines = math.ceil(len(keys) / columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(5.5 * columns, 3.6 * lines), squeeze=False,
-                                layout="constrained")
+    figure, grid = subplots(lines, columns, figsize=(5.5 * columns, 3.6 * lines), squeeze=False)
     which = styles([runs[0].flags for runs in groups.values()])
     for axes, key in zip(grid.flat, keys):
         curves(axes, {title: [run.epochs for run in runs] for title, runs in groups.items()}, which, key)
         axes.set_ylabel(TITLES.get(key, f"{key}, %" if key.endswith(IN_PERCENT) else key))
     for axes in grid.flat[len(keys):]:
         axes.remove()
-    label_at_the_ends(figure)
+    legend_below(figure)
     return figure
 
 

@@ -319,17 +319,17 @@ class Args:
     test_samples: int = flag("evaluation", "test images in the evaluation of an epoch", 1000, number(int, 1),
                              metavar="N", fixed=True, scores=True)
     last_samples: int | None = flag("evaluation", "test images in the evaluation of the last epoch, at least "
-                                    "--test-samples (default: all)", None, number(int, 1), metavar="N")
+                                    "--test-samples (default: all)", None, number(int, 1), metavar="N", named=False)
     full_test: bool = flag("evaluation", "evaluate every epoch on the whole test set", False, fixed=True, scores=True)
     test_iters: int = flag("evaluation", "PGD steps in the evaluation of an epoch", 10, number(int, 1), fixed=True,
                            scores=True)
     test_restarts: int = flag("evaluation", "PGD restarts in the evaluation of an epoch", 1, number(int, 1),
                               fixed=True, scores=True)
     final_iters: int = flag("evaluation", "PGD steps in the final evaluation; 0: no final evaluation", 50,
-                            number(int, 0))
-    final_restarts: int = flag("evaluation", "PGD restarts in the final evaluation", 10, number(int, 1))
+                            number(int, 0), named=False)
+    final_restarts: int = flag("evaluation", "PGD restarts in the final evaluation", 10, number(int, 1), named=False)
     final_samples: int | None = flag("evaluation", "test images in the final evaluation (default: all)", None,
-                                     number(int, 1), metavar="N")
+                                     number(int, 1), metavar="N", named=False)
     on_collapse: str = flag("evaluation", "on catastrophic overfitting, print a warning and continue, or stop the run "
                             "with exit status 1", "warn", choices=("warn", "stop"), named=False)
     final_model: str = flag("evaluation", "network of the final evaluation", "last", choices=("last", "best"))
@@ -353,10 +353,12 @@ class Args:
                          fixed=True)
     tf32: bool = flag("machine", "on CUDA, train with convolutions in TF32, as PyTorch does by default; --no-tf32: in "
                       "full float32", True, negatable=True)
-    compile: bool = flag("machine", "compile the network with torch.compile for training", False, negatable=True)
+    compile: bool = flag("machine", "compile the network with torch.compile for training", False, negatable=True,
+                         named=False)
     compile_mode: str = flag("machine", "mode of torch.compile; all but the default use CUDA graphs", "default",
-                             choices=("default", "reduce-overhead", "max-autotune"))
-    deterministic: bool = flag("machine", "on CUDA, too, compute the same bits from the same seed; slower", False)
+                             choices=("default", "reduce-overhead", "max-autotune"), named=False)
+    deterministic: bool = flag("machine", "on CUDA, too, compute the same bits from the same seed; slower", False,
+                               named=False)
     sync_bn: bool = flag("machine", "under torchrun on CUDA: BatchNorm over the images of all processes", False,
                          fixed=True)
 

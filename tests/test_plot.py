@@ -121,7 +121,8 @@ def test_a_run_from_before_the_newest_flags_still_has_its_place(tmp_path):
         del record["collapsed"], record["fgsm_acc"]
     (old / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     groups = groups_of(old, write_run(tmp_path / "new", "--attack=pgd"))
-    assert list(groups) == ["fgsm", "pgd"] and figures.row("", groups["fgsm"])[-2] == "epoch 2"
+    name = "fgsm with fgsm-init=random, fgsm-alpha=2"
+    assert list(groups) == [name, "pgd"] and figures.row("", groups[name])[-2] == "epoch 2"
 
 
 def test_the_best_epoch_is_of_those_on_as_many_images():
@@ -210,3 +211,73 @@ def test_the_same_runs_make_the_same_file(tmp_path, kind):
     for file in files:
         figures.save(figures.draw(groups, [figures.PGD, "lr"]), file)
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("left, right, names", [
+    (["--attack=fgsm"], ["--method=fgsm"], {"fgsm with fgsm-init=random, fgsm-alpha=2", "fgsm"}),
+    (["--attack=ckpt", "--fgsm-alpha=1"], ["--attack=pgi"],
+     {"ckpt with fgsm-alpha=1", "pgi with objective=ce, label-smoothing=0"}),
+    (["--attack=pgd", "--label-smoothing=0.1"], ["--method=n-fgsm"], {"pgd with label-smoothing=0.1", "n-fgsm"}),
+])
+def test_only_a_published_method_has_its_name(tmp_path, left, right, names):
+    folders = write_run(tmp_path / "1", *left), write_run(tmp_path / "2", *right)
+    assert set(groups_of(*folders)) == names
+
+
+def test_flags_that_change_neither_network_nor_curve_are_in_no_name(tmp_path):
+    """Runs that differ in them and in the seed are averaged."""
+    folders = [write_run(tmp_path / f"{seed}", f"--seed={seed}", *more) for seed, more in enumerate(
+        ([], ["--compile", "--compile-mode=reduce-overhead"], ["--final-iters=5", "--final-samples=9"],
+         ["--quiet", "--chkpt-iters=3", "--last-samples=9", "--final-restarts=2", "--deterministic"]))]
+    assert list(groups_of(*folders)) == ["multigrad"]
+
+
+def many_runs(root: Path, count: int) -> dict[str, list[figures.Run]]:
+    """Runs that differ in the attack and in six more flags."""
+    pairs = [("--attack=zerograd", "--attack=fgsm"), ("--label-smoothing=0.1", "--label-smoothing=0.2"),
+             ("--train-samples=40000", "--train-samples=45000"), ("--batch-size=128", "--batch-size=256"),
+             ("--lr-schedule=cyclic", "--lr-schedule=onedrop"), ("--eps-warmup=5", "--eps-warmup=10"),
+             ("--lr-max=0.1", "--lr-max=0.05")]
+    return groups_of(*(write_run(root / f"{i}", *(pair[37 * i >> j & 1] for j, pair in enumerate(pairs)))
+                       for i in range(count)))
+
+
+@pytest.mark.parametrize("count, keys", [(8, [figures.PGD]), (40, [figures.PGD, "lr", figures.CLEAN]), (1, ["lr"])])
+def test_a_figure_of_many_runs_is_legible(tmp_path, count, keys):
+    """No name is cut off or on another one or on a panel, every curve has a look of its own, panels keep their size."""
+    groups = many_runs(tmp_path, count)
+    assert len(groups) == count and (count < 8 or max(map(len, groups)) > 80)
+    figure = figures.draw(groups, keys)
+    figure.draw_without_rendering()
+    legend, = figure.legends
+    texts = legend.get_texts()
+    assert {" ".join(text.get_text().split()) for text in texts} == groups.keys()
+    boxes = [text.get_window_extent() for text in texts]
+    panels = [axes.get_tightbbox() for axes in figure.axes]
+    assert all(box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.width for box in boxes)
+    assert not any(one.overlaps(other) for i, one in enumerate(boxes) for other in [*boxes[:i], *panels])
+    assert all(axes.get_window_extent().height > 2.5 * figure.dpi for axes in figure.axes)
+    looks = {(str(line.get_color()), line.get_marker()) for line in figure.axes[0].lines}
+    assert len(looks) == count
+
+
+@pytest.mark.parametrize("settings", [{"MPLBACKEND": "module://matplotlib_inline.backend_inline"},
+                                      {"MPLBACKEND": "no-such-backend"}, {"MATPLOTLIBRC": "text.usetex: True"}])
+def test_the_users_matplotlib_is_no_obstacle(tmp_path, settings):
+    (tmp_path / "matplotlibrc").write_text(settings.get("MATPLOTLIBRC", ""))
+    done = script("plot.py", write_run(tmp_path / "run"), f"--out={tmp_path / 'x.svg'}",
+                  env={**os.environ, **settings, "MATPLOTLIBRC": str(tmp_path)})
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (tmp_path / "x.svg").read_text().count("<svg") == 1
+
+
+def test_figures_leave_the_users_matplotlib_as_it_is_and_are_not_drawn_in_its_style(tmp_path, monkeypatch):
+    import matplotlib
+
+    groups = groups_of(write_run(tmp_path / "run"))
+    figures.save(figures.draw(groups, ["lr"]), tmp_path / "1.svg")
+    with matplotlib.rc_context({"text.usetex": True, "lines.linewidth": 9, "axes.facecolor": "red"}):
+        before = dict(matplotlib.rcParams)
+        figures.save(figures.draw(groups, ["lr"]), tmp_path / "2.svg")
+        assert dict(matplotlib.rcParams) == before
+    assert (tmp_path / "1.svg").read_bytes() == (tmp_path / "2.svg").read_bytes()
