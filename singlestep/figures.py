@@ -23,7 +23,7 @@ from .collapse import collapsed
 from .methods import ATTACKS, DEPENDENT, METHODS, OBJECTIVES
 from .options import FLAGS
 from .run.console import UsageError, one_line_errors, say
-from .run.folder import atomic_write
+from .run.folder import Folder, atomic_write, read_records
 
 PGD, FGSM, CLEAN = "test_robust_acc", "fgsm_acc", "test_acc"
 # Axis labels of metrics whose names in metrics.jsonl are not clear enough.
@@ -52,12 +52,9 @@ def read_run(folder: Path) -> Run:
         raise UsageError(f"{folder} is not the folder of a run: it has no args.json")
     flags, file = options.run_flags(folder), folder / "metrics.jsonl"
     try:
-        lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
-        epochs = [json.loads(line) for line in lines]
-        for record in epochs:
-            finite = math.isfinite(record["epoch"] + record[PGD] + record[CLEAN])
-            if not finite or not all(isinstance(value, (int, float, type(None))) for value in record.values()):
-                raise ValueError
+        epochs = read_records(Folder(folder))
+        if not all(math.isfinite(record[PGD] + record[CLEAN]) for record in epochs):
+            raise ValueError
         file = folder / "final.json"
         final = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
         if final is not None and not math.isfinite(final["robust_acc"] + final["iters"] + final["restarts"]):

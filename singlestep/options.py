@@ -68,10 +68,13 @@ class DataSet:
 
     @classmethod
     def stated(cls, statement: dict[str, Any]) -> "DataSet":
-        """The data set of a run's record."""
+        """The data set of a run's record. Raises one of several errors if it is damaged."""
+        module = str.partition(statement["source"], ":")[0]
+        if module.partition(".")[0] in sys.stdlib_module_names:  # no data set, but os.system and the like
+            raise ValueError
         known = next((dataset for dataset in DATA_SETS.values() if dataset.name == statement["name"]), None)
         mean, std = (",".join(map(str, statement[name])) for name in ("mean", "std"))
-        return cls(statement["name"], statement["source"], int(number(int, 1)(str(statement["classes"]))),
+        return cls(str(statement["name"]), statement["source"], int(number(int, 1)(str(statement["classes"]))),
                    triple(mean), positive_triple(std), known.defaults if known else {})
 
 
@@ -553,7 +556,7 @@ def recorded(folder: str | Path) -> tuple[dict[str, Any], DataSet | None]:
     file = Path(folder) / "args.json"
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))
-        flags = {**saved["args"], "data_set": saved["data_set"]}
+        flags = {**saved["args"], "data_set": str(saved["data_set"])}
         started_in = [start["folder"] for start in saved.get("starts", ()) if "folder" in start]
         if started_in and os.path.isdir(started_in[-1]) and not os.path.isabs(flags["data_dir"]):
             flags["data_dir"] = os.path.relpath(os.path.join(started_in[-1], flags["data_dir"]))

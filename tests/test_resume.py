@@ -464,8 +464,8 @@ def test_a_state_of_an_older_format_is_refused(tmp_path, call, small_dummy):
 def test_a_damaged_log_is_written_anew_from_the_state(tmp_path, call, small_dummy, first_is_best):
     whole, part, flags = tmp_path / "whole", tmp_path / "part", [*THREE, "--epochs=2", "--fname"]
     assert call("train_cifar.py", *flags, whole)[0] == 0
-    damages = (("metrics.jsonl", "{"), ("metrics.jsonl", "[1]"), ("args.json", "[]"), ("final.json", ""),
-               ("output.log", ""))
+    damages = (("metrics.jsonl", "{"), ("metrics.jsonl", "[1]"), ("metrics.jsonl", '{"epoch": "x", "best": true}'),
+               ("args.json", "[]"), ("final.json", ""), ("output.log", ""))
     for name, text in damages:
         shutil.copytree(whole, part)
         (part / name).write_text(text)

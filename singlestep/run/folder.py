@@ -241,7 +241,13 @@ def final_line(final: dict[str, Any]) -> str:
 def read_records(folder: Folder) -> list[dict]:
     """Return the records in metrics.jsonl, one for each epoch. Raises ValueError if it is damaged."""
     path = folder.path / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    records = [json.loads(line) for line in lines]
+    for record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("epoch"), int) or not all(
+                isinstance(value, (int, float, type(None))) for value in record.values()):
+            raise ValueError
+    return records
 
 
 # TensorBoard tag -> key in an epoch's record

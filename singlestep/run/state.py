@@ -298,7 +298,7 @@ def move_old_files(folder: Folder, state: State, found: Checkpoint | None) -> tu
     try:
         made = [record["epoch"] for record in read_records(folder)]
         best = max((record["epoch"] for record in read_records(folder) if record.get("best")), default=-1)
-    except (ValueError, KeyError, TypeError):  # unreadable log: treat it as one of epochs to train again
+    except ValueError:  # unreadable log: treat it as one of epochs to train again
         made, best = [state.epoch], state.epoch
     if best >= state.epoch or state.best == -1:
         later.append("model_best.pth")
