@@ -503,7 +503,7 @@ def measure(run: Run) -> dict[str, Any]:
     test = run.test[:max(fixed, args.last_samples or len(run.test)) if last else fixed]
     pgd = PGD(epsilon, args.pgd_alpha / 255, args.test_iters, args.test_restarts, args.seed)
     result = evaluate_network(run, state.evaluated, test, pgd)
-    if args.epochs > 1 and not state.history:
+    if not state.history:
         run.screen.say(console.final_estimate(args, time.perf_counter() - began, len(test),
                                       asked(args, state, run.folder, len(run.test))["images"]))
     score, found = result.metrics(fixed)["robust_acc"], result.metrics()

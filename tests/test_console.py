@@ -89,6 +89,16 @@ def test_the_command_after_a_run_takes_a_minute(seconds, images, samples, full):
     assert "--attacks" not in console.results_lines(args, {}, 0)
 
 
+def test_a_long_final_evaluation_is_announced_after_the_first_epoch(call, tmp_path, small_dummy, monkeypatch):
+    args = parse(data_set("cifar10"), argv=["--test-iters=10", "--final-iters=50", "--final-restarts=10"])
+    assert "PGD-50-10 on 10,000 images) may take 38 min" in console.final_estimate(args, 10.0, 1000, 10_000)
+    assert not console.final_estimate(args, 1.0, 1000, 10_000)
+    monkeypatch.setattr(console, "final_estimate", lambda *given: "# estimate")
+    for epochs in (1, 2):
+        output = call("train_cifar.py", *FLAGS, f"--epochs={epochs}", "--fname", tmp_path / str(epochs))[1]
+        assert output.count("# estimate") == 1 and output.index("# estimate") < output.index(f"1/{epochs}  ")
+
+
 def test_the_command_after_a_run_runs(call, judged, tmp_path, small_dummy):
     output = call("train_cifar.py", *FLAGS, "--final-iters=0", "--fname", tmp_path / "run")[1]
     command, = (line for line in output.splitlines() if "python evaluate.py" in line)
