@@ -194,9 +194,10 @@ def markdown(lines: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+@figures.own_style()
 def figure(groups: dict[tuple[str, str], list[Run]]) -> Any:
     """Draw a dot for each seed of each method, a panel for each epsilon."""
-    drawn, panels = figures.pyplot().subplots(1, 2, figsize=(9.5, 4.2), sharey=True, layout="constrained")
+    drawn, panels = figures.subplots(1, 2, figsize=(9.5, 4.2), sharey=True)
     methods = list(dict.fromkeys(method for _, method in groups))
     for axes, epsilon in zip(panels, ("8", "16")):
         for state, style, label in ((False, ("o", "#0072b2"), "sound"), (True, ("X", "#cc3311"), "collapsed")):

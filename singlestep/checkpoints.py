@@ -53,6 +53,8 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
         UsageError: there is no such network, it does not fit the flags, or its data set is unknown.
     """
     path = Path(path)
+    if not path.exists():
+        raise options.absent(path)
     folder = Folder(path if path.is_dir() else path.parent)
     if path.is_dir() and which not in NETWORKS:
         raise UsageError(f"--which must be {', '.join(NETWORKS)} for the folder of a run, not {which}")

@@ -4,7 +4,6 @@ A run is named by the flags in which it differs from the others. Runs that diffe
 shows their minimum and maximum. Epochs count from 1 here, from 0 in the files of a run.
 """
 import contextlib
-import difflib
 import json
 import math
 import os
@@ -433,9 +432,8 @@ def keys_of(text: str, groups: dict[str, list[Run]]) -> list[str]:
     keys = list(dict.fromkeys(text.split(",")))
     for key in keys:
         if key not in known:
-            near = difflib.get_close_matches(key, known, 1)
-            raise UsageError(f"--y {key}: {f'did you mean {near[0]}? ' if near else ''}available metrics: "
-                             f"{', '.join(sorted(known))}")
+            raise UsageError(f"--y {key}: must be of {', '.join(sorted(known))}"
+                             f"{options.did_you_mean(options.similar(key, known))}")
     return keys
 
 
@@ -445,7 +443,7 @@ def read_runs(folders: list[str]) -> list[Run]:
     for folder in dict.fromkeys(map(Path, folders)):
         try:
             if not folder.exists():
-                raise UsageError(f"{folder} does not exist")
+                raise options.absent(folder)
             runs.append(read_run(folder))
         except UsageError as error:
             if len(folders) == 1 or not folder.exists():

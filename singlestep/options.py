@@ -13,7 +13,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -382,9 +382,13 @@ class Args:
         return values
 
     def changed(self, before: dict[str, Any], trait: str) -> list[str]:
-        """The flags with a trait (see `flag`) that differ from those of an earlier run, which may lack some."""
-        return [name for name, each in FLAGS.items() if each.metadata[trait]
-                and before.get(name, getattr(self, name)) != getattr(self, name)]
+        """The flags with a trait (see `flag`) that differ from those of an earlier run, which may lack some.
+
+        The order: first the flags that the user gave, last those whose default depends on others.
+        """
+        names = [name for name, each in FLAGS.items() if each.metadata[trait]
+                 and before.get(name, getattr(self, name)) != getattr(self, name)]
+        return sorted(names, key=lambda name: (name not in self.given, name in DEPENDENT))
 
 
 FLAGS = {each.name: each for each in dataclasses.fields(Args) if each.metadata}
@@ -417,12 +421,54 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (--[\w-]+)", message)
         if unknown:
-            near = difflib.get_close_matches(unknown[1], self._option_string_actions, 1)
-            message += f"; did you mean {near[0]}?" if near else ""
+            message += did_you_mean(similar(unknown[1], self._option_string_actions))
         self.exit(2, printable(f"{self.prog}: error: {' '.join(message.split())}\n"))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            raise argparse.ArgumentError(action, not_a_choice(action.dest, value, list(action.choices)))
 
     def print_help(self, file=None) -> None:
         print_answer(self.format_help().rstrip())
+
+
+# Flags of other programs, and ours.
+FOREIGN = {"gpu": "device", "gpus": "device", "cuda": "device", "arch": "model", "dataset": "data-dir",
+           "learning-rate": "lr-max", "output": "fname", "out": "fname"}
+
+
+def similar(name: str, names: Iterable[str]) -> list[str]:
+    """The names that a name which is none of them may stand for: those in which it begins a word, or the nearest."""
+    plain = {each.strip("-").lower(): each for each in names}
+    word = name.strip("-").lower().replace("_", "-")
+    if FOREIGN.get(word) in plain:
+        return [plain[FOREIGN[word]]]
+    longer = [each for short, each in plain.items() if f"-{word}" in f"-{short}"]
+    near = difflib.get_close_matches(word, plain, 1, 0.7)
+    return longer[:3] or [plain[each] for each in near]
+
+
+def did_you_mean(names: list[str]) -> str:
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def absent(path: Path) -> UsageError:
+    """The error about a path that does not exist."""
+    near = similar(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
+    return UsageError(f"{path} is missing{did_you_mean([str(path.parent / name) for name in near])}")
+
+
+def not_a_choice(name: str, value: Any, choices: list[str]) -> str:
+    """The error about a value of a flag that is none of its choices: it may be another flag's."""
+    def plain(text: Any) -> str:
+        return re.sub("[-_]", "", str(text).lower())
+
+    meant = [f"{option(other)}={choice}" for other in dict.fromkeys((name, "method", "attack", "objective"))
+             for choice in (choices if other == name else FLAGS[other].metadata["choices"])
+             if plain(choice) == plain(value)]
+    near = difflib.get_close_matches(str(value), choices, 1, 0.7)
+    return (f"must be one of {', '.join(choices)}, not {value}"
+            + did_you_mean(meant or [f"{option(name)}={each}" for each in near]))
 
 
 def print_answer(text: str) -> None:
@@ -501,8 +547,7 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
 def valid(name: str, value: Any) -> Any:
     """The value of a flag as the command line would have it. Raises UsageError if the command line would refuse it."""
     if name not in FLAGS:
-        near = difflib.get_close_matches(name, FLAGS, 1)
-        raise UsageError(f"there is no flag {option(name)}" + (f"; did you mean {option(near[0])}?" if near else ""))
+        raise UsageError(f"there is no flag {option(name)}" + did_you_mean(similar(name, map(option, FLAGS))))
     settings, usual = FLAGS[name].metadata, FLAGS[name].default
     if value is None and usual is None:
         return None
@@ -512,7 +557,7 @@ def valid(name: str, value: Any) -> Any:
         return value
     if settings["choices"]:
         if value not in tuple(settings["choices"]):
-            raise UsageError(f"{option(name)} must be one of {', '.join(settings['choices'])}, not {value}")
+            raise UsageError(f"{option(name)} {not_a_choice(name, value, list(settings['choices']))}")
         return value
     try:
         return (settings["parse"] or str)(",".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value))
@@ -614,10 +659,26 @@ def in_effect(args: Args) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names}
 
 
-def without_effect(args: Args) -> list[str]:
-    """The flags of methods and networks that the command line gives and this run ignores."""
+def idle_flags(args: Args) -> list[str]:
+    """Lines to print about given flags that this run ignores, and about flags that would act after its end."""
     used = {*in_effect(args), *MODELS[args.model].values(), "pgd_alpha"}
-    return [option(name) for name in sorted(method_flags() & args.given - used)]
+    ignored = {
+        f"with --attack={args.attack}, --objective={args.objective}, --model={args.model}": method_flags() - used,
+        f"with --lr-schedule={args.lr_schedule}": {"lr_drop"} if args.lr_schedule != "onedrop" else {},
+        "without --amp": {"amp_dtype", "amp_impl"} if not args.amp else {},
+        "without --compile": {"compile_mode"} if not args.compile else {},
+        "with --final-iters=0": {"final_restarts", "final_samples", "final_model"} if not args.final_iters else {},
+        "with --full-test": {"test_samples", "last_samples"} if args.full_test else {},
+        "with --dummy": {"data_dir"} if args.dummy else {},
+        "with --attack=none": {"eps_warmup"} if args.attack == "none" else {}}
+    lines = [f"{option(name)} has no effect {why}" for why, names in ignored.items()
+             for name in sorted(args.given.intersection(names))]
+    if args.lr_schedule == "onedrop" and args.lr_drop >= args.epochs:
+        lines.append(f"the learning rate never drops: --lr-drop={args.lr_drop:g} is not below --epochs={args.epochs}")
+    if args.eps_warmup > args.epochs:
+        lines.append(f"--eps-warmup={args.eps_warmup:g} exceeds --epochs={args.epochs}: training ends at epsilon "
+                     f"{args.epsilon * args.epochs / args.eps_warmup:.3g}, and is evaluated at {args.epsilon:g}")
+    return lines
 
 
 def unit_hints(values: dict[str, Any]) -> list[str]:

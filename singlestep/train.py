@@ -327,6 +327,8 @@ def start(run: Run, plan: Plan) -> None:
                                   run.steps))
     for note in notes(run, plan):
         run.screen.say(f"# {note}")
+    for hint in options.unit_hints(args.flags()):
+        run.screen.warn(hint)
 
 
 def notes(run: Run, plan: Plan) -> Iterator[str]:
@@ -340,9 +342,9 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
         yield "on a CPU, this network takes hours; --base-width=16 is some ten times as fast"
     if args.amp and device.type == "cpu" and (slower := slowdown(run.state.precision.dtype)) > 1.2:
         yield f"{args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: leave --amp out"
-    for flag in options.without_effect(args):
-        yield f"{flag} has no effect with --attack={args.attack}, --objective={args.objective}, --model={args.model}"
-    yield from options.unit_hints(args.flags())
+    yield from options.idle_flags(args)
+    if (args.chkpt_steps or 0) > run.steps:
+        yield f"--chkpt-steps={args.chkpt_steps} has no effect: an epoch has {run.steps} steps, and saves at its end"
     yield from options.pgd_hints(args)
     if run.world.size > 1 and OBJECTIVES[args.objective].whole_batch:
         yield (f"--objective {args.objective} is computed per process: its value with {run.world.size} processes "

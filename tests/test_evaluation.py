@@ -470,7 +470,8 @@ def test_an_attack_that_may_take_minutes_is_announced(run, judged, short, monkey
 def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
     torch.save(narrow(), tmp_path / "alone.pt")
     (tmp_path / "empty").mkdir()
-    for flags, told in (([tmp_path / "alone.pt"], "add --data-set"), ([tmp_path / "none.pt"], "add --data-set"),
+    for flags, told in (([tmp_path / "alone.pt"], "add --data-set"), ([tmp_path / "none.pt"], "none.pt is missing"),
+                        ([tmp_path / "alon.pt"], f"alon.pt is missing; did you mean {tmp_path / 'alone.pt'}?"),
                         ([tmp_path / "none.pt", "--data-set=svhn"], "none.pt is missing"),
                         ([tmp_path / "empty", "--data-set=svhn"], "contains no model"),
                         ([tmp_path / "alone.pt", "--data-set=cifar10"], "another architecture: at bn.bias"),

@@ -75,6 +75,13 @@ def test_a_wrong_flag_is_an_error_that_names_it(flags, named):
         train(network_of_seed(0), images, labels, given.pop("method"), **given)
 
 
+def test_an_epsilon_in_the_unit_of_functions_is_warned_of(capsys):
+    """Although train() is quiet: its flags are in 1/255."""
+    images, labels = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    train(network_of_seed(0), images, labels, "fgsm", epochs=1, epsilon=8 / 255)
+    assert "# warning: --epsilon=0.0313725 means 0.0313725/255: did you mean 8?" in capsys.readouterr().out
+
+
 def test_images_of_another_form_are_refused():
     labels = torch.zeros(4, dtype=torch.long)
     for images in (torch.zeros(4, 3, 8), torch.full((4, 3, 8, 8), 255.0), torch.zeros(4, 3, 8, 8, dtype=torch.int32),

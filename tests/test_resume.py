@@ -20,7 +20,7 @@ import torch
 from helpers import SMALL, assert_same, assert_same_run, epochs_of, interrupt, one_line
 from processes import Started, forked
 
-from singlestep import train
+from singlestep import options, train
 from singlestep.run import state as states
 from singlestep.run.console import UsageError
 from singlestep.run.distributed import Stop
@@ -95,6 +95,21 @@ def test_a_run_does_not_go_on_with_another_data_set(tmp_path, call, small_dummy)
     assert call("train_cifar.py", *SMALL, "--fname", tmp_path / "run")[0] == 0
     for more in ([], ["--eval"], ["--allow-changes"]):
         one_line(call("train_svhn.py", *SMALL, "--fname", tmp_path / "run", "--resume=2", *more), "CIFAR-10")
+
+
+def test_a_refused_resume_names_the_flag_that_the_user_changed(tmp_path, call, small_dummy):
+    flags = [*SMALL, "--epochs=1", "--attack=fgsm", "--final-iters=0", "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags)[0] == 0
+    one_line(call("train_cifar.py", *flags, "--epsilon=16", "--resume=auto"), "has --epsilon 8.0, not 16.0")
+
+
+@pytest.mark.parametrize("before, now, named", [
+    ("--epsilon=16", "", "epsilon"), ("--attack=nfgsm --epsilon=4", "--attack=nfgsm --batch-size=64", "batch_size"),
+    ("--attack=ckpt", "--attack=nfgsm", "attack"), ("", "--gradalign-lambda=3 --lr-max=0.2", "lr_max"),
+    ("", "--gradalign-lambda=3", "gradalign_lambda"), ("--elle-adaptive", "", "elle_adaptive")])
+def test_given_flags_are_named_first_and_derived_defaults_last(before, now, named):
+    flags, args = (options.parse(options.CIFAR10, argv=each.split()) for each in (before, now))
+    assert args.changed(flags.flags(), "fixed")[0] == named
 
 
 def test_evaluating_leaves_alone_what_a_run_is_writing(tmp_path, call, small_dummy):

@@ -428,7 +428,47 @@ def test_what_has_no_effect_or_another_meaning_is_told(flags, told, tmp_path, ca
 
 def test_a_misspelt_flag_is_told_which_one_may_have_been_meant(tmp_path, call):
     one_line(call("train_cifar.py", "--epoch=3"), "did you mean --epochs?")
-    one_line(call("train_cifar.py", "--xyzzy"), "unrecognized arguments: --xyzzy")
+    one_line(call("train_cifar.py", "--xyzzy"), "unrecognized arguments: --xyzzy\n")
+
+
+@pytest.mark.parametrize("flags, hint", [
+    ("--eps=8", "did you mean --epsilon or --eps-warmup?"), ("--gpu 0", "did you mean --device?"),
+    ("--alpha=2", "did you mean --fgsm-alpha or --pgd-alpha?"), ("--epsilons=8", "did you mean --epsilon?"),
+    ("--lr=0.1", "did you mean --lr-schedule or --lr-max or --lr-drop?"), ("--no-compil", "did you mean --no-compile?"),
+    ("--weight-decay=0", "arguments: --weight-decay=0\n"), ("--workers=2", "arguments: --workers=2\n"),
+    ("--method=nfgsm", "did you mean --method=n-fgsm or --attack=nfgsm?"),
+    ("--method=zerogad", "did you mean --method=zerograd?"), ("--method=ce", "did you mean --objective=ce?"),
+    ("--attack=trades", "did you mean --method=trades or --objective=trades?"),
+    ("--attack=n-fgsm", "did you mean --attack=nfgsm or --method=n-fgsm?"),
+    ("--objective=fgsm", "did you mean --method=fgsm or --attack=fgsm?"),
+    ("--model=resnet18", "did you mean --model=ResNet18?"), ("--lr-schedule=cosine", "onecycle, not cosine\n")])
+def test_a_mistake_in_a_flag_or_its_value_gets_the_right_hint(flags, hint, call):
+    one_line(call("train_cifar.py", *flags.split()), hint)
+
+
+@pytest.mark.parametrize("flags, hint", [
+    ({"gpu": 0}, "did you mean --device?"), ({"eps": 8}, "did you mean --epsilon or --eps-warmup?"),
+    ({"attack": "trades"}, "did you mean --method=trades or --objective=trades?")])
+def test_a_mistake_from_python_gets_the_same_hint(flags, hint):
+    with pytest.raises(UsageError, match=re.escape(hint)):
+        options.arguments(options.CIFAR10, flags)
+
+
+@pytest.mark.parametrize("flags, told", [
+    ("--lr-schedule=onedrop --lr-drop=50 --epochs=30", "the learning rate never drops: --lr-drop=50 is not below"),
+    ("--epochs=30", "the learning rate never drops: --lr-drop=50 is not below --epochs=30"),
+    ("--epochs=51", None), ("--lr-schedule=cyclic --lr-drop=9", "--lr-drop has no effect with --lr-schedule=cyclic"),
+    ("--eps-warmup=20 --epochs=2 --lr-drop=1", "training ends at epsilon 0.8, and is evaluated at 8"),
+    ("--eps-warmup=2 --epochs=3 --lr-drop=1", None),
+    ("--eps-warmup=2 --attack=none", "--eps-warmup has no effect with --attack=none"),
+    ("--amp-dtype=float16", "--amp-dtype has no effect without --amp"), ("--amp --amp-dtype=float16", None),
+    ("--compile-mode=max-autotune", "--compile-mode has no effect without --compile"),
+    ("--final-iters=0 --final-samples=9", "--final-samples has no effect with --final-iters=0"),
+    ("--full-test --test-samples=9", "--test-samples has no effect with --full-test"),
+    ("--dummy --data-dir=x", "--data-dir has no effect with --dummy")])
+def test_flags_that_never_act_are_named(flags, told):
+    lines = options.idle_flags(options.parse(options.CIFAR10, argv=flags.split()))
+    assert len(lines) == bool(told) and (told or "") in "".join(lines)
 
 
 def test_an_attack_in_the_wrong_unit_raises():

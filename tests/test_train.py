@@ -162,6 +162,16 @@ def test_the_attack_sees_the_model_in_training_mode_and_unaugmented_delta_is_cou
     assert metrics["defence_mean"] == pytest.approx(3)
 
 
+def test_saving_within_epochs_too_short_for_it_is_noted():
+    found: list[str] = []
+    for steps in (3, 4):
+        run = small_run(Wavy(), wavy_images(40), chkpt_steps=steps)
+        run.args.model = "WideResNet"
+        found += train.notes(run, train.Plan(None, [], (), False, None))
+    assert [line for line in found if "--chkpt-steps" in line] == [
+        "--chkpt-steps=4 has no effect: an epoch has 3 steps, and saves at its end"]
+
+
 def test_what_a_method_keeps_is_the_states_and_what_it_finds_is_the_steps():
     seen = []
 

@@ -139,9 +139,10 @@ def table(groups: dict[str, list[Run]]) -> str:
     return "\n".join(lines)
 
 
+@figures.own_style()
 def figure(runs: list[Run]) -> Any:
     """Draw a line for each run, red where it is in collapse; a panel for each data set."""
-    drawn, panels = figures.pyplot().subplots(1, 3, figsize=(12, 5.2), layout="constrained")
+    drawn, panels = figures.subplots(1, 3, figsize=(12, 5.2))
     for axes, (data_set, title) in zip(panels, DATA_SETS.items()):
         groups = by_method([run for run in runs if run.data_set == data_set])
         last_ranks = ranks(groups)
