@@ -198,7 +198,9 @@ def read(path: str | Path, which: str, flags: dict[str, Any], attacks: tuple[str
     for attack in attacks:
         if attack in (*options.PARTS, "autoattack"):
             opened.notes.extend(parts_for(attack, opened.dataset.classes)[1])
-    return opened._replace(folder=folder), testing(opened.dataset, opened.args.data_dir, opened.args.dummy)
+    images = testing(opened.dataset, opened.args.data_dir, opened.args.dummy)
+    stated = opened.dataset.stated(opened.dataset.statement())  # without functions that cannot be sent to a process
+    return opened._replace(folder=folder, dataset=stated), images
 
 
 def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device, precision: Precision,

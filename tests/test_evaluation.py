@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -1031,3 +1032,11 @@ def test_a_relative_data_dir_is_resolved_from_where_the_run_was_started(older, t
     project.rename(moved)
     monkeypatch.chdir(moved)
     assert judged(run, *evaluate)[0] == 0
+
+
+def test_what_is_read_can_be_sent_to_other_processes(tmp_path, call, small_dummy):
+    """Also where the data set has functions that cannot."""
+    assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path)[0] == 0
+    own = replace(options.CIFAR10, source=lambda data_dir: None, peak=lambda epochs: 1)
+    opened, _ = pickle.loads(pickle.dumps(evaluation.read(tmp_path, "last", {"data_set": own})))
+    assert (opened.dataset.name, opened.dataset.classes) == ("CIFAR-10", 10)
