@@ -248,7 +248,7 @@ def test_three_steps_are_those_of_the_method(script, attack, objective, tmp_path
 
 @pytest.mark.parametrize("averaged", [False, True])
 def test_evaluations_attack_as_the_flags_say(averaged, tmp_path):
-    """With --ema, they are all of the averaged network; the other one then has other weights altogether."""
+    """With --ema, they are all of the averaged network; what is class 0 to it is class 1 to the other, and so on."""
     flags = "--pgd-alpha=0.5 --test-iters=3 --test-restarts=2 --final-iters=5 --final-restarts=3 --final-samples=24 " \
             "--val-size=4"
     run, _ = run_of("train_cifar.py", [*flags.split(), "--ema=0.5" if averaged else "--ema=0"], tmp_path)
@@ -263,7 +263,9 @@ def test_evaluations_attack_as_the_flags_say(averaged, tmp_path):
     net, network = own_network("train_cifar.py", model.state_dict())
     net.eval()
     if averaged:
-        run.state.model.linear.weight.data.neg_()
+        run.state.model.load_state_dict(model.state_dict())
+        for parameter in run.state.model.linear.parameters():
+            parameter.data = parameter.data.roll(1, 0)
     epoch = train.measure(run)
 
     for n, right, steps, restarts, prefix, found in (
