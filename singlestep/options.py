@@ -670,7 +670,7 @@ def idle_flags(args: Args) -> list[str]:
         "with --final-iters=0": {"final_restarts", "final_samples", "final_model"} if not args.final_iters else {},
         "with --full-test": {"test_samples", "last_samples"} if args.full_test else {},
         "with --dummy": {"data_dir"} if args.dummy else {},
-        "with --attack=none": {"eps_warmup"} if args.attack == "none" else {}}
+        "with --attack=none": {"eps_warmup"} if args.attack == "none" and args.objective != "elle" else {}}
     lines = [f"{option(name)} has no effect {why}" for why, names in ignored.items()
              for name in sorted(args.given.intersection(names))]
     if args.lr_schedule == "onedrop" and args.lr_drop >= args.epochs:

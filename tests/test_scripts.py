@@ -461,6 +461,7 @@ def test_a_mistake_from_python_gets_the_same_hint(flags, hint):
     ("--eps-warmup=20 --epochs=2 --lr-drop=1", "training ends at epsilon 0.8, and is evaluated at 8"),
     ("--eps-warmup=2 --epochs=3 --lr-drop=1", None),
     ("--eps-warmup=2 --attack=none", "--eps-warmup has no effect with --attack=none"),
+    ("--eps-warmup=2 --attack=none --objective=elle --lr-drop=1", None),
     ("--amp-dtype=float16", "--amp-dtype has no effect without --amp"), ("--amp --amp-dtype=float16", None),
     ("--compile-mode=max-autotune", "--compile-mode has no effect without --compile"),
     ("--final-iters=0 --final-samples=9", "--final-samples has no effect with --final-iters=0"),
