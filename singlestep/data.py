@@ -292,8 +292,9 @@ def _place(root: Path, files: Collection[str], make: Callable[[str], Any], failu
         held = lock(root / ".lock", wait=WAIT)
         if any((root / name).exists() for name in files):  # made by another process
             return
-        for left in root.glob(".download-*") if held else ():  # by a process that was killed
-            shutil.rmtree(left, ignore_errors=True)
+        if held:  # without locks, another process may be downloading
+            for left in root.glob(".download-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
         socket.setdefaulttimeout(STALLED)
         with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as arriving, \
                 contextlib.redirect_stdout(io.StringIO()):
