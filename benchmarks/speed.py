@@ -82,6 +82,7 @@ def as_alone(ours: bool, precision: Precision) -> None:
         keep_freed_memory(ours)
     else:
         torch.backends.cudnn.allow_tf32 = precision.tf32 or not ours
+        torch.backends.cudnn.benchmark = not ours  # ours turns it on in its training steps
 
 
 def turn(work, precision: Precision, ours: bool) -> float:
@@ -300,7 +301,6 @@ def evaluation(args, ours, theirs, layout, precision, result) -> None:
     device = precision.device
     ours.load_state_dict(theirs.eval().state_dict())
     ours.eval()
-    torch.backends.cudnn.benchmark = False  # as a run does
     images = Images(torch.randint(256, (args.eval_images, 32, 32, 3), dtype=torch.uint8),
                     torch.zeros(args.eval_images, dtype=torch.long)).to(device, layout)
 

@@ -168,7 +168,6 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
             best = args.final_model == "best" and world.from_main(folder.file("model", "best").exists)
             network, began = (opened(args.fname, "best") if best else job).opened, time.perf_counter()
             job = replace(job, opened=network, images=test[:args.final_samples], clean=None)
-            torch.backends.cudnn.benchmark = False  # batches of every size are to come
             result = measure_pgd(job, f"pgd-{args.final_iters}-{args.final_restarts}", args.epsilon, args.pgd_alpha)
             keep(job, {"final": {
                 "model": "best" if best else "last", "iters": args.final_iters, "restarts": args.final_restarts,

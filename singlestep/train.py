@@ -36,6 +36,7 @@ from .run.device import (
     choose_device,
     describe,
     evaluation_batch,
+    kernel_search,
     memory_format,
     seed_everything,
     slowdown,
@@ -382,7 +383,8 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     began = time.perf_counter() - state.seconds
     state.model.train()
     while state.step < run.steps:
-        train_step(run, batch(run, order, drawn))
+        with kernel_search(not run.args.deterministic):
+            train_step(run, batch(run, order, drawn))
         state.step += 1
         state.seconds = time.perf_counter() - began
         after_step()
@@ -655,7 +657,6 @@ def finish(run: Run) -> None:
 def final_evaluation(run: Run) -> dict[str, Any]:
     """Make the final evaluation, or complete an interrupted one."""
     args, state, part = run.args, run.state, run.folder.path / "final.pth"
-    torch.backends.cudnn.benchmark = False  # batches of every size are to come
 
     def load_final() -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
         wanted = asked(args, state, run.folder, len(run.test))

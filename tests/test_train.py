@@ -22,6 +22,7 @@ from torch import nn
 from singlestep import methods, objectives, options, train
 from singlestep.attacks import confident_gradient, fgsm, input_gradient, zerograd
 from singlestep.data import Augmentation, Images
+from singlestep.robustness import PGD, evaluate
 from singlestep.run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError
 from singlestep.run.device import Compiled, choose_device, evaluation_batch, seed_everything
 from singlestep.run.distributed import World
@@ -409,17 +410,28 @@ def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):
     """As far as this can be seen without a GPU."""
     monkeypatch.setattr("singlestep.run.device.cuda_devices", lambda: 1)
     monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     monkeypatch.setattr("os.environ", {})
     try:
         for asked in (False, True):
             args = argparse.Namespace(device="auto", deterministic=asked)
             assert choose_device(args) == torch.device("cuda", 0)
             assert torch.are_deterministic_algorithms_enabled() == asked
-            assert torch.backends.cudnn.benchmark == (not asked)
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_cudnn_searches_in_training_steps_and_in_no_evaluation(monkeypatch):
+    seen, model = {True: set(), False: set()}, Wavy()
+    model.register_forward_pre_hook(
+        lambda module, inputs: seen[module.training].add(torch.backends.cudnn.benchmark))
+    for asked in (False, True):
+        run = small_run(model, wavy_images(20), partial(fgsm, alpha=EPSILON), test_samples=10, deterministic=asked)
+        train.train_epoch(run)
+        train.measure(run)
+        evaluate(model, *run.test.batch(slice(4)), PGD(EPSILON, EPSILON, 2, 1))
+        assert seen == {True: {not asked}, False: {False}}
+        seen[True].clear()
 
 
 def test_a_gpu_whose_driver_does_not_start_is_none(monkeypatch):

@@ -57,11 +57,24 @@ def choose_device(args) -> torch.device:
         raise UsageError(f"--device {name} is not available: cuda:{index} is needed, and the number of usable CUDA "
                          f"devices is {count}; use --device cpu")
     torch.cuda.set_device(index)
-    torch.backends.cudnn.benchmark = not args.deterministic
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     return torch.device("cuda", index)
+
+
+@contextlib.contextmanager
+def kernel_search(wanted: bool) -> Iterator[None]:
+    """Context in which cuDNN times its kernels for every new size of a convolution and keeps the fastest.
+
+    The search pays for training batches, whose sizes recur. An evaluation has a new size in almost every step.
+    """
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = wanted
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def cuda_devices() -> int:
