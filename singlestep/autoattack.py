@@ -14,7 +14,7 @@ from .attacks import frozen
 from .data import Images
 from .robustness import correct
 from .run.console import UsageError
-from .run.device import Precision
+from .run.device import Precision, padded
 from .run.folder import atomic_write
 
 EDGE = 1e-6  # tolerance for rounding errors in abs(delta) <= epsilon
@@ -68,7 +68,8 @@ class AutoAttack:
     def __init__(self, model: nn.Module, images: Images, parts: tuple[str, ...], epsilon: float, seed: int,
                  batch_size: int, precision: Precision, file: Path | None, key: dict[str, Any], classes: int = 10,
                  check: Callable[[], None] = lambda: None):
-        self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # the library calls view()
+        contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # the library calls view()
+        self.model = padded(contiguous, batch_size, images.labels.device)
         self.images = Images(images.pixels, images.labels, torch.contiguous_format)
         self.parts, self.epsilon, self.batch_size, self.precision = parts, epsilon, batch_size, precision
         self.file, self.key, self.check = file, key, check

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attacks import check_epsilon, confident_gradient, pgd_step
 from .data import Images
 from .run.console import Screen
-from .run.device import Precision, seed_everything
+from .run.device import Precision, padded, seed_everything
 from .run.distributed import ALONE, Stop, World
 
 STARTS = 3  # first part of the seeds' key, see train.ORDER
@@ -148,6 +148,7 @@ def attack_steps(model: nn.Module, images: Images, attack: PGD, batch_size: int,
     """
     model.eval()
     world.broadcast_buffers(model)
+    model = padded(model, batch_size, images.labels.device)
     mine = torch.arange(len(images), device=images.labels.device)[world.rank::world.size]
     whole = attack.steps + 1  # an image's passes in a restart that it withstands
     if begun:

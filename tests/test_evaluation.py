@@ -33,7 +33,7 @@ from processes import together
 from torch import nn
 from tqdm import tqdm
 
-from singlestep import attacks, checkpoints, data, evaluation, figures, options, robustness, train
+from singlestep import attacks, autoattack, checkpoints, data, evaluation, figures, options, robustness, train
 from singlestep.autoattack import AutoAttack, parts_for
 from singlestep.checkpoints import Opened, load_network, load_run
 from singlestep.data import Images
@@ -43,7 +43,7 @@ from singlestep.run import console
 from singlestep.run import folder as folders
 from singlestep.run import state as states
 from singlestep.run.console import Screen, Stopped, StopSignals, UsageError, duration
-from singlestep.run.device import seed_everything
+from singlestep.run.device import Padded, seed_everything
 from singlestep.run.distributed import ALONE, Stop
 from singlestep.run.folder import Folder
 
@@ -641,6 +641,20 @@ def test_autoattack_finds_what_its_authors_evaluation_finds(batch_size, tmp_path
     assert sum(more["parts"].values()) == 56 - left.sum() and list(tmp_path.iterdir()) == job.unfinished
     alone, _, _ = evaluation.auto_attack(job, "apgd-ce", EPSILON)
     assert alone.sum() == 56 - more["parts"]["apgd-ce"]
+
+
+def test_on_a_gpu_autoattack_has_batches_of_few_sizes(tmp_path, short, monkeypatch):
+    """Called as on CUDA."""
+    model, seen = mixed(), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    job = job_of(model, tmp_path)
+    plain, _, _ = evaluation.auto_attack(job, "apgd-ce", EPSILON)
+    job.unfinished.pop().unlink()
+    assert len(set(seen)) > 2
+    seen.clear()
+    monkeypatch.setattr(autoattack, "padded", lambda model, batch_size, device: Padded(model, batch_size))
+    found, _, _ = evaluation.auto_attack(job, "apgd-ce", EPSILON)
+    assert torch.equal(found, plain) and seen.count(16) > len(seen) - 3
 
 
 def test_a_broken_off_autoattack_goes_on_and_finds_the_same(tmp_path, short):

@@ -12,10 +12,12 @@ from helpers import EPSILON, FLOAT32, Brightness, Wavy, evaluated, plain_evaluat
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from singlestep import robustness
 from singlestep.data import Images
 from singlestep.robustness import PGD, Restart, Step, attack_steps, evaluate, shown
 from singlestep.run import console
 from singlestep.run.console import Screen, StopSignals
+from singlestep.run.device import padded
 from singlestep.run.distributed import ALONE, Stop, World
 
 # Value, label, right without a perturbation, right under every perturbation of at most 8.
@@ -143,6 +145,22 @@ def test_a_lower_precision_is_judged_only_where_there_is_something_to_judge():
     model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
     found = evaluated(model, wavy_images(), PGD(1e-4, 1e-4, 6, 2), 8, precision(amp=True))
     assert found.metrics()["robust_acc"] > 0.5 and min(passed) > 0
+
+
+@pytest.mark.parametrize("kind", [FLOAT32, precision(True), precision(True, "float16")], ids=lambda kind: str(kind.dtype))
+@pytest.mark.parametrize("batch_size, sizes", [(512, {64, 128, 256, 512}), (100, {64, 100}), (32, {32})])
+def test_on_a_gpu_an_evaluation_has_batches_of_few_sizes_and_the_same_results(batch_size, sizes, kind, monkeypatch):
+    """Called as on CUDA; on a CPU, batches of all sizes stay as they are."""
+    model, images, attack, seen = Wavy(), wavy_images(400), PGD(EPSILON, EPSILON / 20, 8, 2), []
+    model.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    plain, plain_sizes = evaluated(model, images, attack, batch_size, kind), set(seen)
+    seen.clear()
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(robustness, "padded", lambda model, batch_size, device: padded(model, batch_size, cuda))
+    found = evaluated(model, images, attack, batch_size, kind)
+    assert set(seen) == sizes and len(plain_sizes - sizes) > 5
+    assert torch.equal(found.robust, plain.robust) and 0.05 < found.robust.mean() < 0.9
+    torch.testing.assert_close(found.robust_loss, plain.robust_loss)
 
 
 class Waits(TorchFunctionMode):

@@ -15,9 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .console import Failure, Stopped, StopSignals, UsageError
+
+SIZES = (64, 128, 256, 512)  # of batches in evaluations on a GPU
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -161,6 +164,28 @@ class Compiled(nn.Module):
             return self.model(x)
         logits = self.compiled(x)
         return logits.clone() if self.overwritten else logits  # CUDA graphs reuse their output memory
+
+
+class Padded(nn.Module):
+    """`model` in eval mode, computed on batches of few sizes: smaller ones are filled with black images.
+
+    cuDNN prepares its kernels anew for every size, and an evaluation has batches of all sizes.
+    """
+
+    def __init__(self, model: nn.Module, batch_size: int):
+        super().__init__()
+        self.model = model
+        self.sizes = [*(size for size in SIZES if size < batch_size), batch_size]
+
+    def forward(self, x: Tensor) -> Tensor:
+        missing = next(size for size in self.sizes if size >= len(x)) - len(x)
+        return self.model(F.pad(x, (0, 0, 0, 0, 0, 0, 0, missing)))[:len(x)]
+
+
+def padded(model: nn.Module, batch_size: int, device: torch.device) -> nn.Module:
+    """Return `model` for batches of up to `batch_size` images, `Padded` on CUDA. On a CPU, padding would cost time and
+    change the last bits."""
+    return Padded(model, batch_size) if device.type == "cuda" else model
 
 
 class Precision:
