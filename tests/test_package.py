@@ -101,7 +101,8 @@ for name, flags in {"fgsm": {}, "zerograd": {"q": 0.35}, "multigrad": {"samples"
     assert delta.shape == x.shape and 0 < delta.abs().max() <= 8 / 255 + 1e-6, name
 print(singlestep.__file__, sorted(sys.modules))
 """)
-    file, modules = python("mine.py", cwd=folder, path=str(installed)).strip().split(" ", 1)
+    *_, last = python("mine.py", cwd=folder, path=str(installed)).splitlines()  # after notes on the file
+    file, modules = last.split(" ", 1)
     assert Path(file) == installed / "singlestep/__init__.py"
     assert {re.split(r"\W", name)[0] for name in NEIGHBOURS}.isdisjoint(ast.literal_eval(modules))
 
