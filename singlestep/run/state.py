@@ -347,7 +347,7 @@ def read_checkpoint(path: Path) -> dict:
 def _refused(path: Path, reason: str) -> UsageError:
     """The error about a file that torch.load cannot load for `reason`."""
     beginning = path.read_bytes()[:200] if path.is_file() else b""
-    foreign = re.search(r"GLOBAL (\S+)|(?:Unsupported|but got <)class '?([\w.]+)", reason)
+    foreign = re.search(r"GLOBAL (\w+(?:\.\w+)*)\s|(?:Unsupported|but got <)class '?([\w.]+)", reason)
     if foreign or beginning[:2] in (b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # pickles, but not torch.save's
         name = (foreign[1] or foreign[2]) if foreign else "a pickle"
         return CodeRefused(f"--resume: {path} contains {name}, which could run code of its own when it is loaded: save "
