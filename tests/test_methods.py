@@ -807,7 +807,7 @@ def test_a_name_may_take_the_place_of_its_flags(tmp_path, call, tiny):
     """A run goes on whichever way its flags are said, and with another method's not."""
     flags = [*THREE, "--fname", tmp_path / "run"]
     assert call("train_cifar.py", *flags, "--method=n-aaer", "--epochs=1")[0] == 0
-    refused(call("train_cifar.py", *flags, "--method=rs-aaer", "--resume=auto", "--epochs=1"), "--aaer-lambdas")
+    refused(call("train_cifar.py", *flags, "--method=rs-aaer", "--resume=auto", "--epochs=1"), "--attack")
     said = ["--attack=nfgsm", "--fgsm-alpha=1", "--objective=aaer", "--resume=auto", "--epochs=1"]
     status, output, error = call("train_cifar.py", *flags, *said)
     assert status == 0 and "complete" in output, error
