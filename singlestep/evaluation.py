@@ -20,6 +20,7 @@ from .robustness import PGD, Restart, Result, attack_steps, no_gradient, shown
 from .run import folder as folders
 from .run.console import Screen, StopSignals, UsageError, duration, one_line_errors, say
 from .run.device import (
+    NO_ROOM,
     Precision,
     advice_on_failure,
     choose_device,
@@ -72,7 +73,7 @@ class Job:
 
 def main(args) -> None:
     """Evaluate the networks that evaluate.py's arguments name; an error ends the process."""
-    with one_line_errors(), StopSignals() as signals:
+    with one_line_errors(), StopSignals() as signals, advice_on_failure(signals, NO_ROOM):
         args.deterministic = False
         device = choose_device(args)
         world = World.join(device)
@@ -96,8 +97,8 @@ def main(args) -> None:
 
 def evaluate_network(network: Callable[[], tuple[Opened, Images]], args, device: torch.device, stop: Stop) -> None:
     """Evaluate a network under evaluate.py's attacks. `network` reads it and its test images."""
-    job = open_job(network, device, Precision.float32(device, tf32=False), args.batch_size, stop,
-                   Screen(stop.world.is_main))
+    job = open_job(network, device, Precision.float32(device, tf32=False), stop, Screen(stop.world.is_main))
+    job.batch_size = args.batch_size or job.batch_size
     job.images = job.images[:args.samples]
     epsilons = args.epsilons or (job.opened.args.epsilon,)
     attacks = [(attack, epsilon) for attack in args.attacks
@@ -114,8 +115,9 @@ def evaluate_network(network: Callable[[], tuple[Opened, Images]], args, device:
     for warning in job.warnings:
         job.screen.warn(warning)
     try:
-        for attack, epsilon in attacks:
-            measure(job, attack, epsilon)
+        with advice_on_failure(stop.signals, f"lower --batch-size (now {job.batch_size})"):
+            for attack, epsilon in attacks:
+                measure(job, attack, epsilon)
         for found in worst(job, epsilons):
             add(job, found)
     finally:
@@ -129,14 +131,14 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
     evaluation of that or of the best network."""
     device = choose_device(args)
     world, folder = World.join(device), Folder(args.fname)
-    precision, batch_size = Precision(args, device), evaluation_batch(args, device)
-    screen = Screen(world.is_main, args.quiet)
+    precision, screen = Precision(args, device), Screen(world.is_main, args.quiet)
     recorded, names = options.run_flags(args.fname), ("seed", "epsilon", *options.RUNS)
     flags = {name: getattr(args, name) for name in names if not recorded or name in args.given}  # the rest is the run's
     flags["data_set"] = dataset
 
     def opened(path: str | Path, which: str) -> Job:
-        return open_job(partial(read, path, which, flags), device, precision, batch_size, Stop(signals, world), screen)
+        return open_job(partial(read, path, which, flags), device, precision, Stop(signals, world), screen,
+                        args.batch_size)
 
     def resumed() -> str | Path:
         trained_on = recorded.get("data_set", dataset.name)
@@ -155,7 +157,7 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
     test = job.images
     job.images = test if args.full_test else test[:max(args.test_samples, args.last_samples or len(test))]
     began, epoch = time.perf_counter(), job.opened.epoch
-    with advice_on_failure(signals, too_many_at_once(batch_size)):
+    with advice_on_failure(signals, too_many_at_once(job.batch_size, device)):
         measure_pgd(job, "clean", 0.0)
         fgsm = measure_pgd(job, "fgsm", args.epsilon).metrics()
         pgd = measure_pgd(job, f"pgd-{args.test_iters}-{args.test_restarts}", args.epsilon, args.pgd_alpha).metrics()
@@ -203,8 +205,11 @@ def read(path: str | Path, which: str, flags: dict[str, Any], attacks: tuple[str
 
 
 def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device, precision: Precision,
-             batch_size: int, stop: Stop, screen: Screen) -> Job:
-    """Read the network and its test images on rank 0, print the notes about it, and move both to the device."""
+             stop: Stop, screen: Screen, batch_size: int = 128) -> Job:
+    """Read the network and its test images on rank 0, print the notes about it, and move both to the device.
+
+    batch_size: of training; it bounds the number of images that are evaluated at once.
+    """
     stop.signals.deferred = False
     opened, images = stop.world.from_main(network)
     stop.signals.deferred = True
@@ -212,7 +217,9 @@ def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device,
         screen.say(f"# {opened.source}: {note}")
     layout = memory_format(opened.model, device)
     opened.model.to(device).to(memory_format=layout)
-    return Job(opened, images.to(device, layout), batch_size, precision, stop, screen)
+    images = images.to(device, layout)
+    at_once = evaluation_batch(batch_size, opened.model, images.batch(slice(2))[0])
+    return Job(opened, images, at_once, precision, stop, screen)
 
 
 def add(job: Job, found: dict[str, Any]) -> None:

@@ -642,7 +642,8 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     p.set_defaults(**dict.fromkeys(RUNS))
     add = p.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--batch-size", type=number(int, 1, 10**6), default=128, help="images at once")
+    add("--batch-size", type=number(int, 1, 10**6), help="images at once (default: 128; on CUDA up to 512, as its "
+        "memory allows)")
     return p.parse_args(argv)
 
 

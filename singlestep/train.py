@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from .run import folder as folders
 from .run import state as states
 from .run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError, one_line_errors
 from .run.device import (
+    NO_ROOM,
     Compiled,
     Precision,
     advice_on_failure,
@@ -104,6 +105,11 @@ class Run:
         name = ATTACKS[self.args.attack].update
         return getattr(attacks, name) if name else None
 
+    @cached_property
+    def evaluation_batch(self) -> int:
+        """Images that this process evaluates at once."""
+        return evaluation_batch(self.args.batch_size, self.state.model, self.train.batch(slice(2))[0])
+
     @property
     def writes(self) -> bool:
         """Whether this process writes the run's files."""
@@ -145,7 +151,7 @@ class Plan(NamedTuple):
 
 def main(dataset: DataSet, args: Args) -> None:
     """Train or evaluate on `dataset` as the arguments ask; an error ends the process."""
-    with one_line_errors(args.fname), StopSignals() as signals:
+    with one_line_errors(args.fname), StopSignals() as signals, advice_on_failure(signals, NO_ROOM):
         if args.eval:
             evaluation.evaluate_training(dataset, args, signals)
             return
@@ -186,9 +192,10 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, ep
     own, empty = Images.of(images, labels), Images.of(images[:0], labels[:0])
     held_out = own[len(own) - args.val_size:] if args.val_size else empty
     loaded = (own[:args.train_samples or len(own) - args.val_size], held_out, Images.of(*test) if test else empty)
-    place = Folder(folder)
+    place, signals = Folder(folder), StopSignals()
     try:
-        state = run_training(dataset, args, place, StopSignals(), network, loaded)
+        with advice_on_failure(signals, NO_ROOM):
+            state = run_training(dataset, args, place, signals, network, loaded)
     finally:
         place.release()
     network.load_state_dict(state.evaluated.state_dict())
@@ -319,6 +326,7 @@ def start(run: Run, plan: Plan) -> None:
     args, state, world = run.args, run.state, run.world
     state.final = None
     state.starts.append({**describe(world.device, world.size), "epoch": state.epoch, "step": state.step,
+                         "evaluation_batch": run.evaluation_batch,
                          "source": plan.found.source if plan.found else None, "aside": plan.aside})
     if run.writes:
         folders.write_logs(run.folder, state, args)
@@ -533,9 +541,9 @@ def measure(run: Run) -> dict[str, Any]:
 def evaluate_network(run: Run, model: nn.Module, images: Images, attack: PGD, begun: Restart | None = None,
                      keep: Callable[[Restart], None] = lambda restart: None) -> Result:
     """Evaluate a network under an attack, with a bar. `keep` gets each completed restart but the last."""
-    batch_size, world = evaluation_batch(run.args, run.world.device), run.world
+    batch_size, world = run.evaluation_batch, run.world
     title = "FGSM" if attack.steps == 1 and attack.init == "zero" else f"PGD-{attack.steps}"
-    with advice_on_failure(run.signals, too_many_at_once(batch_size)):
+    with advice_on_failure(run.signals, too_many_at_once(batch_size, world.device)):
         events = robustness.attack_steps(model, images, attack, batch_size, run.state.precision, world, begun)
         for restart in robustness.shown(events, run.screen, title, attack.restarts, run.stop):
             if 0 < restart.number < attack.restarts:
@@ -603,7 +611,7 @@ def require_finite(run: Run) -> None:
         raise not_finite(run, int(fault))
     if state.step:
         training = state.model.training
-        x, _ = (run.test if len(run.test) else run.train).batch(slice(evaluation_batch(run.args, run.world.device)))
+        x, _ = (run.test if len(run.test) else run.train).batch(slice(run.evaluation_batch))
         answers = state.precision.float32_logits(state.model.eval(), x)
         state.model.train(training)
         sound = torch.stack([values.isfinite().all() for values in (*state.model.state_dict().values(), answers)]).all()

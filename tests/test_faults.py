@@ -40,10 +40,11 @@ from helpers import (
 from processes import Started, forked
 from torchvision import datasets
 
-from singlestep import data, figures, options, robustness, train
+from singlestep import data, evaluation, figures, options, robustness, train
 from singlestep.data import Images
+from singlestep.networks import PreActResNet18
 from singlestep.run.console import UsageError
-from singlestep.run.device import Precision, slowdown
+from singlestep.run.device import NO_ROOM, Precision, slowdown
 from singlestep.run.state import read_checkpoint
 
 
@@ -360,16 +361,27 @@ def test_weights_that_the_last_step_blew_up_are_neither_saved_nor_reported(flags
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(),
-                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1")])
-def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, small_dummy, monkeypatch):
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1"),
+                                   RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be ..."),
+                                   RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+                                   RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+                                   RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
+                                   RuntimeError("NCCL error: Cuda failure 2 'out of memory'")], ids=str)
+def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, judged, small_dummy, monkeypatch):
     def fail(*args):
         raise error
 
     for module, name, advice in (
-            (robustness, "attack_steps", "an evaluation takes up to 32 images at once: lower --batch-size below that"),
-            (train, "train_epoch", "lower --batch-size (now 32)")):
+            (robustness, "attack_steps", "an evaluation takes 32 images at once: lower --batch-size below 32"),
+            (train, "train_epoch", "lower --batch-size (now 32)"), (train, "build", NO_ROOM)):
         monkeypatch.setattr(module, name, fail)
         status, _, line = call("train_cifar.py", *SMALL, "--attack=fgsm", "--fname", tmp_path / "run")
+        assert status == 1 and line.endswith(f": error: out of memory: {advice}\n")
+    torch.save(PreActResNet18(base_width=4).state_dict(), tmp_path / "model.pth")
+    for name, advice in (("attack_steps", "lower --batch-size (now 128)"), ("open_job", NO_ROOM)):
+        monkeypatch.setattr(evaluation, name, fail)
+        status, _, line = judged(tmp_path / "model.pth", "--data-set=cifar10", "--dummy", "--base-width=4",
+                                 "--device=cpu")
         assert status == 1 and line.endswith(f": error: out of memory: {advice}\n")
 
 

@@ -1,6 +1,7 @@
 """Schedules, seeds, the training step, precision and how training ends, against what can be worked out by hand."""
 import argparse
 import contextlib
+import json
 import math
 import os
 import platform
@@ -14,17 +15,18 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DATASETS, EPSILON, FLOAT32, ROOT, Brightness, SmallNet, Wavy, precision, wavy_images
+from helpers import DATASETS, EPSILON, FLOAT32, ROOT, TINY, Brightness, SmallNet, Wavy, precision, wavy_images
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from singlestep import methods, objectives, options, train
+from singlestep import evaluation, methods, networks, objectives, options, train
 from singlestep.attacks import confident_gradient, fgsm, input_gradient, zerograd
 from singlestep.data import Augmentation, Images
 from singlestep.robustness import PGD, evaluate
 from singlestep.run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError
-from singlestep.run.device import Compiled, choose_device, evaluation_batch, seed_everything
+from singlestep.run.device import Compiled, bytes_per_image, choose_device, evaluation_batch, seed_everything
 from singlestep.run.distributed import World
 from singlestep.run.folder import Folder
 from singlestep.run.state import State
@@ -104,13 +106,42 @@ def test_no_training_step_waits_for_the_device(method, monkeypatch, tmp_path):
     assert ours[-1] == "require_finite" and state.step == run.steps  # the first look: the epoch is over
 
 
-def test_a_gpu_evaluates_larger_batches():
-    def size(device, **args):
-        return evaluation_batch(argparse.Namespace(**{"batch_size": 128, "model": "ResNet18", **args}),
-                                      torch.device(device))
-    assert (size("cpu"), size("cpu", batch_size=512), size("cpu", batch_size=32)) == (128, 128, 32)
-    assert (size("cuda"), size("cuda", batch_size=512), size("cuda", batch_size=32)) == (512, 512, 128)
-    assert size("cuda", model="WideResNet") == 128
+# Bytes that an image stores in float32 at full width, measured on a CPU: in MiB.
+STORED = dict(PreActResNet18=4.3, PreActResNet50=22.5, WideResNet=22.0)
+
+
+@pytest.mark.parametrize("model", STORED)
+def test_a_gpu_evaluates_what_half_of_its_memory_holds(model, monkeypatch):
+    """On a tensor without data, of a GPU that is not there."""
+    total = {}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: argparse.Namespace(**total))
+
+    def size(gigabytes, batch_size=128):
+        total["total_memory"] = gigabytes * 2**30
+        return evaluation_batch(batch_size, network, x)
+
+    with FakeTensorMode(), torch.device("cuda"):
+        network, x = getattr(networks, model)().train(), torch.zeros(2, 3, 32, 32)
+        assert bytes_per_image(network, x) / 2**20 == pytest.approx(STORED[model], abs=0.1) and network.training
+        for gigabytes in (8, 24):
+            fit = gigabytes * 1024 / 2 / STORED[model]
+            assert size(gigabytes) == max(each for each in (64, 128, 256, 512) if each < fit)
+        if model == "WideResNet":
+            assert (size(140), size(1), size(140, 32), size(140, 8)) == (512, 23, 128, 32)
+    assert evaluation_batch(512, nn.Identity(), torch.zeros(2)) == 128  # on a CPU
+    assert evaluation_batch(32, nn.Identity(), torch.zeros(2)) == 32
+
+
+def test_the_size_of_an_evaluation_is_recorded(tmp_path, call, judged, small_dummy, monkeypatch):
+    monkeypatch.setattr(train, "evaluation_batch", lambda batch_size, model, x: 7)
+    monkeypatch.setattr(evaluation, "evaluation_batch", lambda batch_size, model, x: batch_size + len(x))
+    assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path)[0] == 0
+    assert json.loads((tmp_path / "args.json").read_text())["starts"][0]["evaluation_batch"] == 7
+    for flags, expected in (([], 130), (["--batch-size=5"], 5)):
+        assert judged(tmp_path, "--attacks=clean", "--device=cpu", "--samples=8", *flags)[0] == 0
+        assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["batch_size"] == expected
+    assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path, "--eval", "--resume=auto")[0] == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["batch_size"] == 10
 
 
 def test_a_training_step_is_the_published_one():

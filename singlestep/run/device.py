@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import time
@@ -21,6 +22,11 @@ from torch import Tensor, nn
 from .console import Failure, Stopped, StopSignals, UsageError
 
 SIZES = (64, 128, 256, 512)  # of batches in evaluations on a GPU
+
+# Errors without a class of their own: of PyTorch's CPU allocator, the CUDA driver and NCCL, cuDNN and cuBLAS.
+OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|_ALLOC(ATION)?_FAILED")
+NO_ROOM = ("close other programs that use the device's memory (nvidia-smi lists those of a GPU), or use another "
+           "--device")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -260,18 +266,43 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
-def evaluation_batch(args, device: torch.device) -> int:
-    """Return the number of images that each process evaluates at once; it decreases with --batch-size below 128.
+def evaluation_batch(batch_size: int, model: nn.Module, x: Tensor) -> int:
+    """Return the number of images that each process evaluates at once, for training steps on `batch_size`.
 
-    An attack stores as much for each image as a training step: 4 MiB in float32, or 23 MiB with a WideResNet-34-10.
+    On CUDA, as many as half of the GPU's memory holds, at most 4 batch_size, rounded down to one of SIZES. The total
+    memory counts, not the free part, so that other programs change no result.
+
+    Args:
+        x: a few images on the device.
     """
-    fuller = device.type == "cuda" and args.model != "WideResNet"
-    return min(args.batch_size, 128) * (4 if fuller else 1)
+    if x.device.type != "cuda":
+        return min(batch_size, 128)
+    memory = torch.cuda.get_device_properties(x.device).total_memory
+    most = min(4 * batch_size, memory // 2 // bytes_per_image(model, x))
+    return max((size for size in SIZES if size <= most), default=max(most, 1))
 
 
-def too_many_at_once(batch_size: int) -> str:
+def bytes_per_image(model: nn.Module, x: Tensor) -> int:
+    """Return the bytes that a forward pass in float32 stores for each image until the gradient is computed."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    stored = {}
+
+    def store(tensor: Tensor) -> Tensor:
+        stored[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    training = model.training
+    with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
+        logits = model.eval()(x.detach().requires_grad_())
+    model.train(training)
+    del logits  # until here, no storage is used twice
+    return max(1, sum(size for storage, size in stored.items() if storage not in own) // len(x))
+
+
+def too_many_at_once(batch_size: int, device: torch.device) -> str:
     """Advice for an evaluation that runs out of memory."""
-    return f"an evaluation takes up to {batch_size} images at once: lower --batch-size below that"
+    bound = batch_size // 4 if device.type == "cuda" else batch_size
+    return f"an evaluation takes {batch_size} images at once: lower --batch-size below {max(bound, 2)}"
 
 
 @contextlib.contextmanager
@@ -280,8 +311,7 @@ def advice_on_failure(signals: StopSignals, advice: str) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        # PyTorch has no exception class for running out of CPU memory.
-        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error):
+        if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or OUT_OF_MEMORY.search(str(error)):
             raise Failure(f"out of memory: {advice}") from None
         if isinstance(error, torch._dynamo.exc.TorchDynamoException):
             if signals.received:  # the compiler's subprocesses received the signal, too
