@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import swa_utils
 
 from . import attacks, collapse, evaluation, objectives, options, robustness
 from .attacks import Step
@@ -45,7 +44,7 @@ from .run.device import (
 )
 from .run.distributed import Stop, World
 from .run.folder import Board, Folder
-from .run.state import Checkpoint, State, named_sums
+from .run.state import Average, Checkpoint, State, named_sums
 
 # Purpose of random numbers: first integer of every seed key. (robustness.STARTS is 3.)
 ORDER, STEP, WATCH, WEIGHTS = 0, 1, 2, 4
@@ -253,9 +252,7 @@ def build(dataset: DataSet, args: Args, device: torch.device, world: World,
     for parameter in model.parameters():  # or where float16's scaler skips the first step, it would stay uninitialized
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     precision.prepare(model, optimizer)
-    ema = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(args.ema), use_buffers=True) \
-        if args.ema else None
-    return State(model, optimizer, precision, ema), layout
+    return State(model, optimizer, precision, Average(model, args.ema) if args.ema else None), layout
 
 
 def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: World, signals: StopSignals,
@@ -442,7 +439,7 @@ def train_step(run: Run, batch: Batch) -> None:
     if run.update and delta.grad is not None:
         run.update(step, x, delta.detach(), delta.grad / (scale * weight), epsilon)
     if state.ema:
-        state.ema.update_parameters(state.model)
+        state.ema.update()
     state.first_fault = torch.where(finite, state.first_fault, state.first_fault.clamp(max=state.step))
     sum_up(run, step, y, delta.detach(), loss.detach(), logits.detach())
 

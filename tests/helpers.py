@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from processes import IMAGES, ROOT, SIDE
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets
 
 from singlestep import networks, options, train
@@ -124,6 +125,18 @@ def precision(amp: bool = False, dtype: str = "bfloat16", tf32: bool = True) -> 
 
 FLOAT32 = precision()
 EPSILON = 8 / 255
+
+
+class Calls(TorchDispatchMode):
+    """The names of the operations that PyTorch executes."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.append(operation.name())
+        return operation(*args, **kwargs or {})
 
 
 class Brightness(nn.Module):

@@ -16,11 +16,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import DATASETS, SMALL, SmallNet, assert_same_run, interrupt
+from helpers import DATASETS, SMALL, Calls, SmallNet, assert_same, assert_same_run, interrupt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import forked, together
 from torch import nn
+from torch.optim import swa_utils
 
 from singlestep import attacks, checkpoints, data, methods, networks, objectives, options, train
 from singlestep.attacks import Step
@@ -28,6 +29,7 @@ from singlestep.run.console import StopSignals
 from singlestep.run.device import seed_everything
 from singlestep.run.distributed import CPU, World
 from singlestep.run.folder import Folder
+from singlestep.run.state import Average
 
 EPSILON = 8 / 255
 
@@ -1080,6 +1082,23 @@ def test_the_average_is_of_weights_and_buffers_and_is_what_is_judged_and_saved(t
         assert torch.equal(whole["opt"]["run"]["raw"][name], state.model.state_dict()[name])
         moved += not torch.allclose(value, state.model.state_dict()[name].double(), rtol=1e-3)
     assert moved >= 4 and len(averages) == 6
+
+
+def test_the_average_is_pytorchs_bit_by_bit_in_two_calls():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    average = Average(model, 0.9)
+    pytorchs = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9), use_buffers=True)
+    for _ in range(5):
+        model(torch.rand(2, 3, 6, 6))
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        pytorchs.update_parameters(model)
+        with Calls() as calls:
+            average.update()
+        assert calls.names == ["aten::_foreach_lerp_.Scalar", "aten::_foreach_copy_"]
+        expected = {**pytorchs.module.state_dict(), "1.num_batches_tracked": model[1].num_batches_tracked}
+        assert_same(dict(average.module.state_dict()), dict(expected))
 
 
 def test_an_evaluation_is_of_the_average_whether_or_not_it_is_told_so(tmp_path, call, tiny):

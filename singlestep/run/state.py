@@ -10,6 +10,7 @@ Checkpoints contain only tensors and plain values and are loaded with weights_on
 atomically. Files of an earlier run are moved to earlier_N/, never overwritten.
 """
 import argparse
+import copy
 import io
 import math
 import re
@@ -25,7 +26,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
 
 from .console import UsageError
 from .device import Precision
@@ -34,6 +34,28 @@ from .folder import Folder, atomic_write, read_records, write_logs
 # Sums over the images of an epoch: loss, correct images, images, mean abs(delta); images whose loss the attack lowered,
 # images for which this is known; correct images and images in the first half of the epoch.
 SUMS = ("loss", "correct", "images", "perturbation", "abnormal", "compared", "early_correct", "early_images")
+
+
+class Average:
+    """Exponential moving average of a network's parameters and statistics: `module`, which is `model` at first.
+
+    Each update takes `model` with weight 1 - decay, the first one with weight 1. Integers are those of `model`.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.module, self.decay, self.updates = copy.deepcopy(model), decay, 0
+        own, new = ([*each.parameters(), *each.buffers()] for each in (self.module, model))
+        self.floats, self.new_floats = ([each for each in part if each.is_floating_point()] for part in (own, new))
+        self.integers, self.new_integers = ([each for each in part if not each.is_floating_point()]
+                                            for part in (own, new))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Move the average toward the network."""
+        torch._foreach_lerp_(self.floats, self.new_floats, 1 - self.decay if self.updates else 1.0)
+        if self.integers:
+            torch._foreach_copy_(self.integers, self.new_integers)
+        self.updates += 1
 
 
 @dataclass
@@ -56,7 +78,7 @@ class State:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision
-    ema: AveragedModel | None = None
+    ema: Average | None = None
     kept: dict[str, Tensor] = field(default_factory=dict)
     epoch: int = 0
     step: int = 0
@@ -86,7 +108,7 @@ class State:
     def training(self, args, sums: Tensor) -> dict:
         """Return the optimizer's state dict and, under "run", the rest of the state; `sums` are over all processes."""
         plain = {name: getattr(self, name) for name in self.PLAIN}
-        raw = {"raw": self.model.state_dict(), "averaged": int(self.ema.n_averaged)} if self.ema else {}
+        raw = {"raw": self.model.state_dict(), "averaged": self.ema.updates} if self.ema else {}
         return {**self.optimizer.state_dict(), "run": {
             **plain, **raw, "sums": sums, "kept": self.kept, "precision": self.precision.state_dict(),
             "args": args.flags()}}
@@ -131,7 +153,7 @@ class State:
             self.kept = {name: value.to(parameters[0].device) for name, value in run.get("kept", {}).items()}
             if self.ema and "raw" in run:
                 self.model.load_state_dict(run["raw"])
-                self.ema.n_averaged.fill_(run["averaged"])
+                self.ema.updates = int(run["averaged"])
             return dict(run.get("args", {}))
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, IndexError):
             raise UsageError(f"--resume: {source} contains no optimizer state for this network") from None
