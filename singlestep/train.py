@@ -38,8 +38,9 @@ from .run.device import (
     evaluation_batch,
     kernel_search,
     memory_format,
+    peak_memory,
+    precision_hints,
     seed_everything,
-    slowdown,
     too_many_at_once,
 )
 from .run.distributed import Stop, World
@@ -346,8 +347,7 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
         yield f"files of an earlier run are now in {plan.aside}"
     if device.type == "cpu" and args.base_width >= 64 and args.model != "WideResNet" and not args.dummy:
         yield "on a CPU, this network takes hours; --base-width=16 is some ten times as fast"
-    if args.amp and device.type == "cpu" and (slower := slowdown(run.state.precision.dtype)) > 1.2:
-        yield f"{args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: leave --amp out"
+    yield from precision_hints(args, device)
     yield from options.idle_flags(args)
     if (args.chkpt_steps or 0) > run.steps:
         yield f"--chkpt-steps={args.chkpt_steps} has no effect: an epoch has {run.steps} steps, and saves at its end"
@@ -402,7 +402,8 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
     return {"train_time": state.seconds, "lr": run.schedule(state.epoch + 1), "train_robust_loss": sums["loss"] / n,
             "train_robust_acc": sums["correct"] / n, "defence_mean": 255 * sums["perturbation"] / n,
             "train_images": int(n), "train_rise": rise,
-            "abnormal": sums["abnormal"] / sums["compared"] if sums["compared"] else None}
+            "abnormal": sums["abnormal"] / sums["compared"] if sums["compared"] else None,
+            **peak_memory("train_memory", device)}
 
 
 def batch(run: Run, order: Tensor, drawn: dict[str, Tensor]) -> Batch:
@@ -530,9 +531,8 @@ def measure(run: Run) -> dict[str, Any]:
         validation = evaluate_network(run, state.evaluated, run.held_out, pgd).metrics()
         metrics |= {"val_robust_acc": validation["robust_acc"], "val_images": validation["images"]}
         score = validation["robust_acc"]
-    if run.world.device.type == "cuda":
-        metrics["peak_memory"] = torch.cuda.max_memory_allocated(run.world.device)
-    return {**metrics, "score": score, "test_time": time.perf_counter() - began}
+    return {**metrics, **peak_memory("test_memory", run.world.device), "score": score,
+            "test_time": time.perf_counter() - began}
 
 
 def evaluate_network(run: Run, model: nn.Module, images: Images, attack: PGD, begun: Restart | None = None,
@@ -686,7 +686,8 @@ def final_evaluation(run: Run) -> dict[str, Any]:
 
     pgd = PGD(args.epsilon / 255, args.pgd_alpha / 255, wanted["iters"], wanted["restarts"], args.seed)
     result = evaluate_network(run, model, run.test[:wanted["images"]], pgd, begun, keep)
-    return {**wanted, "seconds": time.perf_counter() - began, **result.metrics()}
+    return {**wanted, "seconds": time.perf_counter() - began, **result.metrics(),
+            **peak_memory("memory", run.world.device)}
 
 
 def interrupted(part: Path) -> dict[str, Any]:

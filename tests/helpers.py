@@ -85,12 +85,12 @@ def epochs_of(folder: Path) -> list[dict]:
 
 def without_times(folder: Path) -> tuple[list[dict], list[list[str]], dict]:
     """All that a run's logs say but for how long it took, a GPU's memory (of each process), and that it was resumed."""
-    records = [{key: value for key, value in record.items() if not key.endswith("_time") and key != "peak_memory"}
+    records = [{key: value for key, value in record.items() if not key.endswith(("_time", "memory"))}
                for record in epochs_of(folder)]
     lines = [line.split("\t") for line in (folder / "output.log").read_text().splitlines() if not line.startswith("#")]
     rows = [[cell for i, cell in enumerate(line) if i not in (1, 2) and not cell.startswith("time")] for line in lines]
     final = json.loads((folder / "final.json").read_text())
-    del final["seconds"]
+    final = {key: value for key, value in final.items() if key not in ("seconds", "memory")}
     return records, rows, final
 
 
@@ -101,7 +101,8 @@ def assert_same(left, right) -> None:
         assert left.dtype == right.dtype and torch.equal(left, right)
     elif isinstance(left, dict):
         assert left.keys() == right.keys()
-        for key in left.keys() - {"args", "starts", "seconds", "train_time", "test_time", "peak_memory"}:
+        for key in left.keys() - {"args", "starts", "seconds", "train_time", "test_time", "train_memory", "test_memory",
+                                  "memory"}:
             assert_same(left[key], right[key])
     elif isinstance(left, list):
         assert len(left) == len(right)

@@ -26,7 +26,7 @@ METHODS = ("fgsm", "zerograd", "multigrad", "pgd", "pgi", "trades")
 FLAGS = ("--dummy --device=cpu --base-width=16 --epochs=2 --lr-schedule=cyclic --lr-max=0.2 --train-samples=640 "
          "--test-samples=64 --last-samples=64 --final-iters=2 --final-restarts=2 --final-samples=64 --chkpt-steps=1 "
          "--resume=auto --quiet")
-NOT_COMPARED = {"train_time", "test_time", "peak_memory", "rollbacks"}
+NOT_COMPARED = {"train_time", "test_time", "peak_memory", "train_memory", "test_memory", "rollbacks"}
 
 
 def command(method: str, folder: Path) -> list[str]:

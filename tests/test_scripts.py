@@ -1,4 +1,5 @@
 """The scripts as a user runs them: the paper's commands, the files they leave, and every bad input."""
+import argparse
 import contextlib
 import json
 import os
@@ -29,6 +30,7 @@ from processes import forked
 from singlestep import attacks, collapse, data, networks, options, robustness, train
 from singlestep.networks import PreActResNet18
 from singlestep.options import FLAGS
+from singlestep.run import device
 from singlestep.run import state as states
 from singlestep.run.console import UsageError
 from singlestep.run.device import Precision
@@ -354,9 +356,40 @@ def test_eval_writes_its_own_logs_keeps_them_all_and_changes_nothing_else(tmp_pa
 def test_a_precision_that_is_slower_here_is_told_of(tmp_path, call, small_dummy, monkeypatch):
     flags = [*SMALL, "--epochs=1", "--fname", tmp_path / "run"]
     for factor, told in ((1.1, False), (7.0, True)):
-        monkeypatch.setattr(train, "slowdown", lambda dtype, factor=factor: factor)
+        monkeypatch.setattr(device, "slowdown", lambda dtype, factor=factor: factor)
         assert ("bfloat16 is 7.0 times as slow as float32" in call("train_cifar.py", *flags, "--amp")[1]) == told
     assert "times as slow" not in call("train_cifar.py", *flags)[1]
+
+
+@pytest.mark.parametrize("amp, dtype, supported, told", [
+    (True, "bfloat16", False, True), (True, "bfloat16", True, False), (True, "float16", False, False),
+    (False, "bfloat16", False, False)])
+def test_a_gpu_without_bfloat16_is_told_of(amp, dtype, supported, told, monkeypatch):
+    """As far as this can be seen without a GPU."""
+    def native(including_emulation=True):
+        return supported or including_emulation
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", native)
+    args = argparse.Namespace(amp=amp, amp_dtype=dtype)
+    hints = device.precision_hints(args, torch.device("cuda"))
+    assert hints == ["this GPU emulates bfloat16, which is slow: use --amp-dtype=float16"] * told
+
+
+def test_peak_memory_is_that_of_each_phase(tmp_path, call, small_dummy, monkeypatch):
+    """Training, evaluation, final evaluation: as on CUDA."""
+    memory, cuda, phase = [5], torch.device("cuda"), device.peak_memory
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: max(memory))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: memory.clear())
+
+    def as_on_cuda(name, device):
+        memory.append({"train_memory": 3, "test_memory": 2, "memory": 1}[name])
+        return phase(name, cuda)
+
+    monkeypatch.setattr(train, "peak_memory", as_on_cuda)
+    assert call("train_cifar.py", *SMALL, "--attack=fgsm", "--fname", tmp_path)[0] == 0
+    assert [(each["train_memory"], each["test_memory"]) for each in epochs_of(tmp_path)] == [(5, 2), (3, 2)]
+    assert json.loads((tmp_path / "final.json").read_text())["memory"] == 1
+    assert phase("memory", torch.device("cpu")) == {}
 
 
 @pytest.mark.parametrize("attack, batches", [("--attack=fgsm", 1), ("--attack=multigrad", 1),

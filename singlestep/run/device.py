@@ -266,6 +266,15 @@ class Precision:
             self.scaler.load_state_dict(state)
 
 
+def peak_memory(name: str, device: torch.device) -> dict[str, int]:
+    """Return {name: the most bytes of the GPU in use at once since the last call}, nothing for a CPU."""
+    if device.type != "cuda":
+        return {}
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return {name: peak}
+
+
 def evaluation_batch(batch_size: int, model: nn.Module, x: Tensor) -> int:
     """Return the number of images that each process evaluates at once, for training steps on `batch_size`.
 
@@ -319,6 +328,18 @@ def advice_on_failure(signals: StopSignals, advice: str) -> Iterator[None]:
                               midway=True) from None
             raise Failure(f"--compile: {str(error).partition(chr(10))[0]}; use --no-compile") from None
         raise
+
+
+def precision_hints(args, device: torch.device) -> list[str]:
+    """Lines to print if the lower precision of --amp is slow on this device."""
+    if not args.amp:
+        return []
+    if device.type == "cuda":
+        emulated = args.amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False)
+        return ["this GPU emulates bfloat16, which is slow: use --amp-dtype=float16"] if emulated else []
+    slower = slowdown(DTYPES[args.amp_dtype])
+    return [f"{args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: leave --amp out"] \
+        if slower > 1.2 else []
 
 
 def slowdown(dtype: torch.dtype) -> float:
