@@ -255,10 +255,11 @@ def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> 
     a = 2 epsilon min(1, 0.02 / (1 - v)). v measures how well g predicts g', the gradient at x + delta: it starts at
     0.99 and is updated after each step (see `sora_update`).
     """
-    v = step.kept.setdefault("sora", torch.tensor(0.99, dtype=torch.float64, device=x.device))
+    if "sora" not in step.kept:
+        step.kept["sora"] = torch.full((), 0.99, dtype=torch.float64, device=x.device)
     eta = start(x, epsilon)
     g, _ = input_gradient(model, x, y, eta, step)
-    a = 2 * epsilon * (0.02 / (1 - v).clamp(min=1e-12)).clamp(max=1)
+    a = 2 * epsilon * (0.02 / (1 - step.kept["sora"]).clamp(min=1e-12)).clamp(max=1)
     return box(eta + a.to(x.dtype) * torch.rand_like(x) * g.sign(), x, math.inf)
 
 
@@ -374,14 +375,15 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
     f(x + eta)) / B, with `Step.ramp`. f(x) is computed in train mode, f(x + eta) in eval mode.
     """
     delta = (epsilon / 2 * (2 * torch.rand_like(x) - 1).sign()).clamp(-x, 1 - x)
-    odd = step is not None and step.batch % 2 == 1
     with torch.no_grad(), frozen(model):
         clean = model(x).float()  # in every batch, as published, since it updates BatchNorm's running statistics
 
     def loss(logits: Tensor) -> Tensor:
         ce = F.cross_entropy(logits, y)
+        if step is None or step.batch % 2 == 0:
+            return ce
         term = torch.linalg.matrix_norm(clean - logits.float(), ord="nuc") / len(x)
-        return ce + weight * (step.ramp if step else 1.0) * term if odd else ce
+        return ce + weight * step.ramp * term
 
     with eval_mode(model):
         grad, _ = gradient(model, x, delta, loss)

@@ -79,7 +79,9 @@ def elle(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
     errors = (l_c - (1 - t) * l_a - t * l_b).square()
     if not adaptive:
         return loss + weight * errors.mean(), logits
-    kept = step.kept.setdefault("elle", torch.zeros(4, dtype=torch.float64, device=x.device))
+    if "elle" not in step.kept:
+        step.kept["elle"] = torch.zeros(4, dtype=torch.float64, device=x.device)
+    kept = step.kept["elle"]
     current, n, total, squares = kept.clone()  # current weight; number, sum and sum of squares of all earlier errors
     error = step.mean(errors)
     mean = total / n.clamp(min=1)

@@ -163,7 +163,8 @@ def attack_steps(model: nn.Module, images: Images, attack: PGD, batch_size: int,
             yield Step(len(index), left)
     for number in range(first, attack.restarts):
         yield Restart(number, result)
-        queue = mine[result.robust[mine].nonzero().squeeze(1)]
+        robust = result.robust[mine]
+        queue = mine[chosen(robust, *read(robust.sum()))]
         left = len(queue) * whole * (attack.restarts - number)
         for passes, spared in _restart(model, images, queue, attack, number, batch_size, precision, result):
             left -= passes + spared
@@ -178,7 +179,8 @@ def _clean(model: nn.Module, images: Images, index: Tensor, precision: Precision
     loss, right = F.cross_entropy(logits, y, reduction="none"), correct(logits, y)
     result.clean_loss[index], result.right[index], result.robust[index] = loss, right.float(), right
     result.robust_loss[index] = torch.where(right, 0, loss)
-    return int((~right).sum())
+    wrong, = read((~right).sum())
+    return wrong
 
 
 def _restart(model: nn.Module, images: Images, queue: Tensor, attack: PGD, number: int, batch_size: int,
@@ -214,8 +216,10 @@ def _restart(model: nn.Module, images: Images, queue: Tensor, attack: PGD, numbe
         result.magnitude[index] = torch.where(wrong | finished, delta.abs().mean(dim=(1, 2, 3)),
                                               result.magnitude[index])
         later = (attack.restarts - number - 1) * (attack.steps + 1)
-        yield len(index), int((wrong * (attack.steps - taken + later)).sum())
-        stays = (~(wrong | finished)).nonzero().squeeze(1)
+        stays = ~(wrong | finished)
+        spared, count = read((wrong * (attack.steps - taken + later)).sum(), stays.sum())
+        yield len(index), spared
+        stays = chosen(stays, count)
         delta = pgd_step(delta, grad, x, attack.epsilon, attack.alpha)[stays]
         x, y, index, taken, since = x[stays], y[stays], index[stays], taken[stays] + 1, since + 1
 
@@ -225,10 +229,21 @@ def _deciding_logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, logi
     """The logits, computed again in float32 wherever they decide: of misclassified and of finished images."""
     logits = logits.float()
     if not precision.is_float32:
-        suspect = (finished | ~correct(logits, y)).nonzero().squeeze(1)
+        suspects = finished | ~correct(logits, y)
+        suspect = chosen(suspects, *read(suspects.sum()))
         if len(suspect):
             logits[suspect] = precision.float32_logits(model, (x[suspect] + delta[suspect]).clamp(0, 1))
     return logits
+
+
+def read(*counts: Tensor) -> list[int]:
+    """The values of the counts. Nothing else in a step makes the host wait for the device."""
+    return torch.stack(counts).tolist()
+
+
+def chosen(mask: Tensor, count: int) -> Tensor:
+    """The indices at which `mask` (B,) holds, which are `count`, in order."""
+    return mask.byte().argsort(descending=True, stable=True)[:count]
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:

@@ -434,7 +434,7 @@ def train_step(run: Run, batch: Batch) -> None:
         delta = run.attack(run.network, x, y, epsilon, step=step, **alpha)
         delta.requires_grad_(run.update is not None)
         loss, logits = run.objective(run.forward, x, y, delta, epsilon, step)
-    scale = precision.scaler.get_scale() if run.update else 1.0
+    scale = precision.loss_scale(loss) if run.update else 1.0
     weight = len(y) * world.size / len(batch.whole)  # the processes' mean is that over images, though shares differ
     finite = precision.backward_and_step(loss * weight, state.optimizer)
     if run.update and delta.grad is not None:

@@ -256,6 +256,10 @@ class Precision:
         self.scaler.update()
         return finite
 
+    def loss_scale(self, loss: Tensor) -> Tensor:
+        """Return the factor of the loss in the next backward pass, a tensor; 1 but in float16."""
+        return self.scaler.scale(torch.ones_like(loss))
+
     def state_dict(self) -> dict:
         return self.apex.state_dict() if self.apex else self.scaler.state_dict()
 
