@@ -763,6 +763,8 @@ def check(args: Args) -> None:
     check_network(args)
     if args.multi_th > args.multi_samps:
         raise UsageError(f"--multi-th must be from 1 to --multi-samps ({args.multi_samps}), or -1, not {args.multi_th}")
+    if args.sync_bn and args.compile:
+        raise UsageError("--sync-bn cannot be compiled: leave --compile or --sync-bn out")
     attack, parallel = ATTACKS[args.attack], args.attack == "multigrad" and args.multi_parallel
     if OBJECTIVES[args.objective].start and (not attack.start or parallel):
         raise UsageError(f"--objective {args.objective} compares with the attack's start, and --attack {args.attack}"

@@ -240,6 +240,8 @@ def build(dataset: DataSet, args: Args, device: torch.device, world: World,
     precision = Precision(args, device)
     if args.sync_bn and (world.size == 1 or device.type != "cuda"):
         raise UsageError("--sync-bn is for several processes on CUDA, under torchrun")
+    if args.compile and args.compile_mode == "max-autotune" and world.size > 1:
+        raise UsageError("--compile-mode max-autotune fails under torchrun: use another mode")
     if network is None:
         seed_everything(WEIGHTS, args.seed)
         network = new_network(dataset, args)
@@ -562,13 +564,12 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
     state.history.append(record)
     state.begin_epoch(state.epoch + 1)
     if run.writes:
-        network = state.evaluated.state_dict()
-        if measured and not record["collapsed"]:
-            states.save(run.folder.file("model", "healthy"), network)
-        if measured and record["best"]:
-            states.save(run.folder.file("model", "best"), network)
-        if state.epoch % args.chkpt_iters == 0 or state.epoch == args.epochs:
-            states.save(run.folder.file("model", state.epoch - 1), network)
+        checkpoint = state.epoch % args.chkpt_iters == 0 or state.epoch == args.epochs
+        due: dict[str | int, bool] = {
+            "healthy": bool(measured) and not record["collapsed"], "best": bool(measured) and record["best"],
+            state.epoch - 1: checkpoint}
+        states.save_network(run.folder, state.evaluated.state_dict(), [name for name, is_due in due.items() if is_due])
+        if checkpoint:
             states.save(run.folder.file("opt", state.epoch - 1), state.training(args, state.sums))
     save(run)
     run.screen.say(console.epoch_line(record, state.history, args.epochs))  # last: standard output may be closed

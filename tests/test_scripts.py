@@ -1,6 +1,7 @@
 """The scripts as a user runs them: the paper's commands, the files they leave, and every bad input."""
 import argparse
 import contextlib
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from helpers import (
     ROOT,
     SIDE,
     SMALL,
+    TINY,
     SmallNet,
     assert_same_run,
     epochs_of,
@@ -359,6 +361,26 @@ def test_a_precision_that_is_slower_here_is_told_of(tmp_path, call, small_dummy,
         monkeypatch.setattr(device, "slowdown", lambda dtype, factor=factor: factor)
         assert ("bfloat16 is 7.0 times as slow as float32" in call("train_cifar.py", *flags, "--amp")[1]) == told
     assert "times as slow" not in call("train_cifar.py", *flags)[1]
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_network_is_written_once_and_later_ones_leave_it(links, tmp_path, call, first_is_best, small_dummy,
+                                                           monkeypatch):
+    written, save = [], states.save
+    monkeypatch.setattr(states, "save", lambda path, content: (written.append(path.name), save(path, content)))
+
+    def no_links(source, path):
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(collapse, "collapsed", lambda history: [False] * len(history))
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    assert call("train_cifar.py", *TINY, "--lr-max=0.1", "--fname", tmp_path)[0] == 0
+    assert [name for name in written if name.startswith("model")] == ["model_healthy.pth", "model_healthy.pth"]
+    first, last, best, healthy = (tmp_path / f"model_{name}.pth" for name in (0, 1, "best", "healthy"))
+    assert first.read_bytes() == best.read_bytes() != last.read_bytes() == healthy.read_bytes()
+    assert first.samefile(best) == last.samefile(healthy) == links
+    assert not list(tmp_path.glob(".*.part"))
 
 
 @pytest.mark.parametrize("amp, dtype, supported, told", [

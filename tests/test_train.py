@@ -27,7 +27,7 @@ from singlestep.data import Augmentation, Images
 from singlestep.robustness import PGD, evaluate
 from singlestep.run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError
 from singlestep.run.device import Compiled, bytes_per_image, choose_device, evaluation_batch, seed_everything
-from singlestep.run.distributed import World
+from singlestep.run.distributed import CPU, World
 from singlestep.run.folder import Folder
 from singlestep.run.state import State
 
@@ -446,8 +446,21 @@ def test_deterministic_on_cuda_asks_for_deterministic_kernels(monkeypatch):
             assert choose_device(args) == torch.device("cuda", 0)
             assert torch.are_deterministic_algorithms_enabled() == asked
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert not torch.utils.deterministic.fill_uninitialized_memory
     finally:
         torch.use_deterministic_algorithms(False)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def test_a_way_to_compile_that_fails_is_refused():
+    parse = partial(options.parse, options.CIFAR10)
+    args = parse(argv=["--compile", "--compile-mode=max-autotune", "--base-width=16"])
+    with pytest.raises(UsageError, match="--compile-mode max-autotune fails under torchrun"):
+        train.build(options.CIFAR10, args, CPU, World(0, 2))
+    args = parse(argv=["--compile-mode=max-autotune", "--base-width=4"])  # without --compile, it is not used
+    assert train.build(options.CIFAR10, args, CPU, World(0, 2))
+    with pytest.raises(UsageError, match="--sync-bn cannot be compiled: leave --compile or --sync-bn out"):
+        options.arguments(options.CIFAR10, dict(sync_bn=True, compile=True))
 
 
 def test_cudnn_searches_in_training_steps_and_in_no_evaluation(monkeypatch):

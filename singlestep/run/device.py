@@ -69,6 +69,7 @@ def choose_device(args) -> torch.device:
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow
     return torch.device("cuda", index)
 
 

@@ -37,6 +37,22 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
             os.close(directory)
 
 
+def link(source: Path, path: Path) -> None:
+    """Make `path` the same file as `source`, atomically: a hard link, or a copy where there are none.
+
+    Files are replaced, never changed, so a later `source` leaves `path` as it is.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:
+        with atomic_write(path) as file:
+            file.write(source.read_bytes())
+    else:
+        os.replace(temporary, path)
+
+
 def lock(path: str | Path, wait: float = 0) -> IO[str] | None:
     """Lock the file `path`, for up to `wait` seconds waiting for another process.
 

@@ -7,7 +7,8 @@
     args.json, output.log, metrics.jsonl, final.json    rewritten from the state on every save
 
 Checkpoints contain only tensors and plain values and are loaded with weights_only=True. Every file is written
-atomically. Files of an earlier run are moved to earlier_N/, never overwritten.
+atomically. Files of an earlier run are moved to earlier_N/, never overwritten. Networks that are saved at once are one
+file with several names (hard links).
 """
 import argparse
 import copy
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 
 from .console import UsageError
 from .device import Precision
-from .folder import Folder, atomic_write, read_records, write_logs
+from .folder import Folder, atomic_write, link, read_records, write_logs
 
 # Sums over the images of an epoch: loss, correct images, images, mean abs(delta); images whose loss the attack lowered,
 # images for which this is known; correct images and images in the first half of the epoch.
@@ -335,6 +336,15 @@ def save(path: Path, content: dict) -> None:
     torch.save(content, written)
     with atomic_write(path) as file:
         file.write(written.getbuffer())
+
+
+def save_network(folder: Folder, network: dict, names: list[str | int]) -> None:
+    """Write a state dict once, as model_{name}.pth for every name: the first file, and hard links to it."""
+    files = [folder.file("model", name) for name in names]
+    for file in files[:1]:
+        save(file, network)
+    for file in files[1:]:
+        link(files[0], file)
 
 
 def save_state(folder: Folder, state: State, args, sums: Tensor) -> None:
