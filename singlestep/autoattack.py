@@ -148,7 +148,8 @@ class AutoAttack:
 
     def breaks(self, part: str, x: Tensor, y: Tensor) -> Tensor:
         """Return for which images (B,) a part finds a misclassified image within the ball."""
-        changed = self.perturb[part](x.clone(), y.clone()).detach()
+        with self.precision.full():
+            changed = self.perturb[part](x.clone(), y.clone()).detach()
         inside = ((changed - x).abs() <= self.epsilon + EDGE) & (changed >= 0) & (changed <= 1)
         return inside.flatten(1).all(dim=1) & ~self._right(changed, y)
 

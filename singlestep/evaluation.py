@@ -27,6 +27,7 @@ from .run.device import (
     describe,
     evaluation_batch,
     memory_format,
+    precision_hints,
     too_many_at_once,
 )
 from .run.distributed import Stop, World
@@ -74,7 +75,6 @@ class Job:
 def main(args) -> None:
     """Evaluate the networks that evaluate.py's arguments name; an error ends the process."""
     with one_line_errors(), StopSignals() as signals, advice_on_failure(signals, NO_ROOM):
-        args.deterministic = False
         device = choose_device(args)
         world = World.join(device)
         if any(name in (*options.PARTS, "autoattack") for name in args.attacks):
@@ -97,7 +97,7 @@ def main(args) -> None:
 
 def evaluate_network(network: Callable[[], tuple[Opened, Images]], args, device: torch.device, stop: Stop) -> None:
     """Evaluate a network under evaluate.py's attacks. `network` reads it and its test images."""
-    job = open_job(network, device, Precision.float32(device, tf32=False), stop, Screen(stop.world.is_main))
+    job = open_job(network, device, Precision(args, device), stop, Screen(stop.world.is_main))
     job.batch_size = args.batch_size or job.batch_size
     job.images = job.images[:args.samples]
     epsilons = args.epsilons or (job.opened.args.epsilon,)
@@ -111,6 +111,8 @@ def evaluate_network(network: Callable[[], tuple[Opened, Images]], args, device:
             pgd = form_of_pgd(attack, epsilon, None, 0)
             for hint in options.reach_hints(f"{attack}, epsilon {epsilon:g}", pgd.steps, 255 * pgd.alpha, epsilon):
                 job.screen.say(f"# {hint}")
+    for hint in precision_hints(args, device):
+        job.screen.say(f"# {hint}")
     job.warnings = mismatch(job)
     for warning in job.warnings:
         job.screen.warn(warning)
@@ -255,7 +257,8 @@ def about(job: Job) -> dict[str, Any]:
     opened = job.opened
     return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "file": opened.source,
             "network": fingerprint(opened.model), **parameters(opened), "seed": opened.args.seed,
-            "samples": len(job.images), "batch_size": job.batch_size, "notes": opened.notes,
+            "samples": len(job.images), "batch_size": job.batch_size,
+            "precision": job.precision.name, "notes": opened.notes,
             **describe(job.images.labels.device, job.stop.world.size)}
 
 

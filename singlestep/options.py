@@ -644,6 +644,10 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--batch-size", type=number(int, 1, 10**6), help="images at once (default: 128; on CUDA up to 512, as its "
         "memory allows)")
+    add("--amp", action="store_true", help="run PGD, FGSM and CW in mixed precision; float32 decides what is robust")
+    add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="the lower precision of --amp")
+    add("--tf32", action="store_true", help="on CUDA, run PGD, FGSM and CW with convolutions in TF32; float32 decides")
+    p.set_defaults(amp_impl="native", deterministic=False)
     return p.parse_args(argv)
 
 

@@ -39,7 +39,7 @@ from singlestep.checkpoints import Opened, load_network, load_run
 from singlestep.data import Images
 from singlestep.networks import Normalize, PreActResNet18, ResNet18, WideResNet
 from singlestep.robustness import PGD, evaluate
-from singlestep.run import console
+from singlestep.run import console, device
 from singlestep.run import folder as folders
 from singlestep.run import state as states
 from singlestep.run.console import Screen, Stopped, StopSignals, UsageError, duration
@@ -641,6 +641,30 @@ def test_autoattack_finds_what_its_authors_evaluation_finds(batch_size, tmp_path
     assert sum(more["parts"].values()) == 56 - left.sum() and list(tmp_path.iterdir()) == job.unfinished
     alone, _, _ = evaluation.auto_attack(job, "apgd-ce", EPSILON)
     assert alone.sum() == 56 - more["parts"]["apgd-ce"]
+
+
+@pytest.mark.parametrize("flags, low", [([], "float32"), (["--amp"], "bfloat16"), (["--tf32"], "float32"),
+                                        (["--amp", "--amp-dtype=float16"], "float16")])
+def test_attacks_run_in_a_lower_precision_where_asked(flags, low, tmp_path, judged, short, monkeypatch):
+    """On a CPU, TF32 does not exist; AutoAttack is in float32 always."""
+    seen, convolve = set(), nn.Conv2d.forward
+
+    def spy(layer, x):
+        output = convolve(layer, x)
+        seen.add((str(output.dtype).removeprefix("torch."), torch.is_grad_enabled()))
+        return output
+
+    torch.save(PreActResNet18(base_width=4).state_dict(), tmp_path / "model.pth")
+    monkeypatch.setattr(nn.Conv2d, "forward", spy)
+    monkeypatch.setattr(device, "slowdown", lambda dtype: 1.0)
+    command = [tmp_path / "model.pth", "--data-set=cifar10", "--dummy", "--base-width=4", "--device=cpu",
+               "--samples=32"]
+    for attack, precision in (("pgd-1-1", low), ("apgd-ce", "float32")):
+        seen.clear()
+        assert judged(*command, f"--attacks={attack}", *flags)[0] == 0
+        assert {name for name, attacking in seen if attacking} == {precision}
+        assert {name for name, attacking in seen if not attacking} == {"float32"}
+        assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["precision"] == low
 
 
 def test_on_a_gpu_autoattack_has_batches_of_few_sizes(tmp_path, short, monkeypatch):

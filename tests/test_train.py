@@ -330,6 +330,7 @@ def test_tf32_is_off_where_it_is_refused_and_never_on_where_accuracy_is_judged(m
         args.tf32 = asked
         on_gpu = train.Precision(args, torch.device("cuda"))
         assert allowed() == (False, asked) and on_gpu.is_float32 != asked
+        assert on_gpu.name == ("tf32" if asked else "float32")
         assert train.Precision(args, torch.device("cpu")).is_float32
         with pytest.raises(KeyError):
             on_gpu.float32_logits(judge, torch.zeros(1))

@@ -223,18 +223,28 @@ class Precision:
 
     def float32_logits(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Return the logits of a float32 forward pass without gradients or TF32; all accuracies are measured so."""
+        with torch.no_grad(), self.full():
+            return model(x).float()
+
+    @contextlib.contextmanager
+    def full(self) -> Iterator[None]:
+        """Context of float32 without TF32."""
         before = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
         try:
-            lowered = self.apex.disable_casts() if self.apex else torch.autocast(self.device.type, enabled=False)
-            with torch.no_grad(), lowered:
-                return model(x).float()
+            with self.apex.disable_casts() if self.apex else torch.autocast(self.device.type, enabled=False):
+                yield
         finally:
             torch.backends.cudnn.allow_tf32 = before
 
     @property
     def is_float32(self) -> bool:
         return self.dtype is torch.float32 and not self.tf32
+
+    @property
+    def name(self) -> str:
+        """float32, tf32, bfloat16 or float16."""
+        return "tf32" if self.tf32 and self.dtype is torch.float32 else str(self.dtype).removeprefix("torch.")
 
     def backward_and_step(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         """Backpropagate `loss` and take one optimizer step. Returns whether loss and gradient are finite, a tensor.
