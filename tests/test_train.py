@@ -22,11 +22,11 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from singlestep import evaluation, networks, objectives, options, train
-from singlestep.attacks import confident_gradient, fgsm, input_gradient, zerograd
+from singlestep.attacks import confident_gradient, fgsm, frozen, input_gradient, zerograd
 from singlestep.data import Augmentation, Images
 from singlestep.robustness import PGD, evaluate
 from singlestep.run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError
-from singlestep.run.device import Compiled, bytes_per_image, choose_device, evaluation_batch, seed_everything
+from singlestep.run.device import Compiled, Padded, bytes_per_image, choose_device, evaluation_batch, seed_everything
 from singlestep.run.distributed import CPU, World
 from singlestep.run.folder import Folder
 from singlestep.run.state import State
@@ -513,6 +513,19 @@ def test_whole_training_batches_are_compiled_and_nothing_else(monkeypatch):
             assert modes == [mode] * compiled and torch.equal(found, model(x))
             # CUDA graphs, which the other modes use, write their next answer where this one is.
             assert not compiled or (found is answers[-1]) == (mode == "default")
+
+
+@pytest.mark.parametrize("wrap", [lambda model: Padded(model, 4), lambda model: Compiled(model, 4, "default")])
+def test_attacks_freeze_a_compiled_or_padded_network_without_a_walk_through_it(wrap, monkeypatch):
+    model = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    wrapped = wrap(model)
+    expected = list(model.parameters())
+    assert list(wrapped.state_dict()) == [f"model.{name}" for name in model.state_dict()]
+    monkeypatch.delattr(nn.Module, "named_parameters")
+    assert list(map(id, wrapped.parameters())) == list(map(id, expected))
+    with frozen(wrapped):
+        assert not any(parameter.requires_grad for parameter in expected)
+    assert all(parameter.requires_grad for parameter in expected)
 
 
 def test_a_state_within_a_step_is_not_saved(monkeypatch):

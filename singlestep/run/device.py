@@ -152,7 +152,19 @@ def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format
     return torch.contiguous_format if device.type == "cpu" and faulty else torch.channels_last
 
 
-class Compiled(nn.Module):
+class Wrapped(nn.Module):
+    """`model` behind another forward pass. Its parameters are listed once: attacks freeze them in every pass, and the
+    walk through all modules takes longer than the freezing."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.listed = model, list(model.parameters())
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        return iter(self.listed)
+
+
+class Compiled(Wrapped):
     """`model`, compiled for training batches whose size is a multiple of `batch_size`; all others run uncompiled.
 
     So the short last batch of an epoch and evaluations need no graphs of their own, and a resumed run takes the same
@@ -160,9 +172,9 @@ class Compiled(nn.Module):
     """
 
     def __init__(self, model: nn.Module, batch_size: int, mode: str):
-        super().__init__()
+        super().__init__(model)
         torch._dynamo.config.recompile_limit = 64  # one graph each for attack and training step, at each size
-        self.model, self.batch_size, self.overwritten = model, batch_size, mode != "default"
+        self.batch_size, self.overwritten = batch_size, mode != "default"
         self.compiled = torch.compile(model.forward, mode=mode, dynamic=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -173,15 +185,14 @@ class Compiled(nn.Module):
         return logits.clone() if self.overwritten else logits  # CUDA graphs reuse their output memory
 
 
-class Padded(nn.Module):
+class Padded(Wrapped):
     """`model` in eval mode, computed on batches of few sizes: smaller ones are filled with black images.
 
     cuDNN prepares its kernels anew for every size, and an evaluation has batches of all sizes.
     """
 
     def __init__(self, model: nn.Module, batch_size: int):
-        super().__init__()
-        self.model = model
+        super().__init__(model)
         self.sizes = [*(size for size in SIZES if size < batch_size), batch_size]
 
     def forward(self, x: Tensor) -> Tensor:
