@@ -17,9 +17,9 @@ class Attack:
     """A perturbation of attacks.py.
 
     keywords: keyword of the function -> flag; start: the attack computes logits and gradient at its starting point,
-    which an objective may use; update: function of attacks.py, called with delta's gradient after backward;
-    replays: flag with the number of steps per batch; defaults: flag -> default with this attack; requires: flag ->
-    required value.
+    which an objective may use; eval_mode: it runs the network in eval mode; update: function of attacks.py, called with
+    delta's gradient after backward; replays: flag with the number of steps per batch; defaults: flag -> default with
+    this attack; requires: flag -> required value.
 
     Texts: starts_at: the starting point of delta; step: formula of the next delta, before the clip; clip: what the next
     delta is clipped to.
@@ -27,6 +27,7 @@ class Attack:
 
     keywords: dict[str, str] = field(default_factory=dict)
     start: bool = True
+    eval_mode: bool = False
     update: str | None = None
     replays: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
@@ -119,7 +120,7 @@ ATTACKS: dict[str, Attack] = {
              "next delta",
         clip="pixels"),
     "ckpt": Attack(
-        dict(alpha="fgsm_alpha", count="ckpt_count"), defaults=dict(fgsm_alpha=1.25),
+        dict(alpha="fgsm_alpha", count="ckpt_count"), eval_mode=True, defaults=dict(fgsm_alpha=1.25),
         starts_at="U(±epsilon)",
         step="(k / c) box(delta + alpha sign(g)); k: the smallest of 1, ..., c - 1 at which the network in eval mode "
              "misclassifies the image, else c; k = 0 if the start is misclassified; c: `--ckpt-count`"),
@@ -132,11 +133,11 @@ ATTACKS: dict[str, Attack] = {
         starts_at="D, stored for each image; every `--pgi-reset` epochs, D = ±epsilon at random and M = 0",
         step="D + alpha sign(g), g with smoothed labels; then M = 0.3 M + g / norm1(g), D = box(D + alpha sign(M))"),
     "kl": Attack(
-        dict(alpha="pgd_alpha", steps="pgd_iters"), start=False,
+        dict(alpha="pgd_alpha", steps="pgd_iters"), start=False, eval_mode=True,
         starts_at="0.001 N(0, 1)",
         step="delta + alpha sign(h), `--pgd-iters` times; h: the gradient of KL(p(x) ‖ p(x + delta)) in eval mode"),
     "nuclear": Attack(
-        dict(alpha="fgsm_alpha", weight="nuclear_lambda"), start=False, defaults=dict(fgsm_alpha=1.0),
+        dict(alpha="fgsm_alpha", weight="nuclear_lambda"), start=False, eval_mode=True, defaults=dict(fgsm_alpha=1.0),
         starts_at="±epsilon / 2 at random",
         step="delta + alpha sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda "
              "norm_nuclear(f(x) - f(x + delta)) / B, with f(x + delta) in eval mode; lambda is that of the objective"),

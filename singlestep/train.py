@@ -431,6 +431,8 @@ def train_step(run: Run, batch: Batch) -> None:
     alpha = {} if run.alpha is None else {"alpha": growth * run.alpha}
     step = Step(run.network, len(run.train), batch.whole, state.epoch, batch.number, state.epoch / args.epochs,
                 state.kept, world.rank, world.size, world.sum, OBJECTIVES[args.objective].graph, checks=False)
+    if ATTACKS[args.attack].eval_mode:
+        world.broadcast_buffers(state.model)  # eval mode reads the running statistics, of which a state has rank 0's
     seed_everything(STEP, args.seed, state.epoch, state.step, world.rank)
     with precision.autocast():
         delta = run.attack(run.network, x, y, epsilon, step=step, **alpha)

@@ -466,6 +466,15 @@ def test_every_attack_warns_where_there_is_no_gradient_to_follow(name):
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize("name", RUNS_THE_NETWORK)
+def test_a_record_says_whether_its_attack_runs_the_network_in_eval_mode(name):
+    model, x, y = problem("smooth", 4)
+    modes = set()
+    model.train().register_forward_pre_hook(lambda module, inputs: modes.add(module.training))
+    called("attack", name, model, x, y)
+    assert (False in modes) == methods.ATTACKS[name].eval_mode
+
+
 def test_inference_mode_is_named():
     model, x, y = problem("smooth", 4)
     with torch.no_grad():
