@@ -142,8 +142,17 @@ def _from_zero() -> Table:
         for change, flags in changes.items()))
 
 
+def _papers_commands() -> Table:
+    rows = [(dataset, name, methods[name]) for dataset, quantile, methods in (
+        ("cifar10", "0.35", METHODS), ("cifar100", "0.45", CIFAR100_METHODS), ("svhn", "0.7", SVHN_METHODS))
+        for name in (f"ZeroGrad, q = {quantile}", "MultiGrad")]
+    return Table("The paper's commands", ("data set", "trained on"), tuple(
+        Row((dataset, name), dataset, flags, scales=("paper", "smoke")) for dataset, name, flags in rows))
+
+
 # In order of worth: where time is short, the first are made first.
 TABLES = {
+    "paper": _papers_commands(),
     "cifar10": Table("CIFAR-10, epsilon 8/255", ("trained on",), _methods("cifar10", {**METHODS, **PARALLEL})),
     "rivals": Table("CIFAR-10: the methods against catastrophic overfitting, at epsilon 8/255 and 16/255",
                     ("epsilon", "trained on"), tuple(

@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
-# Speed and tables at the paper's scale on a GPU, in order of worth and within a time:
-#     experiments/gpu.sh MINUTES [--data-dir DIR] [--jobs K]      (a relative DIR is taken from the project's folder)
-# Call it again until all runs are there; what is done is kept, and a run cut off goes on.
+# For anyone with one GPU and an hour. All files go to the folder OUT.
+#     experiments/gpu.sh OUT probe    what steps and evaluations take, without data; OUT/probe.jsonl, a line an item
+#     experiments/gpu.sh OUT table    the tables at the scale `paper`, the paper's commands first; OUT/report/paper.md
+# After an hour (--budget=MINUTES), the runs of `table` save and stop; the same command continues. Other flags go to
+# probe.py or reproduce.py (--data-dir=DIR, --jobs=3). With --dummy behind the word, both need no GPU and no data, and
+# only show that they work.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-[[ ${1:-} =~ ^[0-9]+$ ]] || { echo "gpu.sh: MINUTES must be a whole number, not '${1:-}'" >&2; exit 2; }
-time=$((60 * $1)) end=$((SECONDS + 60 * $1)); shift
-for mode in default reduce-overhead; do
-    speed=benchmarks/results/gpu_bfloat16_$mode.json
-    [ -e "$speed" ] || timeout --foreground $((time / 6 + 1)) python benchmarks/speed.py --device cuda --amp --compile \
-        --compile-mode "$mode" --json "$speed" || echo "$mode: not all was measured; $speed has what was, if any" >&2
-done
-status=0
-python experiments/reproduce.py --scale=paper --budget="$(((end - SECONDS) > 0 ? (end - SECONDS) / 60 : 0))" "$@" || status=$?
-python experiments/report.py --scale=paper || true  # there may be no results yet
+here=$(dirname "$0") out=${1:-} what=${2:-}
+[[ $out && $what =~ ^(probe|table)$ ]] || { echo "gpu.sh: use experiments/gpu.sh OUT probe or OUT table" >&2; exit 2; }
+shift 2
+[ "$what" = table ] || exec python3 "$here/probe.py" "$out" "$@"
+scale=paper tables='' status=0
+[ "${1:-}" != --dummy ] || { scale=smoke tables=paper; shift; }
+python3 "$here/reproduce.py" $tables --scale=$scale --budget=60 --runs="$out/runs" --results="$out/results" "$@" ||
+    status=$?
+[ ! -e "$out/results/$scale" ] || python3 "$here/report.py" --scale=$scale --results="$out/results" --out="$out/report"
 exit $status

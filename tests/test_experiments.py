@@ -8,11 +8,13 @@ import signal
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from helpers import DATASETS, ROOT, script
 from processes import Started, forked
 
@@ -21,6 +23,7 @@ from singlestep.run.folder import Folder
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import mixed
+import probe
 import report
 import reproduce
 import sheet
@@ -250,7 +253,8 @@ def test_only_the_array_task_that_was_stopped_is_put_into_the_queue_again(tmp_pa
 @pytest.fixture
 def run_main(call_main, monkeypatch):
     """A script of experiments/ within this process, without GPUs: run_main(module, *flags)."""
-    monkeypatch.setattr(reproduce, "cuda_devices", lambda: 0)
+    for module in (reproduce, probe):
+        monkeypatch.setattr(module, "cuda_devices", lambda: 0)
     return call_main
 
 
@@ -263,7 +267,8 @@ UNWRITABLE = "/proc/none"  # a folder that not even root can make
     (reproduce, ["--scale=paper"], "needs a GPU"), (reproduce, ["--scale=smoke", "--runs", __file__], "--runs"),
     (reproduce, ["--runs="], "--runs"), (reproduce, ["--results="], "--results"), (report, ["--out="], "--out"),
     (report, ["--results", "FOLDER"], "holds no results"), (report, ["--results="], "--results"),
-    (report, ["--scale=cpu", "--out", UNWRITABLE], "--out"), (sheet, ["FOLDER"], "args.json"), (sheet, [""], "run")])
+    (report, ["--scale=cpu", "--out", UNWRITABLE], "--out"), (sheet, ["FOLDER"], "args.json"), (sheet, [""], "run"),
+    (probe, ["FOLDER"], "needs a CUDA GPU"), (probe, ["", "--dummy"], "OUT"), (probe, [__file__, "--dummy"], "OUT")])
 def test_mistakes_are_one_line(run_main, tmp_path, module, flags, named):
     status, output, error = run_main(module, *(str(tmp_path) if flag == "FOLDER" else flag for flag in flags))
     assert (status, error.count("\n"), output) == (2, 1, "") and named in error
@@ -450,3 +455,73 @@ def test_the_shares_of_what_decides_are_those_of_outcomes_known_beforehand(tmp_p
     mixed.write_report("cpu-short-bf16", tmp_path, tmp_path)
     text = (tmp_path / "mixed.md").read_text()
     assert "| 0, 1 | 1 | 0 | 1 | 30.0 |" in text and "| 0, 1 | 100% | 0% | 0% | 0% |" in text and "| 2, 3 |" not in text
+
+
+def gpu_script(*words) -> subprocess.CompletedProcess:
+    """experiments/gpu.sh on a machine without a GPU."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return subprocess.run([ROOT / "experiments/gpu.sh", *words], text=True, capture_output=True,
+                          env={**os.environ, "PATH": path, "CUDA_VISIBLE_DEVICES": ""})
+
+
+def test_the_probe_writes_a_line_for_each_item(tmp_path):
+    """Also without a GPU: recorded steps have the bits of plain ones, and tests/test_cuda.py skips all its tests."""
+    done = gpu_script(tmp_path / "out", "probe", "--dummy")
+    assert done.returncode == 0, done.stderr
+    found = {line["item"]: line for line in map(json.loads, (tmp_path / "out/probe.jsonl").read_text().splitlines())}
+    assert not [line for line in found.values() if "error" in line]
+    assert {name.split()[0] for name in found} == {
+        "facts", "ceilings", "step", "evaluation", "captured", "kernels", "memory", "tests"}
+    for method in ("zerograd", "multigrad", "pgd"):
+        step = found[f"step --method={method} --amp"]
+        assert step["step"] == step["host"] == step["device"] > 0
+    for name in ("captured", "captured --amp"):
+        replayed = found[name]["replayed"]
+        assert replayed["tensors"] == 0 and replayed["of"] > 100 and not found[name]["graph"]
+    assert found["evaluation"]["epsilons"][0]["robust"] == 1
+    assert found["kernels --amp"]["longest"] and found["memory --model=WideResNet --amp"]["training"] > 0
+    tests = found["tests"]
+    assert tests["tests"] == tests["skipped"] > 0 and (tmp_path / "out/test_cuda.xml").exists()
+
+
+def test_an_item_that_fails_is_a_line_and_the_next_one_follows(tmp_path, run_main, monkeypatch):
+    def fails():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(probe.Probe, "items", lambda self: {"first": fails, "second": lambda: {"answer": 42}})
+    for _ in range(2):
+        status, _, error = run_main(probe, str(tmp_path), "--dummy")
+        assert (status, error) == (0, "")
+    first, second, *again = map(json.loads, (tmp_path / "probe.jsonl").read_text().splitlines())
+    assert first["error"] == "OutOfMemoryError: CUDA out of memory" and second["answer"] == 42
+    assert [line["item"] for line in again] == ["first", "second"]
+
+
+@pytest.mark.parametrize("change", ["sums of the epoch's second half", "a learning rate of the host"])
+def test_a_recorded_step_with_a_number_of_the_host_has_other_bits(change, monkeypatch, tmp_path):
+    item = probe.Probe(tmp_path, probe.DUMMY)
+    assert item.captured()["replayed"]["tensors"] == 0
+    if change.startswith("sums"):
+        monkeypatch.setattr(train.Run, "steps", 10)  # what is recorded at step 3 is not what step 5 does
+    else:
+        monkeypatch.setattr(probe.Captured, "step", lambda self: train.train_step(replace(
+            self.run, schedule=lambda t: self.rate.item()), self.batch))
+    assert item.captured()["replayed"]["tensors"] > 0
+
+
+@pytest.mark.slow
+def test_the_papers_commands_come_first_in_the_tables_of_a_gpu(tmp_path):
+    done = gpu_script(tmp_path, "table", "--dummy", "--seeds=1", "--only=cifar10_zerograd")
+    assert done.returncode == 0, done.stderr
+    assert [path.stem for path in (tmp_path / "results/smoke").iterdir()] == [
+        "cifar10_zerograd_zero-qval=0.35_seed=0"]
+    assert "ZeroGrad, q = 0.35" in (tmp_path / "report/smoke.md").read_text()
+    first, second, *_ = experiments(list(TABLES), "paper", (0, 1, 2))
+    assert [run.flags for run in (first, second)] == [
+        "--attack=zerograd --zero-qval=0.35", "--attack=multigrad --multi-samps=3"]
+
+
+@pytest.mark.parametrize("words", [[], ["out"], ["out", "both"]])
+def test_the_script_of_a_gpu_names_its_words(words):
+    done = gpu_script(*words)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and "OUT probe" in done.stderr
