@@ -1,17 +1,16 @@
 """What a GPU does with this code: a line of JSON for each item, written to OUT/probe.jsonl before the next one begins.
 
-    python experiments/probe.py OUT                    # needs a CUDA GPU, no data; some ten minutes
+    python experiments/probe.py OUT                    # needs a CUDA GPU, no data
     python experiments/probe.py OUT --only=captured    # the items with this in their names
     python experiments/probe.py OUT --dummy            # seconds, without a GPU: only to see that everything works
 
 Items: facts of the GPU; ceilings of copies, matrix products and launches; training steps; an epoch's evaluation; steps
-recorded as a CUDA graph; kernels by time; memory by network; tests/test_cuda.py, whose results also go to
+recorded as a CUDA graph; kernels by time; memory by network; last tests/test_cuda.py, whose results also go to
 OUT/test_cuda.xml. If an item fails, its line holds the error. Images and labels are random. A second call adds lines.
 """
 import contextlib
 import gc
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,7 +34,7 @@ from singlestep import options, train
 from singlestep.data import Images
 from singlestep.options import CIFAR10
 from singlestep.run.console import StopSignals, UsageError, one_line_errors, say
-from singlestep.run.device import cuda_devices, describe, kernel_search, seed_everything
+from singlestep.run.device import cuda_devices, describe, kernel_search, peak_memory, seed_everything
 from singlestep.run.distributed import World
 from singlestep.run.folder import Folder
 from singlestep.run.state import State
@@ -141,7 +140,7 @@ class Probe:
             first, again = (train.measure(run) for _ in range(2))
             found.append({"epsilon": epsilon, "first": first["test_time"], "again": again["test_time"],
                           "robust": again["test_robust_acc"]})
-        return {"epsilons": found, "images": len(run.test)}
+        return {"epsilons": found, "images": len(run.test), "evaluation_batch": run.evaluation_batch}
 
     def captured(self, *flags: str) -> dict[str, Any]:
         """Milliseconds of a ZeroGrad step replayed from a CUDA graph, and whether it has the bits of a plain step.
@@ -185,16 +184,13 @@ class Probe:
                 "longest": [[name[:120], calls, ms] for name, calls, ms in taken[:20]]}
 
     def memory(self, *flags: str) -> dict[str, Any]:
-        """Milliseconds of a ZeroGrad step; the most bytes in use in two steps, with cuDNN's search, and an evaluation.
-
-        On a CPU: the most bytes in use in the process so far.
-        """
+        """Milliseconds of a ZeroGrad step; on CUDA, the most bytes in use in steps and in an evaluation."""
         run = self.run("--method=zerograd", *flags)
         step = stepper(run)
         step()
-        ms, training = 1000 * self.seconds(step), self.peak()
-        train.measure(run)
-        return {"step": ms, "training": training, "evaluation": self.peak()}
+        ms, training = 1000 * self.seconds(step), peak_memory("training", self.device)
+        evaluation = train.measure(run).get("test_memory")
+        return {"step": ms, **training, "evaluation": evaluation, "evaluation_batch": run.evaluation_batch}
 
     def tests(self) -> dict[str, Any]:
         """Run tests/test_cuda.py. Its output goes to OUT/test_cuda.log."""
@@ -264,14 +260,6 @@ class Probe:
     def wait(self) -> None:
         if self.cuda:
             torch.cuda.synchronize()
-
-    def peak(self) -> int:
-        """The most bytes in use since the last call."""
-        if not self.cuda:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        most = torch.cuda.max_memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        return most
 
     def free(self) -> None:
         """Have the next item start with empty memory."""

@@ -479,7 +479,7 @@ def test_the_probe_writes_a_line_for_each_item(tmp_path):
         replayed = found[name]["replayed"]
         assert replayed["tensors"] == 0 and replayed["of"] > 100 and not found[name]["graph"]
     assert found["evaluation"]["epsilons"][0]["robust"] == 1
-    assert found["kernels --amp"]["longest"] and found["memory --model=WideResNet --amp"]["training"] > 0
+    assert found["kernels --amp"]["longest"] and found["memory --model=WideResNet --amp"]["evaluation_batch"] > 0
     tests = found["tests"]
     assert tests["tests"] == tests["skipped"] > 0 and (tmp_path / "out/test_cuda.xml").exists()
 
