@@ -53,7 +53,8 @@ reported PGD-50. The number on the right is the method's rank by PGD-10 after th
 In the tables, *reported* is the mean ± sample standard deviation over the seeds of the benchmark's PGD-50 on the test
 set; *last epoch* is PGD-10 on the validation images after the last epoch, of the network and of the averaged weights.
 Ranks are in parentheses; they compare methods by their means. *Collapse* lists, for each seed that collapses, the
-epochs in collapse (from 1).
+epochs in collapse (from 1). A network that loses its FGSM accuracy too is not in collapse: NuAT on Tiny-ImageNet ends
+without any.
 """
 
 
