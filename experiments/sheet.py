@@ -75,7 +75,8 @@ def read(folder: Path, data_dir: str | None) -> tuple[Any, dict[str, Any]]:
     try:
         started = json.loads((folder / "args.json").read_text(encoding="utf-8"))
         run, _ = SimpleNamespace(**options.run_flags(folder)), [start["commit"] for start in started["starts"]]
-        run.data_dir = data_dir or str(ROOT / os.path.expanduser(run.data_dir))  # reproduce.py starts runs in ROOT
+        recorded = os.path.expanduser(started["args"]["data_dir"])
+        run.data_dir = data_dir or str(ROOT / recorded)  # reproduce.py starts runs in ROOT
         return run, started
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise UsageError(f"{folder / 'args.json'} is damaged") from None

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .attacks import frozen
 from .data import Images
+from .options import PARTS
 from .robustness import correct
 from .run.console import UsageError
 from .run.device import Precision, padded
@@ -39,7 +40,7 @@ def parts_for(attack: str, classes: int) -> tuple[tuple[str, ...], list[str]]:
 
     Raises UsageError if there are none.
     """
-    wanted = tuple(COST) if attack == "autoattack" else (attack,)
+    wanted = PARTS if attack == "autoattack" else (attack,)
     parts = tuple(part for part in wanted if part != "apgd-t" or classes > 3)  # its loss compares four logits
     if not parts:
         raise UsageError(f"--attacks: {attack} needs four classes, and the data set has {classes}")

@@ -86,10 +86,10 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
             file = folder.file("model", which) if path.is_dir() else path
             number = re.fullmatch(r"model_(\d+)\.pth", file.name)
             content, source, epoch = read_checkpoint(file), str(file), int(number[1]) if number else None
+        options.check_network(args)
         model = new_network(dataset, args)
         notes += load_network(model, content, source, not given.keys() & CONSTANTS.keys(),
                               "last" if path.is_dir() else which)
-        options.check_network(args)
     except UsageError as error:
         raise UsageError(str(error).removeprefix("--resume: ")) from None
     notes += [] if run else assumptions(model, dataset, args)

@@ -276,7 +276,7 @@ def require_level(root: Path, files: Iterable[str], archive: str) -> None:
     if any((root / Path(name).name).exists() for name in files):
         raise UsageError(f"--data-dir {root} is one level too deep: give its parent folder, {root.resolve().parent}")
     for folder in root.glob("[!.]*"):
-        if any((folder / name).is_file() for name in (*files, archive)):
+        if any(os.path.isfile(folder / name) for name in filter(None, (*files, archive))):
             raise UsageError(f"--data-dir {root} is one level too high: give {folder}")
 
 
@@ -307,9 +307,9 @@ def _place(root: Path, files: Collection[str], make: Callable[[str], Any], failu
     finally:
         socket.setdefaulttimeout(patience)
         if held:
+            if root in new and not any((root / name).exists() for name in files):
+                (root / ".lock").unlink(missing_ok=True)
             held.close()
-        if root in new and not any((root / name).exists() for name in files):
-            (root / ".lock").unlink(missing_ok=True)
         for folder in new:
             with contextlib.suppress(OSError):  # not empty
                 folder.rmdir()

@@ -77,7 +77,7 @@ def main(args) -> None:
     with one_line_errors(), StopSignals() as signals, advice_on_failure(signals, NO_ROOM):
         device = choose_device(args)
         world = World.join(device)
-        if any(name in (*options.PARTS, "autoattack") for name in args.attacks):
+        if any(name in options.AUTOATTACK for name in args.attacks):
             library()
             if world.size > 1:
                 raise UsageError("--attacks: AutoAttack and its parts are for one process, without torchrun")
@@ -107,7 +107,7 @@ def evaluate_network(network: Callable[[], tuple[Opened, Images]], args, device:
         for hint in options.unit_hints(values):
             job.screen.say(f"# {hint}")
     for attack, epsilon in attacks:
-        if attack not in (*options.PARTS, "autoattack"):
+        if attack not in options.AUTOATTACK:
             pgd = form_of_pgd(attack, epsilon, None, 0)
             for hint in options.reach_hints(f"{attack}, epsilon {epsilon:g}", pgd.steps, 255 * pgd.alpha, epsilon):
                 job.screen.say(f"# {hint}")
@@ -187,7 +187,8 @@ def read(path: str | Path, which: str, flags: dict[str, Any], attacks: tuple[str
          out: str | None = None) -> tuple[Opened, Images]:
     """Open the network at `path` and its test images, and check what the attacks and the record need.
 
-    The folder of what is opened is that of evaluation.json: `out`, or the network's; none if that is not writable.
+    The returned `folder` is where evaluation.json goes: `out`, or else the network's; Folder(None) if that is not
+    writable.
     """
     opened = open_run(path, which, **flags)
     folder = Folder(out) if out else opened.folder
@@ -199,11 +200,12 @@ def read(path: str | Path, which: str, flags: dict[str, Any], attacks: tuple[str
         folder = Folder(None)
     folders.evaluations(folder)  # raises where the file is damaged, before anything is measured
     for attack in attacks:
-        if attack in (*options.PARTS, "autoattack"):
+        if attack in options.AUTOATTACK:
             opened.notes.extend(parts_for(attack, opened.dataset.classes)[1])
     images = testing(opened.dataset, opened.args.data_dir, opened.args.dummy)
-    stated = opened.dataset.stated(opened.dataset.statement())  # without functions that cannot be sent to a process
-    return opened._replace(folder=folder, dataset=stated), images
+    # A function of the user's may be one that cannot be sent to other processes.
+    dataset = replace(opened.dataset, source=opened.dataset.statement()["source"], peak=options.half)
+    return opened._replace(folder=folder, dataset=dataset), images
 
 
 def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device, precision: Precision,
@@ -253,7 +255,7 @@ def keep(job: Job, found: dict[str, Any]) -> None:
 
 
 def about(job: Job) -> dict[str, Any]:
-    """What a record says of an evaluation, its results aside."""
+    """The part of a record that is known before any attack."""
     opened = job.opened
     return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "file": opened.source,
             "network": fingerprint(opened.model), **parameters(opened), "seed": opened.args.seed,
@@ -264,9 +266,8 @@ def about(job: Job) -> dict[str, Any]:
 
 def warn(job: Job) -> None:
     """Print the warnings about the results."""
-    if job.stop.world.is_main:
-        for warning in suspicions(job):
-            say(f"\nwarning: {warning}")
+    for warning in suspicions(job):
+        job.screen.warn(warning)
 
 
 def parameters(opened: Opened) -> dict[str, Any]:
@@ -280,7 +281,7 @@ def parameters(opened: Opened) -> dict[str, Any]:
 
 def measure(job: Job, attack: str, epsilon: float) -> None:
     """Attack the images, epsilon in 1/255, and add a row."""
-    if attack not in (*options.PARTS, "autoattack"):
+    if attack not in options.AUTOATTACK:
         measure_pgd(job, attack, epsilon)
         return
     if not job.clean:
@@ -418,10 +419,10 @@ def suspicions(job: Job) -> list[str]:
                             f"that APGD does not: gradients may be masked")
         for name, row in rows.items():
             fgsm = rows.get("fgsm", row)
-            if row["step"] is not None and row["n"] == fgsm["n"] and row["robust"] > fgsm["robust"]:
+            same = (row["n"], row.get("file")) == (fgsm["n"], fgsm.get("file"))
+            if row["step"] is not None and same and row["robust"] > fgsm["robust"]:
                 warnings.append(f"at epsilon {epsilon:g}, {name} leaves {100 * row['accuracy']:.2f}% and fgsm "
-                                f"{100 * fgsm['accuracy']:.2f}%: take more steps or another step "
-                                f"(pgd-STEPS-RESTARTS-STEP)")
+                                f"{100 * fgsm['accuracy']:.2f}%: take more steps or another step")
             shares = row.get("no_gradient", 0.0)
             shares = shares if isinstance(shares, dict) else {name: shares}
             for part, share in shares.items():

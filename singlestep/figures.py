@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 from . import options
-from .collapse import collapsed
 from .methods import ATTACKS, DEPENDENT, METHODS, OBJECTIVES
 from .options import FLAGS
 from .run.console import UsageError, one_line_errors, say
@@ -63,6 +62,13 @@ def read_run(folder: Path) -> Run:
     if not epochs:
         raise UsageError(f"{folder}: no epoch is complete yet")
     return Run(folder, defaults(flags), epochs, final)
+
+
+def collapsed(epochs: list[dict[str, Any]]) -> list[bool]:
+    """Return for each epoch whether the run is in collapse after it."""
+    from . import collapse  # imports PyTorch
+
+    return collapse.collapsed(epochs)
 
 
 def defaults(flags: dict[str, Any]) -> dict[str, Any]:

@@ -190,6 +190,7 @@ def figure_path(text: str) -> str:
 
 
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of AutoAttack's standard version, in its order
+AUTOATTACK = (*PARTS, "autoattack")
 
 
 def attack_names(text: str) -> tuple[str, ...]:
@@ -438,7 +439,7 @@ FOREIGN = {"gpu": "device", "gpus": "device", "cuda": "device", "arch": "model",
 
 
 def similar(name: str, names: Iterable[str]) -> list[str]:
-    """The names that a name which is none of them may stand for: those in which it begins a word, or the nearest."""
+    """Return the names closest to an unknown one: those with a word that begins with it, else the nearest spelling."""
     plain = {each.strip("-").lower(): each for each in names}
     word = name.strip("-").lower().replace("_", "-")
     if FOREIGN.get(word) in plain:
@@ -463,7 +464,8 @@ def not_a_choice(name: str, value: Any, choices: list[str]) -> str:
     def plain(text: Any) -> str:
         return re.sub("[-_]", "", str(text).lower())
 
-    meant = [f"{option(other)}={choice}" for other in dict.fromkeys((name, "method", "attack", "objective"))
+    swapped = ("method", "attack", "objective")
+    meant = [f"{option(other)}={choice}" for other in (swapped if name in swapped else (name,))
              for choice in (choices if other == name else FLAGS[other].metadata["choices"])
              if plain(choice) == plain(value)]
     near = difflib.get_close_matches(str(value), choices, 1, 0.7)
@@ -707,13 +709,13 @@ def reach_hints(attack: str, steps: int, alpha: float, epsilon: float) -> list[s
     """A line to print if PGD's steps of `alpha` cannot lead from the centre of the ball to its surface."""
     if steps * alpha >= epsilon * (1 - 1e-9) or not steps:
         return []
-    return [f"{attack}: {steps} steps of {alpha:g}/255 do not cross the ball of {epsilon:g}/255, so accuracy may look "
+    return [f"{attack}: steps of {alpha:g}/255 do not reach across the ball of {epsilon:g}/255, so accuracy may look "
             f"too high: take more steps, or larger ones"]
 
 
 def pgd_hints(args: Args) -> list[str]:
     """Lines to print about a run's PGD, in training and in evaluation, where it is too weak."""
-    trained = ["pgd_iters"] if "pgd_iters" in in_effect(args) else []
+    trained = ["pgd_iters"] if "pgd_iters" in in_effect(args) and not args.eval else []
     return [hint for name in (*trained, "test_iters", "final_iters") for hint in reach_hints(
         f"{option(name)}={getattr(args, name)} --pgd-alpha={args.pgd_alpha:g}", getattr(args, name), args.pgd_alpha,
         args.epsilon)]

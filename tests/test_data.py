@@ -15,6 +15,7 @@ import tarfile
 import threading
 import time
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -349,6 +350,23 @@ def test_a_data_set_in_another_folder_is_named(name, there, given, advice, tmp_p
         read_torchvision(name, str(tmp_path / given))
     assert str(error.value) == f"--data-dir {tmp_path / given} {advice.format(tmp_path)}"
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+@pytest.mark.parametrize("name", ["CIFAR10", "SVHN"])
+def test_other_entries_of_the_folder_do_not_stop_a_download(name, tmp_path, no_network, monkeypatch):
+    """Another file, and a folder that may not be read."""
+    (tmp_path / "readme.txt").write_text("")
+    (tmp_path / "private").mkdir()
+    is_file = Path.is_file
+
+    def refused(path):
+        if path.parent.name == "private":
+            raise PermissionError(13, "Permission denied")
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    with pytest.raises(AssertionError, match="the network was used"):
+        read_torchvision(name, str(tmp_path))
 
 
 @pytest.mark.parametrize("script, package, fault", [

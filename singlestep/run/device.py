@@ -219,9 +219,9 @@ class Precision:
             torch.backends.cudnn.allow_tf32 = False
 
     @classmethod
-    def float32(cls, device: torch.device, tf32: bool = True) -> "Precision":
-        """Return float32 precision. On CUDA, `tf32` allows TF32 in attacks."""
-        return cls(SimpleNamespace(amp=False, tf32=tf32), device)
+    def float32(cls, device: torch.device) -> "Precision":
+        """Return float32 precision. On CUDA, attacks may use TF32."""
+        return cls(SimpleNamespace(amp=False, tf32=True), device)
 
     def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         if self.apex:

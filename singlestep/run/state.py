@@ -341,10 +341,11 @@ def save(path: Path, content: dict) -> None:
 def save_network(folder: Folder, network: dict, names: list[str | int]) -> None:
     """Write a state dict once, as model_{name}.pth for every name: the first file, and hard links to it."""
     files = [folder.file("model", name) for name in names]
-    for file in files[:1]:
-        save(file, network)
-    for file in files[1:]:
-        link(files[0], file)
+    for i, file in enumerate(files):
+        if i:
+            link(files[0], file)
+        else:
+            save(file, network)
 
 
 def save_state(folder: Folder, state: State, args, sums: Tensor) -> None:
@@ -377,8 +378,11 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def _refused(path: Path, reason: str) -> UsageError:
-    """The error about a file that torch.load cannot load for `reason`."""
-    beginning = path.read_bytes()[:200] if path.is_file() else b""
+    """Return the error about a file that torch.load cannot load for `reason`; CodeRefused if it could run code."""
+    beginning = b""
+    if path.is_file():
+        with open(path, "rb") as file:
+            beginning = file.read(200)
     foreign = re.search(r"GLOBAL (\w+(?:\.\w+)*)\s|(?:Unsupported|but got <)class '?([\w.]+)", reason)
     if foreign or beginning[:2] in (b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # pickles, but not torch.save's
         name = (foreign[1] or foreign[2]) if foreign else "a pickle"
