@@ -392,6 +392,8 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
 
 def pgd_step(delta: Tensor, grad: Tensor, x: Tensor, epsilon: float, alpha: float, norm: str = "l_inf") -> Tensor:
     """Return `delta` after one PGD step along `grad`, projected to the ball and clipped to the pixel range."""
+    if norm == "l_2":
+        grad = grad.nan_to_num()  # entries may overflow in float16; the sign of NaN is 0, too
     step = grad.sign() if norm == "l_inf" else grad / _norm(grad)
     return box(delta + alpha * step, x, epsilon, norm)
 

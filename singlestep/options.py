@@ -465,7 +465,7 @@ def not_a_choice(name: str, value: Any, choices: list[str]) -> str:
         return re.sub("[-_]", "", str(text).lower())
 
     swapped = ("method", "attack", "objective")
-    meant = [f"{option(other)}={choice}" for other in (swapped if name in swapped else (name,))
+    meant = [f"{option(other)}={choice}" for other in dict.fromkeys((name, *(swapped if name in swapped else ())))
              for choice in (choices if other == name else FLAGS[other].metadata["choices"])
              if plain(choice) == plain(value)]
     near = difflib.get_close_matches(str(value), choices, 1, 0.7)

@@ -246,6 +246,8 @@ ALL = {
 @settings(max_examples=40, deadline=None)
 @example(batch=1, channels=1, side=1, dtype=torch.float32, device="cpu", train=False, flat=True, scale=1.0,
          epsilon=0.03, corner=False, seed=0)
+@example(batch=5, channels=1, side=1, dtype=torch.float16, device="cpu", train=False, flat=False, scale=1e4,
+         epsilon=0.03, corner=False, seed=2)
 @given(batch=st.integers(1, 5), channels=st.integers(1, 3), side=st.integers(1, 6),
        dtype=st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16)),
        device=st.sampled_from(DEVICES), train=st.booleans(), flat=st.booleans(), scale=st.sampled_from((1.0, 1e4)),
