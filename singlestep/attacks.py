@@ -6,7 +6,7 @@ All attacks work in pixel space and share these arguments:
     x                 images in [0, 1], (B, C, H, W)
     y                 labels, (B,)
     epsilon, alpha    radius of the ball and step size, in the unit of x: 8/255, not 8
-    step              context of the training step; only `sora`, `free` and `pgi` require it
+    step              context of the training step; required by the attacks that keep tensors between steps
 
 An attack returns a detached perturbation delta of the shape of x with 0 <= x + delta <= 1. Unless its docstring says
 otherwise, abs(delta) <= epsilon (for l_2: the l_2 norm of each image's delta). The parameters, their `.grad` and the
@@ -47,7 +47,11 @@ class Step:
         rank, size: rank of this process and number of processes; a process takes every size-th image of the batch.
         sum: sums a tensor over all processes.
         keeps_graph: whether the objective backpropagates through `logits`.
-        start: perturbation at which the attack ran its first forward pass.
+        epochs: epochs of the run.
+        drawn: the augmentation of x: "top" and "left" of the crop in the padded image, "flip", each (B,).
+        padding: pixels by which the augmentation pads each side of an image before the crop.
+        optimizer: SGD, with one parameter group, for an attack that moves the weights.
+        start: perturbation at which the attack ran its first forward pass; with keeps_graph, a leaf of its graph.
         logits, gradient: logits at x + start, and the gradient of the mean cross-entropy with respect to start.
         checks: whether to check images, epsilon, logits and gradients, for which the host waits for the device.
     """
@@ -63,6 +67,10 @@ class Step:
     size: int = 1
     sum: Callable[[Tensor], Tensor] = torch.clone
     keeps_graph: bool = False
+    epochs: int = 1
+    drawn: dict[str, Tensor] = field(default_factory=dict)
+    padding: int = 0
+    optimizer: Any = None
     start: Any = None
     logits: Any = None
     gradient: Any = None
@@ -78,6 +86,15 @@ class Step:
         """Factor of NuAT's weight: min(done / 0.9, 1)."""
         return min(self.done / 0.9, 1.0)
 
+    def reserve(self, name: str, x: Tensor, *shape: int) -> None:
+        """Make `kept[name]` a tensor of zeros, (images, *shape), if it is not yet one for as many images.
+
+        It is in half precision, but in float64 for images in float64.
+        """
+        if name not in self.kept or len(self.kept[name]) != self.images:
+            dtype = torch.float64 if x.dtype is torch.float64 else torch.float16
+            self.kept[name] = torch.zeros(self.images, *shape, dtype=dtype, device=x.device)
+
     def store(self, name: str, rows: Tensor, whole: Tensor) -> None:
         """Write the rows of all processes into `kept[name]`.
 
@@ -89,6 +106,10 @@ class Step:
         together = torch.zeros(len(whole), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
         together[self.rank::self.size] = rows
         self.kept[name][whole] = self.sum(together).to(self.kept[name].dtype)
+
+    def same(self, values: Tensor) -> Tensor:
+        """Return rank 0's `values` on every process."""
+        return self.sum(values if self.rank == 0 else torch.zeros_like(values))
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of `values` (B,) over the images of all processes, detached."""
@@ -331,8 +352,7 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     D and M are stored in half precision. M is stored times the number of entries of 128 images, which makes it about 1.
     """
     for name in ("pgi", "pgi momentum"):
-        if name not in step.kept or len(step.kept[name]) != step.images:
-            step.kept[name] = torch.zeros(step.images, *x.shape[1:], dtype=torch.float16, device=x.device)
+        step.reserve(name, x, *x.shape[1:])
     if step.epoch % reset == 0:
         d, m = epsilon * (2 * torch.rand_like(x) - 1).sign(), torch.zeros_like(x)
     else:
@@ -444,11 +464,17 @@ def input_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, step: 
 
     The first call in a training step stores its results in `step` for the objective.
     """
+    return first_gradient(model, x, delta, lambda logits: F.cross_entropy(logits, y, label_smoothing=smoothing), step)
+
+
+def first_gradient(model: nn.Module, x: Tensor, delta: Tensor, mean_loss: Callable[[Tensor], Tensor],
+                   step: Step | None = None) -> tuple[Tensor, Tensor]:
+    """Like `gradient`, with logits detached. The first call in a training step stores its results in `step`."""
     first = step if step and step.start is None else None
-    grad, logits = gradient(model, x, delta, lambda logits: F.cross_entropy(logits, y, label_smoothing=smoothing),
-                            keep=first is not None and first.keeps_graph)
+    delta = delta.detach().requires_grad_(first is not None and first.keeps_graph)
+    grad, logits = gradient(model, x, delta, mean_loss, keep=delta.requires_grad)
     if first:
-        first.start, first.logits, first.gradient = delta.detach(), logits, grad
+        first.start, first.logits, first.gradient = delta, logits, grad
     return grad, logits.detach()
 
 
@@ -458,12 +484,13 @@ def gradient(model: nn.Module, x: Tensor, delta: Tensor, mean_loss: Callable[[Te
 
     Args:
         mean_loss: logits (B, classes) to a scalar, a mean over images.
-        keep: return logits with their graph, so that an objective can backpropagate through them to the parameters. By
-            default the parameters are frozen, which saves time and memory, and the logits are detached.
+        keep: return logits with their graph, so that an objective can backpropagate through them to the parameters and
+            to delta, a leaf that requires a gradient. By default the parameters are frozen, which saves time and
+            memory, and the logits are detached.
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("attacks need gradients: call them outside torch.inference_mode() (torch.no_grad() is fine)")
-    delta = delta.detach().requires_grad_()
+    delta = delta if keep else delta.detach().requires_grad_()
     with contextlib.nullcontext() if keep else frozen(model), torch.enable_grad():
         logits = model(x + delta)
         scale = 8 * 2 ** (len(x) - 1).bit_length()  # keeps float16 gradients from vanishing; a power of two is exact

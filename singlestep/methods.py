@@ -17,9 +17,11 @@ class Attack:
     """A perturbation of attacks.py.
 
     keywords: keyword of the function -> flag; start: the attack computes logits and gradient at its starting point,
-    which an objective may use; eval_mode: it runs the network in eval mode; update: function of attacks.py, called with
-    delta's gradient after backward; replays: flag with the number of steps per batch; defaults: flag -> default with
-    this attack; requires: flag -> required value.
+    which an objective may use; eval_mode: it runs the network in eval mode; update: function of attacks.py, called
+    after backward with the loss's gradient at `update_at`, "delta" or "start"; replays: flag with the number of steps
+    per batch; moves_weights: it changes the weights, so no graph can be kept; stored: perturbations that it stores for
+    each training image, or, with `stored_padded`, for each padded one; defaults: flag -> default with this attack;
+    requires: flag -> required value.
 
     Texts: starts_at: the starting point of delta; step: formula of the next delta, before the clip; clip: what the next
     delta is clipped to.
@@ -29,6 +31,10 @@ class Attack:
     start: bool = True
     eval_mode: bool = False
     update: str | None = None
+    update_at: str = "delta"
+    moves_weights: bool = False
+    stored: int = 0
+    stored_padded: bool = False
     replays: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     requires: dict[str, Any] = field(default_factory=dict)
@@ -48,7 +54,7 @@ class Objective:
 
     keywords: keyword of the function -> flag; start: needs the attack's logits and gradient at its start; graph:
     backpropagates through those logits; second_derivative: differentiates an input gradient; whole_batch: not a mean
-    over images, so a process's share gives another value than the batch.
+    over images, so a process's share gives another value than the batch; requires: flag -> required value.
 
     Texts: loss: formula of the training loss; weighting: how the weight in it is chosen.
     """
@@ -58,6 +64,7 @@ class Objective:
     graph: bool = False
     second_derivative: bool = False
     whole_batch: bool = False
+    requires: dict[str, Any] = field(default_factory=dict)
     loss: str = ""
     weighting: str = ""
 
@@ -129,7 +136,8 @@ ATTACKS: dict[str, Attack] = {
         starts_at="delta of the previous step",
         step="delta + epsilon sign(g), for the next step; g is from the backward pass of the weights"),
     "pgi": Attack(
-        dict(alpha="fgsm_alpha", reset="pgi_reset", smoothing="label_smoothing"), defaults=dict(fgsm_alpha=1.0),
+        dict(alpha="fgsm_alpha", reset="pgi_reset", smoothing="label_smoothing"), stored=2,
+        defaults=dict(fgsm_alpha=1.0),
         starts_at="D, stored for each image; every `--pgi-reset` epochs, D = ±epsilon at random and M = 0",
         step="D + alpha sign(g), g with smoothed labels; then M = 0.3 M + g / norm1(g), D = box(D + alpha sign(M))"),
     "kl": Attack(

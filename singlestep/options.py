@@ -771,14 +771,19 @@ def check(args: Args) -> None:
         raise UsageError(f"--multi-th must be from 1 to --multi-samps ({args.multi_samps}), or -1, not {args.multi_th}")
     if args.sync_bn and args.compile:
         raise UsageError("--sync-bn cannot be compiled: leave --compile or --sync-bn out")
-    attack, parallel = ATTACKS[args.attack], args.attack == "multigrad" and args.multi_parallel
-    if OBJECTIVES[args.objective].start and (not attack.start or parallel):
+    attack, objective = ATTACKS[args.attack], OBJECTIVES[args.objective]
+    parallel = args.attack == "multigrad" and args.multi_parallel
+    if objective.start and (not attack.start or parallel):
         raise UsageError(f"--objective {args.objective} compares with the attack's start, and --attack {args.attack}"
                          f"{' --multi-parallel' if parallel else ''} has none: use fgsm or nfgsm, for example")
-    if any(getattr(args, name) != value for name, value in attack.requires.items()):
-        needed = " and ".join(f"{option(name)} {value:g}" if isinstance(value, float) else f"{option(name)} {value}"
-                              for name, value in attack.requires.items())
-        raise UsageError(f"--attack {args.attack} needs {needed}")
+    for name, record in ((f"--attack {args.attack}", attack), (f"--objective {args.objective}", objective)):
+        if any(getattr(args, flag) != value for flag, value in record.requires.items()):
+            needed = " and ".join(f"{option(flag)} {value:g}" if isinstance(value, float) else f"{option(flag)} {value}"
+                                  for flag, value in record.requires.items())
+            raise UsageError(f"{name} needs {needed}")
+    if attack.moves_weights and objective.graph:
+        raise UsageError(f"--objective {args.objective} needs the logits at the weights of the step, which --attack "
+                         f"{args.attack} moves: use ce")
     if args.eval and args.resume == 0:
         raise UsageError("--eval needs a model: --resume N for model_{N-1}.pth, or --resume auto")
     if isinstance(args.resume, int) and args.resume > args.epochs and not args.eval:

@@ -354,6 +354,12 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
     if (args.chkpt_steps or 0) > run.steps:
         yield f"--chkpt-steps={args.chkpt_steps} has no effect: an epoch has {run.steps} steps, and saves at its end"
     yield from options.pgd_hints(args)
+    attack = ATTACKS[args.attack]
+    if attack.stored:
+        height, width, channels = run.train.pixels.shape[1:]
+        margin = 2 * run.augmentation.padding * attack.stored_padded
+        size = 2 * attack.stored * len(run.train) * channels * (height + margin) * (width + margin)
+        yield f"--attack {args.attack} stores {size / 1e6:,.0f} MB of perturbations, in half precision, on {device}"
     if run.world.size > 1 and OBJECTIVES[args.objective].whole_batch:
         yield (f"--objective {args.objective} is computed per process: its value with {run.world.size} processes "
                f"differs from that with 1")
@@ -429,9 +435,11 @@ def train_step(run: Run, batch: Batch) -> None:
     growth = min(1.0, now / args.eps_warmup) if args.eps_warmup else 1.0
     epsilon = growth * (args.epsilon / 255)
     alpha = {} if run.alpha is None else {"alpha": growth * run.alpha}
+    attack = ATTACKS[args.attack]
     step = Step(run.network, len(run.train), batch.whole, state.epoch, batch.number, state.epoch / args.epochs,
-                state.kept, world.rank, world.size, world.sum, OBJECTIVES[args.objective].graph, checks=False)
-    if ATTACKS[args.attack].eval_mode:
+                state.kept, world.rank, world.size, world.sum, OBJECTIVES[args.objective].graph, args.epochs,
+                batch.drawn, run.augmentation.padding, state.optimizer, checks=False)
+    if attack.eval_mode:
         world.broadcast_buffers(state.model)  # eval mode reads the running statistics, of which a state has rank 0's
     seed_everything(STEP, args.seed, state.epoch, state.step, world.rank)
     with precision.autocast():
@@ -441,8 +449,10 @@ def train_step(run: Run, batch: Batch) -> None:
     scale = precision.loss_scale(loss) if run.update else 1.0
     weight = len(y) * world.size / len(batch.whole)  # the processes' mean is that over images, though shares differ
     finite = precision.backward_and_step(loss * weight, state.optimizer)
-    if run.update and delta.grad is not None:
-        run.update(step, x, delta.detach(), delta.grad / (scale * weight), epsilon)
+    if run.update:
+        leaf = step.start if attack.update_at == "start" else delta
+        grad = torch.zeros_like(delta) if leaf.grad is None else leaf.grad / (scale * weight)
+        run.update(step, x, delta.detach(), grad, epsilon)
     if state.ema:
         state.ema.update()
     state.first_fault = torch.where(finite, state.first_fault, state.first_fault.clamp(max=state.step))

@@ -154,15 +154,17 @@ def free(net, x, y, epsilon, at):
 
 
 def pgi(net, x, y, epsilon, at, alpha, reset, smoothing=0.0):
-    """D and M, times the entries of 128 images, are kept here as they are, and rounded to half precision where they
-    are taken up again."""
+    """D and M, times the entries of 128 images, are kept here as they are and, for images in float32, rounded to half
+    precision where they are taken up again."""
     entries = 128 * x[0].numel()
     for name in ("D", "M"):
         at.kept.setdefault(name, torch.zeros(at.images, *x.shape[1:], dtype=x.dtype))
     if at.epoch % reset == 0:
         d, m = corners(x, epsilon), x * 0
     else:
-        d, m = (at.kept[name][at.index].half().to(x.dtype) for name in ("D", "M"))
+        d, m = (at.kept[name][at.index] for name in ("D", "M"))
+        if x.dtype == torch.float32:
+            d, m = d.half().float(), m.half().float()
     at.gradient, at.logits = slope(net, x, y, d, smoothing)
     m = 0.3 * m / entries + at.gradient / at.gradient.abs().sum()
     at.kept["D"][at.index], at.kept["M"][at.index] = ball(d + alpha * m.sign(), x, epsilon), m * entries

@@ -1,0 +1,110 @@
+"""Training steps against those that the methods' authors' own code took: see golden/README.md.
+
+The product's `train_step` gets the recorded images and, in place of random numbers, the recorded draws.
+"""
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from helpers import ROOT
+from torch import Tensor, nn
+
+from singlestep import options, train
+from singlestep.data import Images
+from singlestep.run.console import StopSignals
+from singlestep.run.distributed import CPU, World
+from singlestep.run.folder import Folder
+from singlestep.run.state import named_sums
+
+close = torch.testing.assert_close
+Arrays = dict[str, Tensor]
+
+
+class Network(nn.Module):
+    """The network of the recorded steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12)
+        self.linear = nn.Linear(12, 10)
+
+    def forward(self, x):
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.bn2(self.conv2(x)).relu()
+        return self.linear(x.mean(dim=(2, 3)))
+
+
+class Draws:
+    """PyTorch's random numbers, replaced by given ones in the order of the calls."""
+
+    def __init__(self, monkeypatch):
+        self.left: list[Tensor] = []
+        for name in ("rand", "rand_like", "randn_like", "randint"):
+            monkeypatch.setattr(torch, name, self.next)
+        monkeypatch.setattr(Tensor, "uniform_", lambda values, *bounds: values.copy_(self.next()))
+
+    def next(self, *args, **kwargs) -> Tensor:
+        return self.left.pop(0)
+
+
+def under(arrays: Arrays, prefix: str) -> Arrays:
+    """The arrays whose name begins with a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in arrays.items() if name.startswith(prefix)}
+
+
+def follow(monkeypatch, name: str, flags: str, passes: str, draws: Callable[[Arrays, Arrays], list[Tensor]],
+           kept: Callable[[Arrays], Arrays] = lambda arrays: {}, images: int = 6, padding: int = 0,
+           moved: bool = False) -> None:
+    """Take the recorded steps, and compare each with what the authors' code computed.
+
+    Args:
+        flags: of the training script, beside those of the recorded optimizer.
+        passes: what is added to x in each forward pass of a step, by the recorded name; "-" for a pass not recorded,
+            "0" for a clean one.
+        draws: (arrays of the step, hyperparameters) -> the random numbers of the step, in the order of the calls.
+        kept: the arrays under "kept." -> the tensors of `state.kept` that they are; also what is kept at first.
+        images: number of training images.
+        moved: whether the last pass is made with the weights recorded as "moved".
+    """
+    with np.load(ROOT / "tests" / "golden" / f"{name}.npz") as file:
+        arrays = {key: torch.from_numpy(np.array(file[key])) for key in file.files}
+    hyper = under(arrays, "hp.")
+    epochs = int(hyper.get("epochs", torch.tensor(30)))
+    args = options.parse(options.CIFAR10, argv=[
+        *f"--lr-schedule=onedrop --lr-drop=99 --lr-max=0.1 --batch-size=6 --epochs={epochs}".split(),
+        f"--epsilon={255 * hyper['eps'].item():g}", *flags.split()])
+    network = Network().double()
+    network.load_state_dict(under(arrays, "init."))
+    state, _ = train.build(options.CIFAR10, args, CPU, World(), network)
+    state.model.train()
+    state.kept.update(kept(under(arrays, "kept0.")))
+    own = Images.of(torch.zeros(images, 3, 8, 8), torch.zeros(images))
+    dataset = replace(options.CIFAR10, augmentation=dict(padding=padding, pad_mode="zero"))
+    run = train.assemble(dataset, args, state, Folder(None), World(), StopSignals(), [own] * 3)
+    seen: list[tuple[Tensor, Arrays]] = []
+    network.register_forward_pre_hook(lambda module, inputs: seen.append(
+        (inputs[0].detach().clone(), {key: value.detach().clone() for key, value in module.named_parameters()})))
+    random = Draws(monkeypatch)
+    for number in range(1, int(hyper["steps"]) + 1):
+        step = under(arrays, f"s{number}.")
+        x, y = step["x"], step["y"]
+        state.begin_epoch(int(step.get("epoch", torch.tensor(0))))
+        random.left = draws(step, hyper)
+        seen.clear()
+        drawn = {key: step[key] for key in ("top", "left", "flip") if key in step}
+        batch = int(step.get("batch", torch.tensor(number - 1)))
+        train.train_step(run, train.Batch(x, y, step.get("index", torch.arange(6)), drawn, batch))
+        assert not random.left, "not all draws were used"
+        recorded = passes.split()[-len(seen):]  # a pass at the beginning may be made in some steps only
+        assert len(seen) == len(recorded)
+        for (image, _), delta in zip(seen, recorded):
+            if delta != "-":
+                close(image, x + (step[delta] if delta != "0" else 0), rtol=0, atol=1e-6)
+        if moved:
+            close(seen[-1][1], under(step, "moved."), rtol=1e-6, atol=1e-6)
+        close(named_sums(state.sums)["loss"] / 6, step["loss"].item(), rtol=1e-6, atol=1e-6)
+        close(dict(network.state_dict()), under(step, "state."), rtol=1e-6, atol=1e-6)
+        for key, value in kept(under(step, "kept.")).items():
+            close(state.kept[key], value, rtol=1e-6, atol=1e-6)
