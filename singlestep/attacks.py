@@ -6,6 +6,7 @@ All attacks work in pixel space and share these arguments:
     x                 images in [0, 1], (B, C, H, W)
     y                 labels, (B,)
     epsilon, alpha    radius of the ball and step size, in the unit of x: 8/255, not 8
+    smoothing         label smoothing of the cross-entropy whose gradient is taken
     step              context of the training step; required by the attacks that keep tensors between steps
 
 An attack returns a detached perturbation delta of the shape of x with 0 <= x + delta <= 1. Unless its docstring says
@@ -164,20 +165,20 @@ def checked(attack: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 @checked
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, init: str = "random",
-         step: Step | None = None) -> Tensor:
+         step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """FGSM (Goodfellow et al., arXiv 1412.6572) or, with a random start, FGSM-RS (Wong et al., arXiv 2001.03994).
 
     delta = box(eta + alpha sign(g)), g the gradient at x + eta; eta = 0 with init "zero", eta ~ U(-epsilon, epsilon)
     with init "random". Passes: 2.
     """
     delta = start(x, epsilon, init)
-    grad, _ = input_gradient(model, x, y, delta, step)
+    grad, _ = input_gradient(model, x, y, delta, step, smoothing)
     return box(delta + alpha * grad.sign(), x, epsilon)
 
 
 @checked
 def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, q: float, steps: int = 1,
-             init: str = "random", step: Step | None = None) -> Tensor:
+             init: str = "random", step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """ZeroGrad (arXiv 2103.15476): FGSM that ignores the smallest gradient entries of each image.
 
     delta = box(eta + alpha sign(g')); g' is the gradient g with at most a fraction `q` of each image's entries set to
@@ -185,14 +186,15 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: floa
     """
     delta = start(x, epsilon, init)
     for _ in range(steps):
-        grad, _ = input_gradient(model, x, y, delta, step)
+        grad, _ = input_gradient(model, x, y, delta, step, smoothing)
         delta = box(delta + alpha * quantile_mask(grad, q).sign(), x, epsilon)
     return delta
 
 
 @checked
 def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, samples: int = 3,
-              threshold: int | None = None, parallel: bool = False, step: Step | None = None) -> Tensor:
+              threshold: int | None = None, parallel: bool = False, step: Step | None = None,
+              smoothing: float = 0.0) -> Tensor:
     """MultiGrad (arXiv 2103.15476): one step along the signs on which several gradients agree.
 
     delta = box(alpha s); s is the sign on which the gradients at x + eta_i, eta_i ~ U(-epsilon, epsilon), i = 1 ..
@@ -207,9 +209,10 @@ def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: flo
         raise ValueError(f"samples must be 1 or more, not {samples}")
     if parallel:
         xs, ys = torch.cat([x] * samples), torch.cat([y] * samples)
-        grads = input_gradient(model, xs, ys, start(xs, epsilon))[0].unflatten(0, (samples, len(x)))
+        grads = input_gradient(model, xs, ys, start(xs, epsilon), None, smoothing)[0].unflatten(0, (samples, len(x)))
     else:
-        grads = torch.stack([input_gradient(model, x, y, start(x, epsilon), step)[0] for _ in range(samples)])
+        grads = torch.stack([input_gradient(model, x, y, start(x, epsilon), step, smoothing)[0]
+                             for _ in range(samples)])
     return box(alpha * sign_consensus(grads, samples if threshold is None else threshold), x, epsilon)
 
 
@@ -255,14 +258,14 @@ def none(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step | No
 
 @checked
 def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, k: float = 2.0,
-          step: Step | None = None) -> Tensor:
+          step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """N-FGSM (de Jorge et al., arXiv 2202.01181): FGSM from larger noise, without projection to the ball.
 
     delta = eta + alpha sign(g), eta ~ U(-k epsilon, k epsilon), clipped to the pixel range only, so abs(delta) can
     reach k epsilon + alpha. Passes: 2.
     """
     eta = start(x, k * epsilon)
-    grad, _ = input_gradient(model, x, y, eta, step)
+    grad, _ = input_gradient(model, x, y, eta, step, smoothing)
     return box(eta + alpha * grad.sign(), x, math.inf)
 
 
@@ -294,14 +297,17 @@ def sora_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: flo
 
 @checked
 def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, count: int = 3,
-         step: Step | None = None) -> Tensor:
+         step: Step | None = None, mode: str = "eval", smoothing: float = 0.0) -> Tensor:
     """FGSM-RS with checkpoints (Kim et al., arXiv 2010.01799). Passes: 2 + (count - 1) / 3.
 
     delta = (k / count) delta_RS. For each image, k is the smallest of 1 .. count - 1 at which the model in eval mode
-    misclassifies the image, else count. delta = 0 for an image that is misclassified at its random start.
+    misclassifies the image, else count. delta = 0 for an image that is misclassified at its random start. The pass at
+    the start, which gives delta_RS, is in eval mode, as in the authors' code, or in the model's own mode with `mode`
+    "train", as in FastAT_Benchmark.
     """
     eta = start(x, epsilon)
-    grad, logits = input_gradient(model, x, y, eta, step)
+    with eval_mode(model) if mode == "eval" else contextlib.nullcontext():
+        grad, logits = input_gradient(model, x, y, eta, step, smoothing)
     delta = box(eta + alpha * grad.sign(), x, epsilon)
     share = torch.ones(len(x), dtype=x.dtype, device=x.device)
     with torch.no_grad(), frozen(model), eval_mode(model):
@@ -387,7 +393,7 @@ def kl(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, ste
 
 @checked
 def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, weight: float,
-            step: Step | None = None) -> Tensor:
+            step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """The attack of NuAT (Sriramanan et al., NeurIPS 2021). Passes with the objective `nuclear`: 3.3.
 
     delta = box(eta + alpha sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
@@ -399,7 +405,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
         clean = model(x).float()  # in every batch, as published, since it updates BatchNorm's running statistics
 
     def loss(logits: Tensor) -> Tensor:
-        ce = F.cross_entropy(logits, y)
+        ce = F.cross_entropy(logits, y, label_smoothing=smoothing)
         if step is None or step.batch % 2 == 0:
             return ce
         term = torch.linalg.matrix_norm(clean - logits.float(), ord="nuc") / len(x)

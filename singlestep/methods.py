@@ -98,26 +98,44 @@ class Method:
         return {**self.flags, **self.on.get(data_set, {})}
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """The training protocol of a paper or a benchmark, for any method.
+
+    flags: flag -> value; on: data set's name -> flags for that data set only; methods: method -> flags for that method
+    only.
+    """
+
+    flags: dict[str, Any]
+    on: dict[str, dict[str, Any]] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def flags_on(self, data_set: str, method: str | None) -> dict[str, Any]:
+        """The flags that it sets for a method on a data set."""
+        return {**self.flags, **self.on.get(data_set, {}), **self.methods.get(method or "", {})}
+
+
 ATTACKS: dict[str, Attack] = {
     "multigrad": Attack(
-        dict(alpha="fgsm_alpha", samples="multi_samps", threshold="multi_th", parallel="multi_parallel"),
+        dict(alpha="fgsm_alpha", samples="multi_samps", threshold="multi_th", parallel="multi_parallel",
+             smoothing="attack_smoothing"),
         starts_at="0",
         step="delta + alpha s; s: the sign on which at least `--multi-th` (-1: all) of the gradients at "
              "`--multi-samps` points x + U(±epsilon) agree, else 0"),
     "zerograd": Attack(
-        dict(alpha="fgsm_alpha", q="zero_qval", steps="zero_iters", init="fgsm_init"),
+        dict(alpha="fgsm_alpha", q="zero_qval", steps="zero_iters", init="fgsm_init", smoothing="attack_smoothing"),
         starts_at="0 or U(±epsilon)",
         step="delta + alpha sign(z), `--zero-iters` times; z: g, but 0 where abs(g) is below the q-quantile of its "
              "image; q: `--zero-qval`"),
     "fgsm": Attack(
-        dict(alpha="fgsm_alpha", init="fgsm_init"),
+        dict(alpha="fgsm_alpha", init="fgsm_init", smoothing="attack_smoothing"),
         starts_at="0 or U(±epsilon)", step="delta + alpha sign(g)"),
     "pgd": Attack(
         dict(alpha="pgd_alpha", steps="pgd_iters"),
         starts_at="U(±epsilon)", step="delta + alpha sign(g), `--pgd-iters` times"),
     "none": Attack(start=False, starts_at="0", step="none", clip="none"),
     "nfgsm": Attack(
-        dict(alpha="fgsm_alpha", k="noise_k"), defaults=dict(fgsm_alpha=1.0),
+        dict(alpha="fgsm_alpha", k="noise_k", smoothing="attack_smoothing"), defaults=dict(fgsm_alpha=1.0),
         starts_at="U(±k epsilon); k: `--noise-k`", step="delta + alpha sign(g)", clip="pixels"),
     "sora": Attack(
         update="sora_update", requires=dict(objective="ce", label_smoothing=0.0, amp_impl="native"),
@@ -127,10 +145,12 @@ ATTACKS: dict[str, Attack] = {
              "next delta",
         clip="pixels"),
     "ckpt": Attack(
-        dict(alpha="fgsm_alpha", count="ckpt_count"), eval_mode=True, defaults=dict(fgsm_alpha=1.25),
+        dict(alpha="fgsm_alpha", count="ckpt_count", mode="ckpt_mode", smoothing="attack_smoothing"), eval_mode=True,
+        defaults=dict(fgsm_alpha=1.25),
         starts_at="U(±epsilon)",
         step="(k / c) box(delta + alpha sign(g)); k: the smallest of 1, ..., c - 1 at which the network in eval mode "
-             "misclassifies the image, else c; k = 0 if the start is misclassified; c: `--ckpt-count`"),
+             "misclassifies the image, else c; k = 0 if the start is misclassified; c: `--ckpt-count`; the pass at the "
+             "start is in the mode `--ckpt-mode`"),
     "free": Attack(
         start=False, update="free_update", replays="free_replays",
         starts_at="delta of the previous step",
@@ -145,7 +165,8 @@ ATTACKS: dict[str, Attack] = {
         starts_at="0.001 N(0, 1)",
         step="delta + alpha sign(h), `--pgd-iters` times; h: the gradient of KL(p(x) ‖ p(x + delta)) in eval mode"),
     "nuclear": Attack(
-        dict(alpha="fgsm_alpha", weight="nuclear_lambda"), start=False, eval_mode=True, defaults=dict(fgsm_alpha=1.0),
+        dict(alpha="fgsm_alpha", weight="nuclear_lambda", smoothing="attack_smoothing"), start=False, eval_mode=True,
+        defaults=dict(fgsm_alpha=1.0),
         starts_at="±epsilon / 2 at random",
         step="delta + alpha sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda "
              "norm_nuclear(f(x) - f(x + delta)) / B, with f(x + delta) in eval mode; lambda is that of the objective"),
@@ -184,6 +205,8 @@ OBJECTIVES: dict[str, Objective] = {
         weighting="fixed"),
 }
 
+WARM_UP_ON_SVHN = {"SVHN": dict(eps_warmup=5.0, lr_max=0.05)}  # as in the authors' codes
+
 METHODS: dict[str, Method] = {
     "fgsm": Method(
         dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0), "2", "arXiv 1412.6572",
@@ -198,25 +221,27 @@ METHODS: dict[str, Method] = {
         text="one step, in the entries where the gradients at several random points agree in sign"),
     "pgd": Method(dict(attack="pgd"), "11", "arXiv 1706.06083", text="multi-step training: ten steps"),
     "n-fgsm": Method(
-        dict(attack="nfgsm", fgsm_alpha=1.0), "2", "arXiv 2202.01181",
+        dict(attack="nfgsm", fgsm_alpha=1.0), "2", "arXiv 2202.01181", WARM_UP_ON_SVHN,
         text="FGSM-RS with more noise and without the clip to the epsilon ball"),
     "n-aaer": Method(
-        dict(attack="nfgsm", fgsm_alpha=1.0, objective="aaer"), "2", "arXiv 2404.08154",
+        dict(attack="nfgsm", fgsm_alpha=1.0, objective="aaer"), "2", "arXiv 2404.08154", WARM_UP_ON_SVHN,
         text="N-FGSM with a penalty on images whose loss the attack lowers"),
     "rs-aaer": Method(
-        dict(attack="fgsm", fgsm_alpha=1.25, objective="aaer"), "2", "arXiv 2404.08154",
+        dict(attack="fgsm", fgsm_alpha=1.25, objective="aaer"), "2", "arXiv 2404.08154", WARM_UP_ON_SVHN,
         text="FGSM-RS with a penalty on images whose loss the attack lowers"),
     "gradalign": Method(
         dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.25, objective="gradalign"), "5", "arXiv 2007.02617",
+        WARM_UP_ON_SVHN,
         text="FGSM with a penalty that aligns the gradients at two points of the ball"),
     "elle": Method(
         dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle"), "5", "arXiv 2401.11618",
+        WARM_UP_ON_SVHN,
         text="FGSM with a penalty on the deviation of the loss from a linear function"),
     "elle-a": Method(
         dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle", elle_adaptive=True), "5",
-        "arXiv 2401.11618", text="ELLE; the weight is set when the penalty jumps, else decays"),
+        "arXiv 2401.11618", WARM_UP_ON_SVHN, text="ELLE; the weight is set when the penalty jumps, else decays"),
     "free": Method(
-        dict(attack="free"), "1", "arXiv 1904.12843",
+        dict(attack="free"), "1", "arXiv 1904.12843", {"SVHN": dict(lr_max=0.04)},
         text="several steps on each batch; one backward pass updates both weights and perturbation"),
     "ckpt": Method(
         dict(attack="ckpt", fgsm_alpha=1.25), "2.7", "arXiv 2010.01799",
@@ -236,11 +261,15 @@ METHODS: dict[str, Method] = {
         text="a step of random length, shorter as the loss becomes less linear"),
 }
 
-# The training protocols of other comparisons: the flags that each sets.
-RECIPES: dict[str, dict[str, Any]] = {
-    # github.com/fzjcdt/FastAT_Benchmark, but for its learning rate, which moves once an epoch
-    "fastat": dict(model="ResNet18", epochs=100, lr_schedule="onecycle", lr_max=0.1, label_smoothing=0.4, ema=0.9995,
-                   val_size=1000, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), final_model="best"),
+RECIPES: dict[str, Recipe] = {
+    # arXiv 2103.15476
+    "paper": Recipe(dict(epochs=30, lr_schedule="cyclic", lr_max=0.2), {"SVHN": dict(epochs=15, lr_max=0.01)}),
+    # github.com/fzjcdt/FastAT_Benchmark
+    "fastat": Recipe(
+        dict(model="ResNet18", epochs=100, lr_schedule="onecycle-epoch", lr_max=0.1, label_smoothing=0.4, ema=0.9995,
+             val_size=1000, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), pad_mode="zero", rotate=0.0, final_model="best"),
+        methods={**{name: dict(attack_smoothing=0.4) for name in ("fgsm", "fgsm-rs", "n-fgsm", "nuat")},
+                 "ckpt": dict(attack_smoothing=0.4, ckpt_mode="train")}),
 }
 
 # The networks: keyword of the class -> flag.
@@ -275,6 +304,23 @@ def aaer_lambdas(args) -> tuple[float, float, float]:
     return (1.0, *values[min(values, key=lambda epsilon: abs(epsilon - args.epsilon))])
 
 
+def noise_k(args) -> float:
+    """2; 3 on SVHN at large epsilon, 4 for wide networks at larger ones (arXiv 2202.01181)."""
+    if args.model == "WideResNet" and args.epsilon >= 16:
+        return 4.0
+    return 3.0 if args.data_set == "SVHN" and args.epsilon >= 12 else 2.0
+
+
+def momentum(args) -> float:
+    """0.9 as in arXiv 2103.15476; with onecycle as in PyTorch."""
+    return 0.95 if args.lr_schedule.startswith("onecycle") else 0.9
+
+
+def momentum_low(args) -> float:
+    """The momentum itself; with onecycle as in PyTorch."""
+    return 0.85 if args.lr_schedule.startswith("onecycle") else args.momentum
+
+
 def fgsm_alpha(args) -> float:
     """The attack's own, else 2, as in arXiv 2103.15476."""
     return ATTACKS[args.attack].defaults.get("fgsm_alpha", 2.0)
@@ -283,5 +329,5 @@ def fgsm_alpha(args) -> float:
 # Flags whose default depends on others.
 DEPENDENT: dict[str, Callable[[Any], Any]] = {
     "gradalign_lambda": gradalign_lambda, "elle_lambda": elle_lambda, "aaer_lambdas": aaer_lambdas,
-    "fgsm_alpha": fgsm_alpha,
+    "fgsm_alpha": fgsm_alpha, "noise_k": noise_k, "momentum": momentum, "momentum_low": momentum_low,
 }

@@ -238,7 +238,8 @@ def flag(group: str, help: str, default: Any = None, parse: Callable[[str], Any]
 class Args:
     """The flags of a training script. Epsilon, steps and radii are in 1/255 or in epsilons, as on the command line.
 
-    data_set, statement: the data set's name and its statement; given: names of the flags that the user gave.
+    data_set, statement: the data set's name and its statement; given: names of the flags that the user gave; dropped:
+    flags of the recipe that the method refuses.
     """
 
     data_dir: str = flag("data", "folder of the data set; downloaded if none of its files is there", "", path,
@@ -269,10 +270,20 @@ class Args:
     batch_size: int = flag("training", "images in a step, over all processes", 128, number(int, 1, 10**6), orders=True)
     recipe: str | None = flag("training", "training protocol of another comparison: sets the defaults of other flags",
                               choices=RECIPES, fixed=False, named=False)
+    pad_mode: str | None = flag("training", "padding of the images before the crop (default: the data set's)", None,
+                                choices=("reflect", "zero"))
+    rotate: float | None = flag("training", "rotate images by up to so many degrees (default: the data set's)", None,
+                                number(float, 0, 180), metavar="DEGREES")
     lr_schedule: str = flag("training", "learning rate over time. cyclic: linear up and down; onedrop: constant, then "
-                            "a tenth; onecycle: PyTorch's OneCycleLR", choices=("cyclic", "onedrop", "onecycle"))
+                            "a tenth; onecycle: PyTorch's OneCycleLR; onecycle-epoch: the same, moved once an epoch",
+                            choices=("cyclic", "onedrop", "onecycle", "onecycle-epoch"))
     lr_max: float = flag("training", "highest learning rate", None, number(float, 0))
     lr_drop: float = flag("training", "epoch at which the schedule onedrop drops", 50, number(float, 0))
+    momentum: float = flag("training", "SGD's momentum (default: 0.9; with onecycle 0.95)", None, number(float, 0, 1))
+    momentum_low: float = flag("training", "momentum at the highest learning rate: with cyclic and onecycle, momentum "
+                               "falls as the rate rises, and rises as it falls (default: --momentum; with onecycle "
+                               "0.85)", None, number(float, 0, 1))
+    weight_decay: float = flag("training", "SGD's weight decay, on all parameters", 5e-4, number(float, 0))
     seed: int = flag("training", "seed of all random numbers", 0, number(int, 0, 2**32 - 1), orders=True, named=False)
     objective: str = flag("training", "training loss", "ce", choices=OBJECTIVES)
     gradalign_lambda: float = flag("training", "weight of gradalign's regularizer (default: as published for "
@@ -302,6 +313,7 @@ class Args:
     fgsm_alpha: float = flag("attack", "step of single-step attacks, in epsilons (default: 2; of nfgsm, pgi, nuclear "
                              "1; of ckpt 1.25)", None, number(float, 0),
                              convert=lambda value, args: value * args.epsilon / 255)
+    attack_smoothing: float = flag("attack", "label smoothing of the attack's loss", 0.0, number(float, 0, 1))
     fgsm_init: str = flag("attack", "starting point of fgsm and zerograd", "random", choices=("zero", "random"))
     zero_qval: float = flag("attack", "fraction of each image's gradient entries that zerograd sets to 0", None,
                             number(float, 0, 1))
@@ -314,8 +326,11 @@ class Args:
     pgd_alpha: float = flag("attack", "PGD's step in 1/255, in training and in evaluation", 2.0, number(float, 0),
                             scores=True, convert=lambda value, args: value / 255)
     pgd_iters: int = flag("attack", "steps of pgd and kl in training", 10, number(int, 1))
-    noise_k: float = flag("attack", "radius of nfgsm's noise, in epsilons", 2.0, number(float, 0))
+    noise_k: float = flag("attack", "radius of nfgsm's noise, in epsilons (default: 2; on SVHN from epsilon 12 on 3; "
+                          "of WideResNet from epsilon 16 on 4)", None, number(float, 0))
     ckpt_count: int = flag("attack", "parts into which ckpt divides its perturbation", 3, number(int, 2))
+    ckpt_mode: str = flag("attack", "mode of the network in ckpt's first pass; train as in FastAT_Benchmark", "eval",
+                          choices=("eval", "train"))
     free_replays: int = flag("attack", "steps per batch with free; an epoch keeps its number of steps, so it covers "
                              "fewer images", 8, number(int, 1))
     pgi_reset: int = flag("attack", "epochs between two resets of pgi's stored perturbations", 40, number(int, 1))
@@ -369,10 +384,11 @@ class Args:
     data_set: str = ""
     statement: dict[str, Any] = field(default_factory=dict)
     given: frozenset[str] = frozenset()
+    dropped: dict[str, Any] = field(default_factory=dict)
 
     def flags(self) -> dict[str, Any]:
         """All flags by name, and the data set."""
-        return {name: value for name, value in vars(self).items() if name not in ("given", "statement")}
+        return {name: value for name, value in vars(self).items() if name in FLAGS or name == "data_set"}
 
     def keywords(self, keywords: dict[str, str]) -> dict[str, Any]:
         """The values of a record's keywords, each in the unit of the function."""
@@ -381,6 +397,24 @@ class Args:
             convert = FLAGS[name].metadata["convert"]
             values[keyword] = convert(getattr(self, name), self) if convert else getattr(self, name)
         return values
+
+    def keep_defaults(self, before: dict[str, Any]) -> list[str]:
+        """Where the user gave no flag, take the defaults of the version that started the run. Returns notes to print.
+
+        before: the run's flags.
+        """
+        same = all(before.get(name) == getattr(self, name) for name in ("method", "recipe"))
+        if not before or "ckpt_mode" in before or not same:
+            return []
+        defaults = {name: each.default for name, each in FLAGS.items() if name not in before} | FORMER_DEFAULTS
+        values = {**defaults, **{name: before[name] for name in CHANGED_DEFAULTS if name in before}}
+        notes = []
+        for name in values.keys() - self.given:
+            value = DEPENDENT[name](self) if values[name] is None and name in DEPENDENT else values[name]
+            if value != getattr(self, name) and name not in method_flags() - in_effect(self).keys():
+                notes.append(f"{option(name)}={value}, as in the version that started the run")
+            setattr(self, name, value)
+        return sorted(notes)
 
     def changed(self, before: dict[str, Any], trait: str) -> list[str]:
         """The flags with a trait (see `flag`) that differ from those of an earlier run, which may lack some.
@@ -393,6 +427,9 @@ class Args:
 
 
 FLAGS = {each.name: each for each in dataclasses.fields(Args) if each.metadata}
+# Defaults that depend on the method or the recipe and were others in older versions, and flags that these did not have.
+CHANGED_DEFAULTS = ("eps_warmup", "lr_max", "lr_schedule", "noise_k")
+FORMER_DEFAULTS = {"ckpt_mode": "train"}
 NETWORK = tuple(name for name, each in FLAGS.items() if each.metadata["group"] == "model")
 
 
@@ -530,15 +567,21 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
 def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | None = None) -> Args:
     """The arguments of a run, from the given flags and, for the others, from `run` and the defaults.
 
-    --method and --recipe set defaults and nothing else: a given flag wins over both, and a recipe over a method.
+    --method and --recipe set defaults and nothing else: a given flag wins over both, and a recipe over a method, except
+    for values that the method's attack or objective refuses.
     Raises UsageError where a flag is wrong.
     """
     given = {name: valid(name, value) for name, value in given.items()}
     method, recipe = given.get("method"), given.get("recipe")
-    values = {**{name: each.default for name, each in FLAGS.items()}, **dataset.flags(), **(run or {}),
-              **(METHODS[method].flags_on(dataset.name) if method else {}), **(RECIPES[recipe] if recipe else {}),
-              **given}
-    args = Args(**values, data_set=dataset.name, statement=dataset.statement(), given=frozenset(given))
+    of_method = METHODS[method].flags_on(dataset.name) if method else {}
+    of_recipe = RECIPES[recipe].flags_on(dataset.name, method) if recipe else {}
+    values = {**{name: each.default for name, each in FLAGS.items()}, **dataset.flags(), **(run or {}), **of_method,
+              **of_recipe, **given}
+    required = {**ATTACKS[values["attack"]].requires, **OBJECTIVES[values["objective"]].requires}
+    dropped = {name: value for name, value in of_recipe.items()
+               if name not in given and required.get(name, value) != value}
+    values |= {name: required[name] for name in dropped}
+    args = Args(**values, data_set=dataset.name, statement=dataset.statement(), given=frozenset(given), dropped=dropped)
     for name, default in DEPENDENT.items():
         if getattr(args, name) is None:
             setattr(args, name, default(args))
@@ -663,7 +706,7 @@ RUNS = ("data_dir", "dummy", *NETWORK)
 def in_effect(args: Args) -> dict[str, Any]:
     """Attack and objective of a run, with the flags that each of them reads."""
     names = ["attack", *ATTACKS[args.attack].flags, "epsilon", "objective", *OBJECTIVES[args.objective].flags]
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in dict.fromkeys(names)}
 
 
 def idle_flags(args: Args) -> list[str]:
@@ -671,7 +714,7 @@ def idle_flags(args: Args) -> list[str]:
     used = {*in_effect(args), *MODELS[args.model].values(), "pgd_alpha"}
     ignored = {
         f"with --attack={args.attack}, --objective={args.objective}, --model={args.model}": method_flags() - used,
-        f"with --lr-schedule={args.lr_schedule}": {"lr_drop"} if args.lr_schedule != "onedrop" else {},
+        f"with --lr-schedule={args.lr_schedule}": {"momentum_low" if args.lr_schedule == "onedrop" else "lr_drop"},
         "without --amp": {"amp_dtype", "amp_impl"} if not args.amp else {},
         "without --compile": {"compile_mode"} if not args.compile else {},
         "with --final-iters=0": {"final_restarts", "final_samples", "final_model"} if not args.final_iters else {},

@@ -251,7 +251,8 @@ def build(dataset: DataSet, args: Args, device: torch.device, world: World,
     if args.compile and layout == torch.contiguous_format:  # the compiler would choose channels_last by itself
         raise UsageError("--compile on a CPU needs --base-width 16 or more")
     model = network.to(device).to(memory_format=layout)
-    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, momentum=0.9, weight_decay=5e-4, fused=True)
+    optimizer = torch.optim.SGD(model.parameters(), args.lr_max, args.momentum, weight_decay=args.weight_decay,
+                                fused=True)
     for parameter in model.parameters():  # or where float16's scaler skips the first step, it would stay uninitialized
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     precision.prepare(model, optimizer)
@@ -317,7 +318,7 @@ def assemble(dataset: DataSet, args: Args, state: State, folder: Folder, world: 
     objective = partial(getattr(objectives, args.objective), **args.keywords(OBJECTIVES[args.objective].keywords))
     return Run(args, state, folder, world, signals, network, forward,
                partial(getattr(attacks, args.attack), **keywords), objective, alpha, schedule(args, dataset),
-               momentum(args), Augmentation(**dataset.augmentation), training, held_out, test,
+               momentum(args, dataset), augmentation(args, dataset), training, held_out, test,
                screen or Screen(quiet=True), board)
 
 
@@ -350,6 +351,10 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
     if device.type == "cpu" and args.base_width >= 64 and args.model != "WideResNet" and not args.dummy:
         yield "on a CPU, this network takes hours; --base-width=16 is some ten times as fast"
     yield from precision_hints(args, device)
+    for name, value in args.dropped.items():
+        yield f"{options.option(name)}={value} of --recipe {args.recipe} is dropped: the method needs another value"
+    if "pad_mode" in args.given and not run.augmentation.padding:
+        yield f"--pad-mode has no effect: images of {args.data_set} are not cropped"
     yield from options.idle_flags(args)
     if (args.chkpt_steps or 0) > run.steps:
         yield f"--chkpt-steps={args.chkpt_steps} has no effect: an epoch has {run.steps} steps, and saves at its end"
@@ -711,20 +716,32 @@ def interrupted(part: Path) -> dict[str, Any]:
         return {}
 
 
+def augmentation(args: Args, dataset: DataSet) -> Augmentation:
+    """The data set's augmentation, as the flags change it."""
+    changes = {"pad_mode": args.pad_mode, "degrees": args.rotate}
+    given = {name: value for name, value in changes.items() if value is not None}
+    return Augmentation(**{**dataset.augmentation, **given})
+
+
 def schedule(args: Args, dataset: DataSet) -> Callable[[float], float]:
     """The learning rate as a function of the time in epochs, which training sets before every step."""
     if args.lr_schedule == "cyclic":
         return partial(cyclic, lr_max=args.lr_max, peak=dataset.peak(args.epochs), epochs=args.epochs)
     if args.lr_schedule == "onedrop":
         return partial(onedrop, lr_max=args.lr_max, drop=args.lr_drop)
-    return partial(onecycle, lr_max=args.lr_max, epochs=args.epochs)
+    cycle = onecycle if args.lr_schedule == "onecycle" else onecycle_by_epoch
+    return partial(cycle, epochs=args.epochs, begin=args.lr_max / 25, peak=args.lr_max, end=args.lr_max / 250_000)
 
 
-def momentum(args: Args) -> Callable[[float], float]:
+def momentum(args: Args, dataset: DataSet) -> Callable[[float], float]:
     """The momentum as a function of the time in epochs."""
-    if args.lr_schedule == "onecycle":
-        return partial(onecycle_momentum, epochs=args.epochs)
-    return lambda t: 0.9
+    high, low = args.momentum, args.momentum_low
+    if args.lr_schedule == "cyclic":
+        return lambda t: high - (high - low) * cyclic(t, 1.0, dataset.peak(args.epochs), args.epochs)
+    if args.lr_schedule == "onedrop":
+        return lambda t: high
+    cycle = onecycle if args.lr_schedule == "onecycle" else onecycle_by_epoch
+    return partial(cycle, epochs=args.epochs, begin=high, peak=low, end=high)
 
 
 def cyclic(t: float, lr_max: float, peak: float, epochs: float) -> float:
@@ -739,21 +756,22 @@ def onedrop(t: float, lr_max: float, drop: float) -> float:
     return lr_max if t < drop else lr_max / 10
 
 
-def onecycle(t: float, lr_max: float, epochs: float) -> float:
-    """From lr_max / 25 up to `lr_max` in three tenths of the epochs and down to lr_max / 250,000, along cosines.
+def onecycle(t: float, epochs: float, begin: float, peak: float, end: float) -> float:
+    """From `begin` to `peak` in three tenths of the epochs, then to `end`, along cosines.
 
     PyTorch's OneCycleLR (Smith and Topin, arXiv 1708.07120).
     """
-    return _cosines(t / epochs, lr_max / 25, lr_max, lr_max / 250_000)
+    return _cosines(t / epochs, 0.3, begin, peak, end)
 
 
-def onecycle_momentum(t: float, epochs: float) -> float:
-    """The momentum that goes with it, as in PyTorch: from 0.95 down to 0.85 and back."""
-    return _cosines(t / epochs, 0.95, 0.85, 0.95)
+def onecycle_by_epoch(t: float, epochs: float, begin: float, peak: float, end: float) -> float:
+    """PyTorch's OneCycleLR with a step after every epoch, as in FastAT_Benchmark: constant within an epoch."""
+    epoch, last, turn = math.ceil(t) - 1, epochs - 1, 0.3 * epochs - 1
+    return _cosines(epoch / last if last else 1.0, turn / last if last else 0.0, begin, peak, end)
 
 
-def _cosines(share: float, begin: float, peak: float, end: float) -> float:
-    """`begin` to `peak` in three tenths of the time, then to `end`."""
-    if share < 0.3:
-        return peak + (begin - peak) * (1 + math.cos(math.pi * share / 0.3)) / 2
-    return end + (peak - end) * (1 + math.cos(math.pi * (share - 0.3) / 0.7)) / 2
+def _cosines(share: float, turn: float, begin: float, peak: float, end: float) -> float:
+    """`begin` to `peak` until `turn`, then to `end`; `share` and `turn` are shares of the time."""
+    if share < turn:
+        return peak + (begin - peak) * (1 + math.cos(math.pi * share / turn)) / 2
+    return end + (peak - end) * (1 + math.cos(math.pi * (share - turn) / (1 - turn))) / 2

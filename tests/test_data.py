@@ -33,6 +33,7 @@ from singlestep import data, networks, options
 from singlestep.data import Augmentation, Images, dummy, read_torchvision
 from singlestep.run.console import UsageError
 from singlestep.run.folder import lock
+from singlestep.train import augmentation as augmentation_of
 
 
 def noise_images(n: int, seed: int = 0, size: tuple[int, int] = (32, 32)) -> torch.Tensor:
@@ -498,3 +499,16 @@ def test_a_missing_file_of_svhn_says_which_files_to_delete_for_a_download(tmp_pa
     with pytest.raises(UsageError, match=r"put it there, or delete .*train_32x32\.mat to download") as error:
         read_torchvision("SVHN", str(tmp_path))
     assert "delete " + str(tmp_path / "train_32x32.mat") in str(error.value)
+
+
+@pytest.mark.parametrize("dataset", DATASETS.values(), ids=lambda dataset: dataset.name)
+def test_flags_change_the_data_sets_augmentation(dataset):
+    """The padding's mode and the rotation; without them, it is the data set's own; a rotation of 0 is none."""
+    def augmentation(*flags: str) -> Augmentation:
+        return augmentation_of(options.parse(dataset, argv=list(flags)), dataset)
+
+    own = Augmentation(**dataset.augmentation)
+    assert augmentation() == own
+    assert augmentation("--rotate=0") == dataclasses.replace(own, degrees=0.0)
+    assert augmentation("--pad-mode=zero", "--rotate=20") == dataclasses.replace(own, pad_mode="zero", degrees=20.0)
+    assert augmentation("--pad-mode=reflect") == dataclasses.replace(own, pad_mode="reflect")

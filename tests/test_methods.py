@@ -90,15 +90,15 @@ def none(net, x, y, epsilon, at):
     return x * 0
 
 
-def fgsm(net, x, y, epsilon, at, alpha, init="random"):
+def fgsm(net, x, y, epsilon, at, alpha, init="random", smoothing=0.0):
     eta = x * 0 if init == "zero" else pixels(uniform(x, epsilon), x)
-    at.gradient, at.logits = slope(net, x, y, eta)
+    at.gradient, at.logits = slope(net, x, y, eta, smoothing)
     return ball(eta + alpha * at.gradient.sign(), x, epsilon)
 
 
-def nfgsm(net, x, y, epsilon, at, alpha, k=2):
+def nfgsm(net, x, y, epsilon, at, alpha, k=2, smoothing=0.0):
     eta = pixels(uniform(x, k * epsilon), x)
-    at.gradient, at.logits = slope(net, x, y, eta)
+    at.gradient, at.logits = slope(net, x, y, eta, smoothing)
     return pixels(eta + alpha * at.gradient.sign(), x)
 
 
@@ -127,9 +127,10 @@ def sora(net, x, y, epsilon, at):
     return pixels(eta + a * torch.rand_like(x) * g.sign(), x)
 
 
-def ckpt(net, x, y, epsilon, at, alpha, count=3):
+def ckpt(net, x, y, epsilon, at, alpha, count=3, mode="eval", smoothing=0.0):
     eta = pixels(uniform(x, epsilon), x)
-    g, logits = slope(net, x, y, eta)
+    net.train(mode == "train")
+    g, logits = slope(net, x, y, eta, smoothing)
     delta = ball(eta + alpha * g.sign(), x, epsilon)
     net.eval()
     for i in range(len(x)):
@@ -183,12 +184,12 @@ def kl(net, x, y, epsilon, at, alpha, steps=10):
     return delta
 
 
-def nuclear(net, x, y, epsilon, at, alpha, weight):
+def nuclear(net, x, y, epsilon, at, alpha, weight, smoothing=0.0):
     delta = pixels(corners(x, epsilon / 2), x).requires_grad_()
     clean = net(x).detach()
     net.eval()
     logits = net(x + delta)
-    loss = mean_ce(logits, y)
+    loss = mean_ce(logits, y, smoothing)
     if at.batch % 2 == 1:
         loss = loss + weight * min(at.done / 0.9, 1) * singular_sum(clean.float() - logits.float()) / len(x)
     g, = torch.autograd.grad(loss, delta)
@@ -303,6 +304,7 @@ PAIRS = {
     "sora": ("sora", {}, "ce", {}, 1e-9),
     "ckpt": ("ckpt", FAR, "ce", {}, 1e-9),
     "ckpt in 5 parts": ("ckpt", dict(alpha=1.25 * EPSILON, count=5), "ce", {}, 1e-9),
+    "ckpt in train mode": ("ckpt", dict(alpha=1.25 * EPSILON, mode="train"), "ce", {}, 1e-9),
     "free": ("free", {}, "ce", {}, 1e-9),
     "free, smoothed": ("free", {}, "ce", dict(smoothing=0.3), 1e-9),
     "pgi": ("pgi", dict(alpha=EPSILON, reset=2, smoothing=0.4), "logits", dict(weight=10.0, smoothing=0.4), 1e-9),
@@ -311,6 +313,10 @@ PAIRS = {
     "kl, trades": ("kl", dict(alpha=EPSILON / 4), "trades", dict(beta=6.0), 1e-5),
     "kl": ("kl", dict(alpha=EPSILON / 4, steps=3), "ce", {}, 1e-9),
     "nuclear": ("nuclear", dict(alpha=EPSILON, weight=4.5), "nuclear", dict(weight=4.5), 1e-5),
+    "fgsm, smoothed attack": ("fgsm", dict(**FAR, smoothing=0.4), "ce", {}, 1e-9),
+    "nfgsm, smoothed attack": ("nfgsm", dict(**FAR, smoothing=0.4), "ce", {}, 1e-9),
+    "ckpt, smoothed attack": ("ckpt", dict(**FAR, smoothing=0.4), "ce", {}, 1e-9),
+    "nuclear, smoothed attack": ("nuclear", dict(**FAR, weight=4.5, smoothing=0.4), "ce", {}, 1e-9),
     "gradalign": ("fgsm", ZERO, "gradalign", dict(weight=0.2), 1e-9),
     "nfgsm, gradalign": ("nfgsm", FAR, "gradalign", dict(weight=2.5), 1e-9),
     "elle": ("fgsm", ZERO, "elle", dict(weight=1000.0), 1e-9),
@@ -654,7 +660,7 @@ def small_run(folder, *flags: str, dataset=options.SVHN) -> train.Run:
 # Name: the passes of a training step; T: of the batch in train mode, E: in eval mode, 3: of three batches in one.
 PASSES = {"fgsm": "TT", "fgsm-rs": "TT", "zerograd": "TT", "multigrad": "TTTT", "pgd": "T" * 11, "n-fgsm": "TT",
           "n-aaer": "TT", "rs-aaer": "TT", "gradalign": "TTT", "elle": "TT3", "elle-a": "TT3", "free": "T",
-          "ckpt": "TEET", "pgi": "TT", "nuat": "TETT", "trades": "E" * 11 + "TT", "sora": "TT"}
+          "ckpt": "EEET", "pgi": "TT", "nuat": "TETT", "trades": "E" * 11 + "TT", "sora": "TT"}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -704,7 +710,7 @@ def test_training_is_the_update_written_out_by_hand(name, tmp_path, tiny):
     """Three epochs of a run of four, with the published numbers: the weights, BatchNorm's statistics, what is kept."""
     samples = 80  # the last batch is a short one
     run = small_run(tmp_path, "--attack=none" if name == "none" else f"--method={name}", f"--train-samples={samples}",
-                    "--epochs=4", "--free-replays=2", "--pgi-reset=2")
+                    "--epochs=4", "--free-replays=2", "--pgi-reset=2", "--eps-warmup=0")
     net, steps = copy.deepcopy(run.state.model).train(), math.ceil(samples / 32)
     attack, its, objective, more = TRAINED[name]
     at, momentum = memory(samples), {}
@@ -921,8 +927,9 @@ def test_method_list_shows_every_method(script_name, call):
 
 def test_the_fastat_recipe_is_that_benchmarks():
     """Flags beside it win, on either side; with a method, each sets what is its own, and both may be given."""
-    fastat = dict(model="ResNet18", epochs=100, lr_schedule="onecycle", lr_max=0.1, label_smoothing=0.4, ema=0.9995,
-                  val_size=1000, mean=(0, 0, 0), std=(1, 1, 1), final_model="best", batch_size=128)
+    fastat = dict(model="ResNet18", epochs=100, lr_schedule="onecycle-epoch", lr_max=0.1, label_smoothing=0.4,
+                  ema=0.9995, val_size=1000, mean=(0, 0, 0), std=(1, 1, 1), pad_mode="zero", rotate=0,
+                  final_model="best", batch_size=128, momentum=0.95, momentum_low=0.85)
     for dataset in DATASETS.values():
         args, plain = parsed(dataset, "--recipe=fastat"), parsed(dataset)
         assert {name: args[name] for name in fastat} == fastat
@@ -930,10 +937,51 @@ def test_the_fastat_recipe_is_that_benchmarks():
         for flags in (["--recipe=fastat", "--epochs=7", "--ema=0"], ["--epochs=7", "--ema=0", "--recipe=fastat"]):
             args = parsed(dataset, *flags)
             assert (args["epochs"], args["ema"], args["lr_max"]) == (7, 0, 0.1)
-        for method in methods.METHODS.keys() - {"sora"}:
+        for method in methods.METHODS:
             args = parsed(dataset, "--recipe=fastat", "--method", method)
             assert (args["attack"], args["model"]) == (methods.METHODS[method].flags["attack"], "ResNet18")
-            assert args["label_smoothing"] == 0.4  # the recipe's, also where the method has its own
+            assert args["label_smoothing"] == (0 if refuses_smoothing(method) else 0.4)  # also where it has its own
+            assert args["attack_smoothing"] == (0.4 if method in SMOOTHED_ATTACKS else 0)
+            assert args["ckpt_mode"] == ("train" if method == "ckpt" else "eval")
+
+
+# Methods whose attack there is on the smoothed cross-entropy by a flag of its own.
+SMOOTHED_ATTACKS = {"fgsm", "fgsm-rs", "n-fgsm", "ckpt", "nuat"}
+
+
+def refuses_smoothing(method: str) -> bool:
+    args = options.parse(options.CIFAR10, argv=[f"--method={method}"])
+    requires = {**methods.ATTACKS[args.attack].requires, **methods.OBJECTIVES[args.objective].requires}
+    return requires.get("label_smoothing") == 0
+
+
+@pytest.mark.parametrize("dataset", DATASETS.values(), ids=lambda dataset: dataset.name)
+def test_the_papers_recipe_is_for_every_method(dataset):
+    epochs, lr_max = (15, 0.01) if dataset is options.SVHN else (30, 0.2)
+    for method in [[], *([f"--method={name}"] for name in methods.METHODS)]:
+        args, plain = parsed(dataset, "--recipe=paper", *method), parsed(dataset, *method)
+        expected = dict(epochs=epochs, lr_schedule="cyclic", lr_max=lr_max, recipe="paper")
+        assert args == {**plain, **expected}
+
+
+def test_a_recipes_flag_that_the_method_refuses_is_dropped_with_a_note(tmp_path, call, small_dummy):
+    flags = [*SMALL, "--epochs=1", "--method=sora", "--recipe=fastat", "--model=PreActResNet18", "--val-size=8"]
+    status, output, error = call("train_cifar.py", *flags, "--fname", tmp_path / "run")
+    assert status == 0 and "--label-smoothing=0.4 of --recipe fastat is dropped" in output, error
+    refused(call("train_cifar.py", *flags, "--label-smoothing=0.4", "--fname", tmp_path / "run"), "--label-smoothing 0")
+
+
+def test_the_authors_settings_on_svhn():
+    """Epsilon grows over five epochs, with a higher rate; N-FGSM has more noise where epsilon is large."""
+    for method in ("n-fgsm", "n-aaer", "rs-aaer", "gradalign", "elle", "elle-a", "free", "fgsm", "pgi"):
+        warms = method not in ("free", "fgsm", "pgi")
+        args = parsed(options.SVHN, f"--method={method}")
+        assert (args["eps_warmup"], args["lr_max"]) == ((5, 0.05) if warms else (0, {"free": 0.04}.get(method, 0.01)))
+        assert parsed(options.CIFAR10, f"--method={method}")["eps_warmup"] == 0
+    for dataset, flags, k in ((options.SVHN, ["--epsilon=12"], 3), (options.SVHN, ["--epsilon=10"], 2),
+                              (options.CIFAR10, ["--epsilon=16"], 2), (options.SVHN, ["--noise-k=1"], 1),
+                              (options.CIFAR10, ["--epsilon=16", "--model=WideResNet"], 4)):
+        assert parsed(dataset, "--method=n-fgsm", *flags)["noise_k"] == k
 
 
 @pytest.mark.parametrize("dataset, classes, reset", [(options.CIFAR10, 10, 40), (options.CIFAR100, 100, 10)])
@@ -984,7 +1032,6 @@ def test_aaers_weights_are_the_published_ones(epsilon, rs_10, n_10, rs_100, n_10
     ("--attack=multigrad --multi-parallel --objective=aaer", "--multi-parallel"),
     ("--method=sora --objective=elle", "--objective ce"),
     ("--method=sora --label-smoothing=0.1", "--label-smoothing 0"),
-    ("--method=sora --recipe=fastat", "--label-smoothing 0"),
     ("--method=sora --amp --amp-impl=apex", "--amp-impl native"),
     ("--method=nonsense", "--method"), ("--recipe=nonsense", "--recipe"), ("--attack=nonsense", "--attack"),
     ("--objective=nonsense", "--objective"), ("--aaer-lambdas=1,2", "--aaer-lambdas"), ("--ema=1.5", "--ema"),
@@ -1018,15 +1065,50 @@ def test_onecycle_is_pytorchs(steps, epochs, lr_max):
         group = optimizer.param_groups[0]
         share = 0.3 * s / peak if s <= peak else (s + 1) / steps
         assert abs(share - (s + 1) / steps) <= 1 / steps + 1e-12
-        lr = train.onecycle(share * epochs, lr_max, epochs)
-        assert lr == pytest.approx(group["lr"], rel=1e-6, abs=1e-9 * lr_max)
-        assert train.onecycle_momentum(share * epochs, epochs) == pytest.approx(group["momentum"], rel=1e-9)
+        lr, momentum = rates(f"--lr-max={lr_max}", f"--epochs={epochs}", "--lr-schedule=onecycle")
+        assert lr(share * epochs) == pytest.approx(group["lr"], rel=1e-6, abs=1e-9 * lr_max)
+        assert momentum(share * epochs) == pytest.approx(group["momentum"], rel=1e-9)
         optimizer.step()
         if s + 1 < steps:
             schedule.step()
-    assert train.onecycle(0, lr_max, epochs) == pytest.approx(lr_max / 25)
-    assert train.onecycle(0.3 * epochs, lr_max, epochs) == pytest.approx(lr_max)
-    assert train.onecycle(epochs, lr_max, epochs) == pytest.approx(lr_max / 25 / 1e4)
+    assert lr(0) == pytest.approx(lr_max / 25)
+    assert lr(0.3 * epochs) == pytest.approx(lr_max)
+    assert lr(epochs) == pytest.approx(lr_max / 25 / 1e4)
+
+
+@settings(max_examples=30, deadline=None)
+@given(epochs=st.integers(2, 120), steps=st.integers(1, 50), step=st.integers(0, 49))
+def test_onecycle_by_epoch_is_pytorchs_with_a_step_an_epoch(epochs, steps, step):
+    """In every step of an epoch, the rate and the momentum are those of OneCycleLR after as many calls as epochs."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.1, momentum=0.9)
+    lr, momentum = rates("--lr-max=0.1", f"--epochs={epochs}", "--lr-schedule=onecycle-epoch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=epochs)
+        for epoch in range(epochs):
+            now, group = epoch + (step % steps + 1) / steps, optimizer.param_groups[0]
+            assert lr(now) == pytest.approx(group["lr"], rel=1e-9, abs=1e-15)
+            assert momentum(now) == pytest.approx(group["momentum"], rel=1e-9)
+            optimizer.step()
+            if epoch + 1 < epochs:
+                schedule.step()
+
+
+@settings(max_examples=30, deadline=None)
+@given(epochs=st.integers(1, 60), share=st.floats(0, 1), high=st.floats(0, 1), low=st.floats(0, 1))
+def test_momentum_is_lowest_where_the_cyclic_rate_is_highest(epochs, share, high, low):
+    """As PyTorch's CyclicLR has it; by default, it is 0.9 throughout, to the bit."""
+    cyclic, t = [f"--epochs={epochs}", "--lr-schedule=cyclic", "--lr-max=0.2"], share * epochs
+    lr, momentum = rates(*cyclic, f"--momentum={high}", f"--momentum-low={low}")
+    assert momentum(t) == pytest.approx(high - (high - low) * lr(t) / 0.2, abs=1e-9)
+    assert rates(*cyclic)[1](t) == 0.9
+    assert rates(*cyclic, "--lr-schedule=onedrop", f"--momentum={high}")[1](t) == high
+
+
+def rates(*flags: str):
+    """The learning rate and the momentum as functions of the time in epochs."""
+    args = options.parse(options.SVHN, argv=list(flags))
+    return train.schedule(args, options.SVHN), train.momentum(args, options.SVHN)
 
 
 @pytest.mark.parametrize("flags, moves", [(["--lr-schedule=onecycle"], True), (["--lr-schedule=cyclic"], False),
@@ -1038,8 +1120,9 @@ def test_a_run_has_the_schedules_learning_rate_and_momentum_in_every_step(flags,
         run.state.begin_epoch(epoch)
         metrics = train.train_epoch(run, lambda: seen.append(dict(run.state.optimizer.param_groups[0])))
         assert metrics["lr"] == schedule(epoch + 1)
-    momentum = [train.onecycle_momentum((s + 1) / 3, 5) if moves else 0.9 for s in range(15)]
+    momentum = [run.momentum((s + 1) / 3) if moves else 0.9 for s in range(15)]
     assert [group["momentum"] for group in seen] == pytest.approx(momentum)
+    assert {group["weight_decay"] for group in seen} == {5e-4}
     assert [group["lr"] for group in seen] == pytest.approx([schedule((s + 1) / 3) for s in range(15)])
     if moves:
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=0.1, momentum=0.9)

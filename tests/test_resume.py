@@ -674,3 +674,52 @@ def test_another_final_evaluation_leaves_the_first_one_to_be_read(tmp_path, call
         assert (final["model"], final["iters"], final["epoch"]) == (("best", 3, 1), ("last", 2, 2))[number - 1]
         assert final["epoch"] == epochs_of(folder)[-1]["epoch"]
         assert (folder / "output.log").read_text().count("PGD") == 1
+
+
+NEW_FLAGS = ("momentum", "momentum_low", "weight_decay", "pad_mode", "rotate", "attack_smoothing", "ckpt_mode")
+
+
+def flags_of_an_older_version(dataset, *flags: str) -> dict:
+    """The flags that a run recorded before it had these, whose methods and recipes set other defaults."""
+    recorded = options.parse(dataset, argv=list(flags)).flags()
+    return {name: value for name, value in recorded.items() if name not in NEW_FLAGS}
+
+
+@pytest.mark.parametrize("dataset, command, former", [
+    (options.SVHN, "--method=n-fgsm --epsilon=12", dict(eps_warmup=0.0, lr_max=0.01, noise_k=2.0)),
+    (options.SVHN, "--method=free", dict(lr_max=0.01)), (options.CIFAR10, "--method=ckpt", dict(ckpt_mode="train")),
+    (options.CIFAR100, "--recipe=fastat --method=fgsm-rs", dict(
+        lr_schedule="onecycle", pad_mode=None, rotate=None, attack_smoothing=0.0, momentum=0.95, momentum_low=0.85)),
+    (options.CIFAR10, "--method=sora", {})])
+def test_a_run_of_an_older_version_keeps_its_defaults(dataset, command, former):
+    """Unless the user gives others; a run of today, and one by another name, keep nothing."""
+    before = flags_of_an_older_version(dataset, *command.split()) | {
+        name: value for name, value in former.items() if name not in NEW_FLAGS}
+    args = options.parse(dataset, argv=command.split())
+    today = args.flags()
+    notes = args.keep_defaults(before)
+    assert args.flags() == {**today, "ckpt_mode": "train", **former} and args.changed(before, "fixed") == []
+    assert len(notes) == sum(today[name] != value for name, value in former.items())
+    given = options.parse(dataset, argv=[*command.split(), "--lr-max=0.3", "--ckpt-mode=eval"])
+    given.keep_defaults(before)
+    assert (given.lr_max, given.ckpt_mode) == (0.3, "eval")
+    for other in (today, {**before, "method": "pgd"}, {}):
+        args = options.parse(dataset, argv=command.split())
+        assert args.keep_defaults(other) == [] and args.flags() == today
+
+
+def test_a_run_of_an_older_version_is_continued_as_it_began(tmp_path, call, small_dummy, monkeypatch):
+    """With the same command, and to the bit."""
+    flags = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--method=n-fgsm"]
+    was = ["--eps-warmup=0", "--lr-max=0.01"]
+    assert call("train_svhn.py", *flags, *was, "--fname", tmp_path / "whole")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt(patch, at=4)
+        assert call("train_svhn.py", *flags, *was, "--fname", tmp_path / "part")[0] == 143
+    saved = torch.load(tmp_path / "part" / "state.pth", weights_only=True)
+    for name in NEW_FLAGS:
+        del saved["opt"]["run"]["args"][name]
+    torch.save(saved, tmp_path / "part" / "state.pth")
+    status, output, error = call("train_svhn.py", *flags, "--fname", tmp_path / "part", "--resume=auto")
+    assert status == 0 and "--lr-max=0.01, as in the version that started the run" in output, error
+    assert_same_run(tmp_path / "part", tmp_path / "whole")

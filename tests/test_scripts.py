@@ -490,13 +490,13 @@ def test_a_misspelt_flag_is_told_which_one_may_have_been_meant(tmp_path, call):
     ("--eps=8", "did you mean --epsilon or --eps-warmup?"), ("--gpu 0", "did you mean --device?"),
     ("--alpha=2", "did you mean --fgsm-alpha or --pgd-alpha?"), ("--epsilons=8", "did you mean --epsilon?"),
     ("--lr=0.1", "did you mean --lr-schedule or --lr-max or --lr-drop?"), ("--no-compil", "did you mean --no-compile?"),
-    ("--weight-decay=0", "arguments: --weight-decay=0\n"), ("--workers=2", "arguments: --workers=2\n"),
+    ("--dampening=0", "arguments: --dampening=0\n"), ("--workers=2", "arguments: --workers=2\n"),
     ("--method=nfgsm", "did you mean --method=n-fgsm or --attack=nfgsm?"),
     ("--method=zerogad", "did you mean --method=zerograd?"), ("--method=ce", "did you mean --objective=ce?"),
     ("--attack=trades", "did you mean --method=trades or --objective=trades?"),
     ("--attack=n-fgsm", "did you mean --attack=nfgsm or --method=n-fgsm?"),
     ("--objective=fgsm", "did you mean --method=fgsm or --attack=fgsm?"),
-    ("--model=resnet18", "did you mean --model=ResNet18?"), ("--lr-schedule=cosine", "onecycle, not cosine\n")])
+    ("--model=resnet18", "did you mean --model=ResNet18?"), ("--lr-schedule=cosine", "onecycle-epoch, not cosine\n")])
 def test_a_mistake_in_a_flag_or_its_value_gets_the_right_hint(flags, hint, call):
     one_line(call("train_cifar.py", *flags.split()), hint)
 

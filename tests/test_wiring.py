@@ -50,9 +50,11 @@ SCRIPTS = {
 }
 
 
-def gradient(network, x, delta, y):
+def gradient(network, x, delta, y, smoothing=0.0):
     delta = delta.clone().requires_grad_()
-    return torch.autograd.grad(F.cross_entropy(network(x + delta), y), delta)[0]
+    logs = network(x + delta).log_softmax(dim=1)
+    loss = -(1 - smoothing) * logs[torch.arange(len(y)), y].mean() - smoothing * logs.mean()
+    return torch.autograd.grad(loss, delta)[0]
 
 
 def inside(delta, x):
@@ -67,10 +69,10 @@ def fgsm(network, x, y, alpha, delta):
     return inside(delta + alpha * gradient(network, x, delta, y).sign(), x)
 
 
-def zerograd(network, x, y, alpha, q, steps):
+def zerograd(network, x, y, alpha, q, steps, smoothing=0.0):
     delta = random_start(x)
     for _ in range(steps):
-        g = gradient(network, x, delta, y)
+        g = gradient(network, x, delta, y, smoothing)
         for image in g:
             magnitude = image.abs().double().numpy()
             image[torch.from_numpy(magnitude < np.quantile(magnitude, q))] = 0
@@ -78,12 +80,12 @@ def zerograd(network, x, y, alpha, q, steps):
     return delta
 
 
-def multigrad(network, x, y, alpha, n, threshold, parallel=False):
+def multigrad(network, x, y, alpha, n, threshold, parallel=False, smoothing=0.0):
     if parallel:
         xs = torch.cat([x] * n)
-        signs = gradient(network, xs, random_start(xs), torch.cat([y] * n)).sign().chunk(n)
+        signs = gradient(network, xs, random_start(xs), torch.cat([y] * n), smoothing).sign().chunk(n)
     else:
-        signs = [gradient(network, x, random_start(x), y).sign() for _ in range(n)]
+        signs = [gradient(network, x, random_start(x), y, smoothing).sign() for _ in range(n)]
     s = sum(signs)
     s[s.abs() < threshold - (n - threshold)] = 0
     return inside(alpha * s.sign(), x)
@@ -104,11 +106,15 @@ ATTACKS = {
                     lambda *batch: fgsm(*batch, 3 / 255, random_start(batch[1])), 1),
     "zerograd": (["--attack=zerograd", "--fgsm-alpha=0.75", "--zero-qval=0.55", "--zero-iters=2"],
                  lambda *batch: zerograd(*batch, 3 / 255, 0.55, 2), 2),
+    "zerograd smoothed": (["--attack=zerograd", "--fgsm-alpha=0.75", "--zero-qval=0.55", "--attack-smoothing=0.5"],
+                          lambda *batch: zerograd(*batch, 3 / 255, 0.55, 1, smoothing=0.5), 1),
     "multigrad all": (["--fgsm-alpha=0.75", "--multi-samps=4"], lambda *batch: multigrad(*batch, 3 / 255, 4, 4), 4),
     "multigrad 2 of 3": (["--attack=multigrad", "--fgsm-alpha=0.75", "--multi-samps=3", "--multi-th=2"],
                          lambda *batch: multigrad(*batch, 3 / 255, 3, 2), 3),
     "multigrad parallel": (["--attack=multigrad", "--fgsm-alpha=0.75", "--multi-th=2", "--multi-parallel"],
                            lambda *batch: multigrad(*batch, 3 / 255, 3, 2, parallel=True), 1),
+    "multigrad smoothed": (["--attack=multigrad", "--fgsm-alpha=0.75", "--attack-smoothing=0.5"],
+                           lambda *batch: multigrad(*batch, 3 / 255, 3, 3, smoothing=0.5), 3),
     "pgd": (["--attack=pgd", "--pgd-alpha=1.5", "--pgd-iters=3"], lambda *batch: pgd(*batch, 1.5 / 255, 3), 3),
 }
 
@@ -119,13 +125,16 @@ OBJECTIVES = {
 
 
 # The rivals, whose functions have references of their own in test_methods.py: the flags, and what is called with what.
-SIZES = ["--epsilon=4", "--fgsm-alpha=0.75", "--pgd-alpha=1.5", "--pgd-iters=3", "--label-smoothing=0.3"]
+SIZES = ["--epsilon=4", "--fgsm-alpha=0.75", "--pgd-alpha=1.5", "--pgd-iters=3", "--label-smoothing=0.3",
+         "--attack-smoothing=0.2"]
 RIVAL_ATTACKS = {
-    "none": ([], {}), "nfgsm": (["--noise-k=1.5"], dict(alpha=3 / 255, k=1.5)), "sora": (["--label-smoothing=0"], {}),
-    "ckpt": (["--ckpt-count=5"], dict(alpha=3 / 255, count=5)), "free": ([], {}),
+    "none": ([], {}), "nfgsm": (["--noise-k=1.5"], dict(alpha=3 / 255, k=1.5, smoothing=0.2)),
+    "sora": (["--label-smoothing=0"], {}),
+    "ckpt": (["--ckpt-count=5", "--ckpt-mode=train"], dict(alpha=3 / 255, count=5, mode="train", smoothing=0.2)),
+    "free": ([], {}),
     "pgi": (["--pgi-reset=7"], dict(alpha=3 / 255, reset=7, smoothing=0.3)),
     "kl": ([], dict(alpha=1.5 / 255, steps=3)),
-    "nuclear": (["--nuclear-lambda=2.5"], dict(alpha=3 / 255, weight=2.5)),
+    "nuclear": (["--nuclear-lambda=2.5"], dict(alpha=3 / 255, weight=2.5, smoothing=0.2)),
 }
 RIVAL_OBJECTIVES = {
     "gradalign": (["--gradalign-lambda=0.6"], dict(weight=0.6)),

@@ -269,8 +269,8 @@ def resume(state: State, found: Checkpoint, args) -> list[str]:
     Raises:
         UsageError: the checkpoint does not fit the run.
     """
-    notes: list[str] = []
     before = state.load_training(found.training, found.source) if found.training is not None else {}
+    notes = args.keep_defaults(before)
     if before.get("data_set", args.data_set) != args.data_set:
         raise UsageError(f"--resume: {found.source} is from a run on {before['data_set']}, not {args.data_set}")
     if found.epoch is not None:
