@@ -1,10 +1,11 @@
 """experiments/diagnose.py: magnitudes and flips of networks for which they are known, and the script on a run."""
+import json
 import sys
 from functools import partial
 
 import pytest
 import torch
-from helpers import ROOT, SMALL
+from helpers import ROOT, SMALL, epochs_of
 from torch import nn
 
 from singlestep import train
@@ -125,8 +126,12 @@ def test_statistics_estimated_anew_are_those_of_the_training_images(tmp_path, ca
     for factor in (1.0, 1e4):
         torch.save({key: factor * value if key.endswith("running_mean") else value for key, value in state.items()},
                    file)
-        status, output, error = call_main(batchnorm, run, "--samples=20")
+        status, output, error = call_main(batchnorm, run, "--samples=20", f"--out={tmp_path / 'found.json'}")
         assert status == 0, error
         outputs.append(output.splitlines()[-2:])
     (saved, anew), (ruined, again) = outputs
     assert anew == again and ruined != saved and "as saved" in ruined and "anew" in anew
+    kept = json.loads((tmp_path / "found.json").read_text())
+    assert [f"{100 * row[name]:.1f}" for row in kept["networks"] for name in ("clean", "FGSM", "PGD-10")] == [
+        cell.strip() for line in (ruined, again) for cell in line.strip("|").split("|")[2:]]
+    assert kept["epochs"] == epochs_of(run) and len(kept["starts"]) == 2
