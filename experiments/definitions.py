@@ -30,6 +30,7 @@ SMALL = "--base-width=16 --epochs=15 --final-iters=10 --final-restarts=1 --final
 CPU = f"--device=cpu {SMALL}"
 CPU_SHORT = f"{CPU} --epochs=5 --train-samples=20000 --last-samples=1000 --final-iters=50"
 SHORT = "--base-width=16 --epochs=2 --train-samples=20000 --last-samples=1000 --final-iters=0"
+DEMO = "--base-width=16 --epochs=8 --train-samples=5000 --test-samples=500 --last-samples=500 --final-iters=0"
 SCALES = {
     "paper": Scale("the paper's commands, in bfloat16, for a GPU", "--amp", (0, 1, 2)),
     "cpu": Scale("a quarter of the network's width and 15 epochs, where a table does not say otherwise, for CPUs; the "
@@ -45,6 +46,10 @@ SCALES = {
                       "compiler", f"--device=cpu --amp --compile {SMALL}", (0,)),
     "cpu-paper": Scale("the paper's commands at full width, in bfloat16 and compiled, for CPUs with AMX; the final "
                        "evaluation on 1,000 images", "--device=cpu --amp --compile --final-samples=1000", (0,)),
+    "demo": Scale("a quarter of the network's width, 5,000 training images, 8 epochs and 500 test images, to see FGSM "
+                  "collapse in minutes; no final evaluation", DEMO, (0, 1, 2, 3, 4)),
+    "demo-bf16": Scale("the scale demo in bfloat16 and compiled, for CPUs with AVX-512 BF16, better AMX; needs a C++ "
+                       "compiler", f"{DEMO} --amp --compile", (0, 1, 2, 3, 4)),
     "smoke": Scale("seconds a run on synthetic images: only to see that everything works",
                    "--dummy --device=cpu --base-width=4 --epochs=2 --batch-size=32 --train-samples=96 --test-iters=2 "
                    "--test-samples=64 --last-samples=64 --final-iters=2 --final-restarts=1 --final-samples=64", (0,)),
@@ -62,7 +67,7 @@ class Row:
     dataset: str
     flags: str
     published: str = ""
-    scales: tuple[str, ...] = tuple(name for name in SCALES if name not in ("short", "seeds"))
+    scales: tuple[str, ...] = tuple(name for name in SCALES if name not in ("short", "seeds", "demo", "demo-bf16"))
     attacks: str = ""
 
 
@@ -183,6 +188,9 @@ TABLES = {
         for name, method in (("N-FGSM", "n-fgsm"), ("FGSM, zero initialization", "fgsm")))),
     "seeds": Table("CIFAR-10, epsilon 8/255: ZeroGrad with q = 0.35 again", ("trained on",), (
         Row(("ZeroGrad, q = 0.35",), "cifar10", ZEROGRAD, scales=("seeds",)),)),
+    "demo": Table("CIFAR-10, epsilon 16/255: FGSM collapses, N-FGSM does not", ("trained on",), tuple(
+        Row((name,), "cifar10", f"--method={method}{_epsilon(16)}", scales=("demo", "demo-bf16", "smoke"))
+        for name, method in (("FGSM, zero initialization", "fgsm"), ("N-FGSM", "n-fgsm")))),
 }
 
 

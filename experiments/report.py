@@ -294,7 +294,7 @@ def figure_of_epsilons_over_epochs(name: str, results: Results) -> Any:
 # The figures by name: the table that each is of, and how it is drawn.
 FIGURES = {
     **{name: (name, figure_of_epochs) for name in ("cifar10", "cifar100", "svhn", "multigrad", "collapse", "collapse12",
-                                                   "from_zero")},
+                                                   "from_zero", "demo")},
     "rivals": ("rivals", figure_of_epsilons_over_epochs),
     "quantile": ("quantile", figure_of_quantiles), "quantile_epochs": ("quantile", figure_of_epochs),
     "epsilon": ("epsilon", figure_of_epsilons), "epsilon_epochs": ("epsilon", figure_of_epsilons_over_epochs)}

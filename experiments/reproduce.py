@@ -40,7 +40,7 @@ MEMORY = 2 << 30  # bytes that a run on a CPU may need
 # Minutes for each of the `passes` of a run, and for the rest of it, where no result tells: a guess.
 ROUGH = {"paper": (0.012, 8.0), "cpu": (3.5, 5.0), "cpu-short": (1.3, 2.0), "cpu-short-bf16": (0.3, 1.0),
          "short": (1.3, 2.0), "seeds": (3.5, 5.0), "cpu-bf16": (1.3, 3.0), "cpu-paper": (2.0, 60.0),
-         "smoke": (0.01, 0.1)}
+         "demo": (0.25, 1.0), "demo-bf16": (0.1, 0.5), "smoke": (0.01, 0.1)}
 
 
 @dataclass

@@ -22,6 +22,7 @@ from singlestep import options, train
 from singlestep.run.folder import Folder
 
 sys.path.insert(0, str(ROOT / "experiments"))
+import demo
 import mixed
 import probe
 import report
@@ -52,7 +53,8 @@ def results_of(tmp_path) -> dict[str, dict]:
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_command_of_every_table_is_one_that_its_script_takes(scale):
     runs = experiments(list(TABLES), scale, (0, 1))
-    assert len({run.name for run in runs}) == len(runs) > {"short": 30, "seeds": 1}.get(scale, 80)
+    fewest = {"short": 31, "seeds": 2, "demo": 4, "demo-bf16": 4}.get(scale, 81)
+    assert len({run.name for run in runs}) == len(runs) >= fewest
     meant = {}
     for run in runs:
         name, *flags = run.command
@@ -256,6 +258,42 @@ def run_main(call_main, monkeypatch):
     for module in (reproduce, probe):
         monkeypatch.setattr(module, "cuda_devices", lambda: 0)
     return call_main
+
+
+def test_the_demo_trains_on_both_methods_and_draws_them(tmp_path, call_main, monkeypatch, small_dummy, shallow):
+    pytest.importorskip("matplotlib")
+
+    def run(command: list[str]) -> SimpleNamespace:
+        _, script, *flags = command
+        if Path(script).name == "plot.py":
+            monkeypatch.setattr(sys, "argv", [script, *flags])
+            report.figures.main()
+        else:
+            train.main(options.CIFAR10, options.parse(options.CIFAR10, argv=flags))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=run))
+    status, output, error = call_main(demo, "--scale=smoke", "--seed=1", "--runs", tmp_path)
+    assert (status, error) == (0, "")
+    assert re.findall(r"^method +(\S+):", output, re.M) == re.findall(r"^(n-fgsm|fgsm) +2 ", output, re.M) == [
+        "fgsm", "n-fgsm"]
+    assert output.endswith("demo.png\n") and (tmp_path / "smoke/demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_takes_the_precision_that_the_processor_is_made_for_and_ends_where_a_run_fails(call_main, monkeypatch):
+    commands = []
+
+    def run(command: list[str]) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=run))
+    for scale, lowered in (("cpu-bf16", True), ("cpu", False), ("paper", False)):
+        monkeypatch.setattr(demo, "default_scale", lambda scale=scale: scale)
+        assert call_main(demo, "--data-dir=images")[0] == 3
+        assert ("--amp" in commands[-1]) == ("--compile" in commands[-1]) == lowered
+        assert {"--data-dir=images", "--method=fgsm", "--epsilon=16", "--train-samples=5000"} <= set(commands[-1])
+    assert len(commands) == 3
 
 
 UNWRITABLE = "/proc/none"  # a folder that not even root can make
