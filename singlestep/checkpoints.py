@@ -190,7 +190,9 @@ def load_network(model: nn.Module, content: dict, source: str, normalize: bool =
         notes.append(f"network {chosen.name} of the file, which has others: --which={' or '.join(others)}")
     elif chosen.name.partition(".")[0] in content:
         notes.append(f"network {chosen.name} of the file")
-    if isinstance(model, PreActResNet) and "bn.weight" not in state:
+    if isinstance(model, PreActResNet) and model.bn is None and "bn" in chosen.unused:
+        raise UsageError(f"--resume: {source} has BatchNorm before the last layer: leave --no-final-norm out")
+    if isinstance(model, PreActResNet) and model.bn is not None and "bn.weight" not in state:
         model.bn = None
         notes.append("without BatchNorm and ReLU before the last layer, as in the file")
     try:
@@ -250,7 +252,8 @@ def _faults(state: dict[str, Any], wanted: dict[str, Tensor]) -> list[str]:
         found = tuple(getattr(state[key], "shape", ())) if key in state else "nothing"
         optional = key.endswith("num_batches_tracked") or ("bn.weight" not in state and key.startswith("bn."))
         if shape != found and not (found == "nothing" and optional):
-            faults.append(f"at {key} it has {found}, but --model, --base-width and --width-factor require {shape}")
+            faults.append(f"at {key} it has {found}, but --model, --base-width, --depth and --width-factor "
+                          f"require {shape}")
     return faults
 
 

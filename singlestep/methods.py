@@ -274,9 +274,10 @@ RECIPES: dict[str, Recipe] = {
 
 # The networks: keyword of the class -> flag.
 MODELS: dict[str, dict[str, str]] = {
-    **{f"PreActResNet{depth}": dict(base_width="base_width", shortcut="shortcut") for depth in (18, 34, 50, 101, 152)},
+    **{f"PreActResNet{depth}": dict(base_width="base_width", shortcut="shortcut", final_norm="no_final_norm")
+       for depth in (18, 34, 50, 101, 152)},
     "ResNet18": dict(base_width="base_width", block="block"),
-    "WideResNet": dict(width_factor="width_factor"),
+    "WideResNet": dict(depth="depth", width_factor="width_factor"),
 }
 
 

@@ -151,6 +151,14 @@ def number(kind: type, low: float, high: float = float("inf"), also: tuple = ())
     return parse_number
 
 
+def wide_depth(text: str) -> int:
+    """An argparse type: the layers of a WideResNet, 6n + 4."""
+    value = int(number(int, 10, 1000)(text))
+    if (value - 4) % 6:
+        raise argparse.ArgumentTypeError(f"must be 6n + 4, such as 28, 34 or 40, not {text}")
+    return value
+
+
 def in_255ths(text: str) -> float:
     """An argparse type: a number of 255ths, from 0 to 255, which may be written as 8 or as 8/255."""
     return number(float, 0, 255)(text.removesuffix("/255"))
@@ -251,14 +259,17 @@ class Args:
     val_size: int = flag("data", "hold the last N training images out and choose the best checkpoint on them", 0,
                          number(int, 0), metavar="N", scores=True, orders=True)
 
-    model: str = flag("model", "PreActResNet by depth, ResNet18, or WideResNet (34 layers)", "PreActResNet18",
+    model: str = flag("model", "PreActResNet by depth, ResNet18, or WideResNet", "PreActResNet18",
                       choices=MODELS)
     base_width: int = flag("model", "channels of the first layer of PreActResNet and ResNet18", 64,
                            number(int, 1, 1024))
+    depth: int = flag("model", "layers of WideResNet: 6n + 4, such as 28, 34 or 40", 34, wide_depth)
     width_factor: int = flag("model", "width of WideResNet", 10, number(int, 1, 64))
     shortcut: str = flag("model", "input of the convolutions in PreActResNet's shortcuts: activated (after BatchNorm "
                          "and ReLU) or raw (before them, as in fast_adversarial)", "activated",
                          choices=("activated", "raw"))
+    no_final_norm: bool = flag("model", "PreActResNet without BatchNorm and ReLU before its last layer", False,
+                               convert=lambda value, args: not value)
     block: str = flag("model", "block of ResNet18: standard, or nuat (a ReLU also before the addition, as in NuAT)",
                       "standard", choices=("standard", "nuat"))
     mean: tuple[float, ...] | None = flag("model", "normalization: subtracted from the pixels (default: the data "
@@ -834,8 +845,10 @@ def check(args: Args) -> None:
 
 
 def check_network(args: Args) -> None:
-    """Raise UsageError if the network has no such shortcut or block."""
+    """Raise UsageError if the network has no such shortcut, block or final BatchNorm."""
     if args.shortcut == "raw" and args.model not in ("PreActResNet18", "PreActResNet34"):
         raise UsageError(f"--shortcut raw is for PreActResNet18 and 34, not {args.model}")
     if args.block == "nuat" and args.model != "ResNet18":
         raise UsageError(f"--block nuat is for ResNet18, not {args.model}")
+    if args.no_final_norm and "final_norm" not in MODELS[args.model]:
+        raise UsageError(f"--no-final-norm is for PreActResNets, not {args.model}")

@@ -9,6 +9,7 @@ import signal
 import sys
 from collections import OrderedDict
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -131,6 +132,10 @@ def other(state):
     return {key: 0 * value for key, value in state.items()}
 
 
+def without_bn(state):
+    return {key: value for key, value in state.items() if not key.startswith("bn.")}
+
+
 def plain(state, x):
     return preact(state, scaled(x))
 
@@ -149,9 +154,11 @@ FORMS = {
                                      {}, plain, "network net._orig_mod.module of the file\n"),
     "raw shortcut": (lambda s: s, dict(shortcut="raw"), lambda s, x: preact(s, scaled(x), raw=True),
                      "assumed: --model=PreActResNet18 --base-width=4 --shortcut=raw, with ReLU. "),
-    "kuangliu without bn": (lambda s: {k: v for k, v in s.items() if k.split(".")[0] != "bn"}, {},
-                            lambda s, x: preact({k: v for k, v in s.items() if k.split(".")[0] != "bn"}, scaled(x)),
+    "kuangliu without bn": (lambda s: without_bn(s), {}, lambda s, x: plain(without_bn(s), x),
                             "without BatchNorm and ReLU before the last layer"),
+    "FastAT_Benchmark's for Tiny-ImageNet": (
+        lambda s: without_bn(s), dict(no_final_norm=True), lambda s, x: plain(without_bn(s), x),
+        "assumed: --model=PreActResNet18 --base-width=4 --shortcut=activated --no-final-norm, with ReLU. "),
     "mu and sigma": (lambda s: {**s, **WONG}, dict(shortcut="raw"),
                      lambda s, x: preact(s, scaled(x, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1)), raw=True),
                      "normalized as in the file: mean 0.5,0.4,0.3, std 0.3,0.2,0.1"),
@@ -192,6 +199,9 @@ FORMS = {
                                 "network student of the file, which has others: --which=teacher\n"),
     "last before the first": (lambda s: {"best": other(s), "last": s}, {}, plain,
                               "network last of the file, which has others: --which=best\n"),
+    **{f"WideResNet-{depth}": (lambda s: s, WRN | dict(depth=depth), lambda s, x: wide(s, scaled(x)),
+                               f"assumed: --model=WideResNet --depth={depth} --width-factor=1, with ReLU. ")
+       for depth in (28, 40)},
     "TRADES' WideResNet": (lambda s: {**s, **{k.replace("block1", "sub_block1"): v for k, v in s.items()
                                               if k.startswith("block1")}}, WRN | dict(mean=(0.0,) * 3, std=(1.0,) * 3),
                            lambda s, x: wide(s, x), "unused in the file: sub_block1"),
@@ -201,8 +211,10 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_a_published_file_gives_the_logits_of_its_own_network(form, tmp_path, capsys):
     content, flags, logits, said = FORMS[form]
-    state = {"ResNet18": lambda: trained(ResNet18(base_width=4)), "WideResNet": lambda: trained(WideResNet(34, 1))}.get(
-        flags.get("model"), lambda: trained(PreActResNet18(base_width=4)))().state_dict()
+    wide_resnet = partial(WideResNet, flags.get("depth", 34), 1)
+    network = {"ResNet18": partial(ResNet18, base_width=4), "WideResNet": wide_resnet}.get(
+        flags.get("model"), partial(PreActResNet18, base_width=4))
+    state = trained(network()).state_dict()
     torch.save(content(state), tmp_path / "model.pt")
     model, args = load_run(tmp_path / "model.pt", data_set="cifar10", base_width=4, **flags)
     x = torch.rand(5, 3, 32, 32)
@@ -239,7 +251,25 @@ def test_a_network_that_the_file_does_not_have_is_refused(tmp_path):
         load_run(tmp_path, which="ema", **flags)
 
 
+def test_robustbenchs_wideresnet_28_10_gives_its_own_logits():
+    from robustbench.model_zoo.architectures import wide_resnet
+
+    published, x = trained(wide_resnet.WideResNet(28, 10, 10)), torch.rand(2, 3, 32, 32)
+    network = WideResNet(28, 10).eval()
+    load_network(network, published.state_dict(), "a file")
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), published(x))
+    with pytest.raises(UsageError, match=r"another architecture: .* --depth and --width-factor require"):
+        load_network(WideResNet(34, 1), WideResNet(28, 1).state_dict(), "a file")
+
+
+def test_a_final_norm_of_the_file_is_not_left_out():
+    with pytest.raises(UsageError, match="has BatchNorm before the last layer: leave --no-final-norm out"):
+        load_network(PreActResNet18(base_width=4, final_norm=False), narrow(), "a file")
+
+
 @pytest.mark.parametrize("flags, named", [
+    (dict(model="ResNet18", no_final_norm=True), "--no-final-norm is for PreActResNets, not ResNet18"),
     (dict(model="ResNet18", shortcut="raw"), "--shortcut raw is for PreActResNet18"),
     (dict(block="nuat"), "--block nuat is for ResNet18, not PreActResNet18"),
     (dict(modle="ResNet18"), "no flag --modle; did you mean --model?")])
@@ -615,8 +645,8 @@ def job_of(model, folder, n=60, batch_size=16, pixels=None) -> evaluation.Job:
     with torch.no_grad():
         labels = model(images.batch(slice(None))[0]).float().argmax(dim=1)
     labels[::15] = (labels[::15] + 1) % 10
-    args = SimpleNamespace(seed=7, data_set="own", dummy=False, model="own", base_width=1, width_factor=1,
-                           shortcut="activated", block="standard", mean=None, std=None)
+    args = SimpleNamespace(seed=7, data_set="own", dummy=False,
+                           **{name: options.FLAGS[name].default for name in options.NETWORK})
     opened = Opened(model, args, DATASETS["train_cifar.py"], "own", Folder(folder), {}, [])
     images = Images(pixels, labels, torch.contiguous_format)
     return evaluation.Job(opened, images, batch_size, FLOAT32, Stop(StopSignals()), Screen())

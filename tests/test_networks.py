@@ -21,9 +21,20 @@ def test_preactresnets_have_the_convolutions_of_the_resnets_of_their_depth(depth
         assert sum(p.numel() for p in network.parameters()) == 11_172_170
 
 
-def test_wideresnet_34_10_has_its_known_size():
+@pytest.mark.parametrize("depth, width_factor, size", [
+    (28, 10, 36_479_194), (28, 8, 23_354_842), (34, 10, 46_160_474), (40, 2, 2_243_546)])
+def test_wideresnets_have_their_known_sizes(depth, width_factor, size):
+    args = options.arguments(options.CIFAR10, dict(model="WideResNet", depth=depth, width_factor=width_factor))
     with torch.device("meta"):
-        assert sum(p.numel() for p in WideResNet(34, 10).parameters()) == 46_160_474
+        assert sum(p.numel() for p in networks.new_network(options.CIFAR10, args).parameters()) == size
+
+
+def test_without_the_final_norm_the_last_layer_reads_the_last_stage():
+    args = options.arguments(options.CIFAR10, dict(base_width=4, no_final_norm=True, mean=(0,) * 3, std=(1,) * 3))
+    network, x = networks.new_network(options.CIFAR10, args).eval(), torch.rand(2, 3, 8, 8)
+    stages = nn.Sequential(network.conv1, network.layer1, network.layer2, network.layer3, network.layer4)
+    torch.testing.assert_close(network(x), network.linear(stages(x).mean(dim=(2, 3))))
+    assert not any(key.startswith("bn.") for key in network.state_dict())
 
 
 @pytest.mark.parametrize("build", [

@@ -49,7 +49,7 @@ PUBLISHED = {
 COMMON = dict(model="PreActResNet18", batch_size=128, lr_drop=50, attack="multigrad", epsilon=8, pgd_alpha=2,
               fgsm_alpha=2, multi_samps=3, multi_th=-1, multi_parallel=False, zero_iters=1, fgsm_init="random", seed=0,
               width_factor=10, full_test=False, test_iters=10, test_restarts=1, resume=0, eval=False, chkpt_iters=10,
-              device="auto", base_width=64, pgd_iters=10, train_samples=None, val_size=0, final_iters=50,
+              device="auto", base_width=64, depth=34, pgd_iters=10, train_samples=None, val_size=0, final_iters=50,
               final_restarts=10, final_samples=None, amp=False, amp_dtype="bfloat16", amp_impl="native", dummy=False,
               objective="ce", tf32=True, compile=False, deterministic=False, sync_bn=False)
 MEANS = {"train_cifar.py": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
@@ -193,6 +193,7 @@ def test_dummy_images_are_learnt(tmp_path, call, small_dummy, monkeypatch):
     ("--amp --amp-dtype=int8", "--amp-dtype"), ("--zero-iters=0", "--zero-iters"), ("--chkpt-iters=0", "--chkpt-iters"),
     ("--no-such-flag", "--no-such-flag"), ("--final-restarts=0", "--final-restarts"),
     ("--base-width=0", "--base-width"), ("--width-factor=9999", "--width-factor"),
+    ("--depth=30", "--depth"), ("--depth=4", "--depth"),
     ("--objective=hinge", "--objective"), ("--data-dir=", "--data-dir"), ("--fname=", "--fname"), ("--lr", "--lr"),
     ("--zero-qval -- 0.5", "--zero-qval"), ("--epochs=99999999999999999999", "--epochs"), ("stray", "stray"),
     ("--final-iters=99999999999999999999", "--final-iters"), ("--final-restarts", "one argument"),
@@ -472,7 +473,8 @@ train.main(options.CIFAR10, options.parse(options.CIFAR10))
 @pytest.mark.parametrize("flags, told", [
     ("--zero-qval=0.9", "--zero-qval has no effect with --attack=multigrad"),
     ("--attack=zerograd --zero-qval=0.9", None), ("--attack=fgsm --multi-samps=5", "--multi-samps has no effect"),
-    ("--width-factor=4", "--width-factor has no effect"), ("--method=pgi", None),
+    ("--width-factor=4", "--width-factor has no effect"), ("--depth=28", "--depth has no effect"),
+    ("--method=pgi", None),
     ("--attack=fgsm --pgd-alpha=1", None), ("--attack=pgd --fgsm-alpha=1", "--fgsm-alpha has no effect"),
     ("--method=gradalign --gradalign-lambda=0.3", None), ("--gradalign-lambda=0.3", "--gradalign-lambda has no effect"),
     ("--epsilon=0.031", "--epsilon=0.031 means 0.031/255: did you mean 7.9"), ("--epsilon=8/255", None)])

@@ -255,7 +255,7 @@ def banner(args, method: str, parameters: int, compiled: bool, start: dict[str, 
     train, held_out, test = images
     first = test if args.full_test else min(args.test_samples, test)
     last = min(max(first, args.last_samples or test), test)
-    width = f" of base width {args.base_width}" if args.model != "WideResNet" else f"-34-{args.width_factor}"
+    width = f" of base width {args.base_width}" if args.model != "WideResNet" else f"-{args.depth}-{args.width_factor}"
     precision = args.amp_dtype if args.amp else "float32"
     return "\n".join([
         f"method   {args.method + ': ' if args.method else ''}{method}",
