@@ -30,6 +30,12 @@ def methods() -> str:
                  *((f"`{name}`", method.text, paper(method.source), method.passes) for name, method in METHODS.items()))
 
 
+def comparisons() -> str:
+    """What each method was compared with, and what differs, a row each."""
+    return table(("`--method`", "compared with", "what differs from the authors' code"),
+                 *((f"`{name}`", method.compared, method.differs or "nothing known") for name, method in METHODS.items()))
+
+
 def attacks() -> str:
     """The perturbations, a row each."""
     return table(("`--attack`", "start", "step", "clip", "flags and defaults"),
@@ -65,7 +71,7 @@ def flag(name: str, values: dict[str, Any]) -> str:
     return f"`{default or option(name)}`" + (f" ({', '.join(others)})" if others else "" if default else " (off)")
 
 
-TABLES = {"methods": methods, "attacks": attacks, "objectives": objectives}
+TABLES = {"methods": methods, "comparisons": comparisons, "attacks": attacks, "objectives": objectives}
 
 
 def refreshed(text: str) -> str:
