@@ -33,7 +33,8 @@ def methods() -> str:
 def comparisons() -> str:
     """What each method was compared with, and what differs, a row each."""
     return table(("`--method`", "compared with", "what differs from the authors' code"),
-                 *((f"`{name}`", method.compared, method.differs or "nothing known") for name, method in METHODS.items()))
+                 *((f"`{name}`", method.compared, method.differs or "nothing known")
+                   for name, method in METHODS.items()))
 
 
 def attacks() -> str:
