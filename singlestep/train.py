@@ -44,7 +44,7 @@ from .run.device import (
     too_many_at_once,
 )
 from .run.distributed import Stop, World
-from .run.folder import Board, Folder
+from .run.folder import EventFiles, Folder
 from .run.state import Average, Checkpoint, State, named_sums
 
 # Purpose of random numbers: first integer of every seed key. (robustness.STARTS is 3.)
@@ -86,7 +86,7 @@ class Run:
     held_out: Images
     test: Images
     screen: Screen = field(default_factory=Screen)
-    board: Board | None = None
+    event_files: EventFiles | None = None
 
     @property
     def steps(self) -> int:
@@ -139,14 +139,14 @@ class Plan(NamedTuple):
     """What rank 0 decides before training.
 
     found: the checkpoint to continue from; notes: lines to print about it; images: to train on, to choose the best
-    model on, to test on; complete: whether nothing is left to do; aside: where files of an earlier run are now.
+    model on, to test on; complete: whether nothing is left to do; earlier: where files of an earlier run are now.
     """
 
     found: Checkpoint | None
     notes: list[str]
     images: tuple[Images, Images, Images]
     complete: bool
-    aside: str | None
+    earlier: str | None
 
 
 def main(dataset: DataSet, args: Args) -> None:
@@ -280,15 +280,15 @@ def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: W
             states.remove_unfinished(folder)
             folders.write_logs(folder, state, args)
         return Plan(found, notes, images, True, None)
-    aside = None
+    earlier = None
     signals.deferred = True  # move all files or none
     if folder.exists:
         folder.lock()
         state.final = None
-        aside, best_is_gone = states.move_old_files(folder, state, found)
+        earlier, best_is_gone = states.move_old_files(folder, state, found)
         if best_is_gone:
             state.best = -1.0
-    return Plan(found, notes, images, False, aside)
+    return Plan(found, notes, images, False, earlier)
 
 
 def resume(state: State, found: Checkpoint, args: Args) -> list[str]:
@@ -311,7 +311,9 @@ def assemble(dataset: DataSet, args: Args, state: State, folder: Folder, world: 
     forward = network
     if world.size > 1:
         forward = nn.parallel.DistributedDataParallel(network, [world.device] if world.device.type == "cuda" else None)
-    board = Board(folder.path / "tensorboard") if args.tensorboard and world.is_main and folder.exists else None
+    event_files = None
+    if args.tensorboard and world.is_main and folder.exists:
+        event_files = EventFiles(folder.path / "tensorboard")
     training, held_out, test = images
     keywords = args.keywords(ATTACKS[args.attack].keywords)
     alpha = keywords.pop("alpha", None)
@@ -319,7 +321,7 @@ def assemble(dataset: DataSet, args: Args, state: State, folder: Folder, world: 
     return Run(args, state, folder, world, signals, network, forward,
                partial(getattr(attacks, args.attack), **keywords), objective, alpha, schedule(args, dataset),
                momentum(args, dataset), augmentation(args, dataset), training, held_out, test,
-               screen or Screen(quiet=True), board)
+               screen or Screen(quiet=True), event_files)
 
 
 def start(run: Run, plan: Plan) -> None:
@@ -328,7 +330,7 @@ def start(run: Run, plan: Plan) -> None:
     state.final = None
     state.starts.append({**describe(world.device, world.size), "epoch": state.epoch, "step": state.step,
                          "evaluation_batch": run.evaluation_batch,
-                         "source": plan.found.source if plan.found else None, "aside": plan.aside})
+                         "source": plan.found.source if plan.found else None, "aside": plan.earlier})
     if run.writes:
         folders.write_logs(run.folder, state, args)
     method, parameters = options.as_flags(options.in_effect(args)), sum(p.numel() for p in state.model.parameters())
@@ -346,8 +348,8 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
     args, device = run.args, run.world.device
     if plan.found:
         yield folders.resumed_line(run.state.starts[-1]).removeprefix("# ")
-    if plan.aside:
-        yield f"files of an earlier run are now in {plan.aside}"
+    if plan.earlier:
+        yield f"files of an earlier run are now in {plan.earlier}"
     if device.type == "cpu" and args.base_width >= 64 and args.model != "WideResNet" and not args.dummy:
         yield "on a CPU, this network takes hours; --base-width=16 is some ten times as fast"
     yield from precision_hints(args, device)
@@ -614,8 +616,8 @@ def save(run: Run) -> None:
     sums = run.world.sum(run.state.sums)
     if run.writes:
         states.save_state(run.folder, run.state, run.args, sums)
-    if run.board:
-        run.board.draw(run.state.history)
+    if run.event_files:
+        run.event_files.draw(run.state.history)
 
 
 def require_finite(run: Run) -> None:

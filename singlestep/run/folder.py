@@ -275,7 +275,7 @@ SCALARS = {
     "watch/abnormal": "abnormal", "watch/collapsed": "collapsed", "lr": "lr"}
 
 
-class Board:
+class EventFiles:
     """TensorBoard files of a run in `folder`, which must be used for nothing else."""
 
     def __init__(self, folder: Path):
