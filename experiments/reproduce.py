@@ -7,7 +7,7 @@
 A run's files are in runs/SCALE/NAME. When it is complete, and evaluated where the table asks for evaluate.py's attacks,
 its result is written to experiments/results/SCALE/NAME.json, and it is not made again. On Ctrl-C, on SIGTERM and when
 the budget is spent, the runs save their state and stop; the same command continues them. If a run fails, its name is
-printed and the others go on. Jobs are spread over the GPUs, or share the cores of a CPU.
+printed and the others continue. Jobs are spread over the GPUs, or share the cores of a CPU.
 """
 import os
 import shutil
@@ -90,7 +90,7 @@ class Runner:
             say(f"failed: {experiment.name}: see {self.folder(experiment) / 'console.log'}", error=True)
         left = [e for e in self.missing if read_result(self.args.results, e) is None]
         if self.stop:
-            say(f"{self.stop}: {len(self.made)} runs made, {len(left)} left; the same command goes on")
+            say(f"{self.stop}: {len(self.made)} runs made, {len(left)} left; the same command continues them")
         elif self.elsewhere:
             say(f"{len(self.elsewhere)} runs were left to another process: call again when it has ended")
         if self.signals:

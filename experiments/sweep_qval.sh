@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # ZeroGrad over its quantile, one run after another; QS lists the values. Call it again after an interruption: finished
-# runs are kept, a cut off one goes on. Flags given to it are passed on, the later of two the stronger:
+# runs are kept, an interrupted one continues. Flags given to it are passed on, the later of two the stronger:
 #     QS="0 0.35 0.7" experiments/sweep_qval.sh --epochs=5 --base-width=16 --data-dir="$HOME/data"
 # (relative paths are taken from the project's folder). The run of value Q is in runs/zerograd_qQ. At the end, plot.py
 # compares the runs, and draws them in runs/zerograd_q.png where matplotlib is installed.

@@ -596,8 +596,13 @@ def finish_epoch(run: Run, trained: dict[str, Any], measured: dict[str, Any]) ->
         run.screen.warn(console.collapse_line(record))
     for warning in robustness.no_gradient("PGD", record.get("no_gradient", 0.0)):
         run.screen.warn(warning)
-    if record.get("test_robust_acc", 0.0) > record.get("fgsm_acc", 1.0):
+    if weaker_than_fgsm(record) and not any(map(weaker_than_fgsm, state.history[:-1])):
         run.screen.say("# PGD is weaker than FGSM: raise --test-iters, or set --pgd-alpha to a quarter of --epsilon")
+
+
+def weaker_than_fgsm(record: dict[str, Any]) -> bool:
+    """Return whether PGD left more images robust than FGSM after an epoch."""
+    return record.get("test_robust_acc", 0.0) > record.get("fgsm_acc", 1.0)
 
 
 def stop_on_collapse(run: Run) -> None:

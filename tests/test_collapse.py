@@ -65,6 +65,8 @@ def test_a_whole_run_is_summed_up_in_a_line():
     assert line(fell) == \
         "catastrophic overfitting in 2 of 5 epochs, first in epoch 3; PGD accuracy: best 41.2%, last 30.0%"
     assert line(fell[:2]) == "no catastrophic overfitting; PGD accuracy: best 41.2%, last 41.2%"
+    assert line(curve((0.9, 0.0))) == \
+        "catastrophic overfitting in 1 of 1 epoch, first in epoch 1; PGD accuracy: best 0.0%, last 0.0%"
     assert line([]) == "no epochs recorded"
 
 

@@ -227,6 +227,11 @@ def drawable() -> bool:
         return False
 
 
+def count(number: int, noun: str) -> str:
+    """Format a number of things: 1 epoch, 2 epochs, 1,000 images."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def duration(seconds: float) -> str:
     """Format a rounded duration: 95 s, 12 min, 2 h 05 min."""
     if seconds < 100:
@@ -259,9 +264,10 @@ def banner(args, method: str, parameters: int, compiled: bool, start: dict[str, 
     precision = args.amp_dtype if args.amp else "float32"
     return "\n".join([
         f"method   {args.method + ': ' if args.method else ''}{method}",
-        f"data     {args.data_set}{' (synthetic)' if args.dummy else ''}: {train:,} training images, {args.epochs} "
-        f"epochs of {steps:,} steps; evaluated on {f'{held_out:,} validation and ' if held_out else ''}{first:,} test "
-        f"images after an epoch, {last:,} after the last",
+        f"data     {args.data_set}{' (synthetic)' if args.dummy else ''}: {train:,} training images, "
+        f"{count(args.epochs, 'epoch')} of {count(steps, 'step')}; evaluated on "
+        f"{f'{held_out:,} validation and ' if held_out else ''}{first:,} test images after an epoch, {last:,} after "
+        f"the last",
         f"network  {args.model}{width}, {parameters / 1e6:.1f} M parameters, "
         f"{precision}{', compiled' * compiled}, on {start['device']}, threads: {start['threads']}, "
         f"processes: {start['processes']}",
@@ -349,6 +355,7 @@ def summary_line(summary: dict[str, Any], epochs: int) -> str:
     if not epochs:  # checkpoints of the published scripts have no history
         return "no epochs recorded"
     first, best, last = (summary[name] for name in ("collapse_epoch", "best_robust_acc", "last_robust_acc"))
+    share = f"{summary['collapsed_epochs']} of {count(epochs, 'epoch')}"
     line = "no catastrophic overfitting" if first is None else \
-        f"catastrophic overfitting in {summary['collapsed_epochs']} of {epochs} epochs, first in epoch {first + 1}"
+        f"catastrophic overfitting in {share}, first in epoch {first + 1}"
     return f"{line}; PGD accuracy: best {100 * best:.1f}%, last {100 * last:.1f}%"

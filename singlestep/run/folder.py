@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .console import UsageError, collapse_line, say
+from .console import UsageError, collapse_line, count, say
 
 
 @contextlib.contextmanager
@@ -244,8 +244,8 @@ def log_line(record: dict[str, Any], validated: bool) -> str:
 
 
 def resumed_line(start: dict[str, Any]) -> str:
-    epochs, steps = (f"{start[name]} {name}{'s' * (start[name] != 1)}" for name in ("epoch", "step"))
-    return f"# resumed after {epochs}{f' and {steps}' if start['step'] else ''}, from {start['source']}"
+    steps = f" and {count(start['step'], 'step')}" if start["step"] else ""
+    return f"# resumed after {count(start['epoch'], 'epoch')}{steps}, from {start['source']}"
 
 
 def final_line(final: dict[str, Any]) -> str:
