@@ -40,7 +40,8 @@ PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", ROOT / "experiments/README.md", *sorted(ROOT.glob("docs/*.md")))}
 MEASURED = ("README.md", "experiments/README.md")  # where every percentage is a result's
 RESULTS = {f"{path.parent.name}/{path.stem}": json.loads(path.read_text())
-           for path in sorted((ROOT / "experiments/results").glob("*/*.json"))}
+           for path in (*sorted((ROOT / "experiments/results").glob("*/*.json")),
+                        ROOT / "experiments/report/batchnorm.json")}
 
 
 def test_every_result_was_made_at_a_commit_of_this_history():
@@ -85,10 +86,16 @@ def logged(method: str, data_set: str = "") -> int:
     return sum(any(collapse.collapsed(run.epochs)) for run in runs)
 
 
+def anew(runs: list[str], attack: str) -> float:
+    """Accuracy of a run's network with BatchNorm's statistics estimated anew, in %, as batchnorm.py found it."""
+    found, = (row[attack] for run in runs for row in RESULTS[run]["networks"] if row["statistics"] == "anew")
+    return 100 * found
+
+
 clean, fgsm, pgd, train = map(values, ("test_acc", "fgsm_acc", "test_robust_acc", "train_robust_acc"))
 FUNCTIONS = {"clean": clean, "fgsm": fgsm, "pgd": pgd, "train": train, "abnormal": values("abnormal"),
              "alignment": values("alignment", 1), "max": max, "abs": abs, "sorted": sorted,
-             "upper": upper, "logged": logged}
+             "upper": upper, "logged": logged, "anew": anew}
 
 
 # Marks
