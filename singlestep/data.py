@@ -1,15 +1,17 @@
-"""Data sets: read with torchvision, stored on the device as uint8, and augmented there batch by batch."""
+"""Data sets: read from their files, stored on the device as uint8, and augmented there batch by batch."""
 import contextlib
 import http.client
 import importlib
 import io
 import math
 import os
+import re
 import shutil
 import socket
 import tarfile
 import tempfile
-from collections.abc import Callable, Collection, Iterable
+import zipfile
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,10 +25,13 @@ from . import options
 from .attacks import check_images
 from .options import DataSet
 from .run.console import UsageError
-from .run.folder import lock
+from .run.folder import atomic_write, lock
 
 DUMMY_SIZES = {True: 2048, False: 512}  # numbers of synthetic training (True) and test (False) images
 DUMMY_SIDE = 32
+
+TINY_IMAGENET_URL = "http://cs231n.stanford.edu/tiny-imagenet-200.zip"
+TINY_IMAGENET_MD5 = "90528d7ca1a48142e341f4ef8d21d0de"
 
 STALLED = 60.0  # seconds without an answer after which a download has failed
 WAIT = 1800.0  # seconds to wait for another process that downloads
@@ -161,7 +166,7 @@ def load(dataset: DataSet, args) -> tuple[Images, Images, Images]:
     Raises:
         UsageError: --val-size or --train-samples is too large, or the data set cannot be read.
     """
-    train, test = dummy(dataset.classes) if args.dummy else _read(dataset, args.data_dir)
+    train, test = dummy(dataset.classes, dataset.side) if args.dummy else _read(dataset, args.data_dir)
     most = len(train) - args.val_size
     if most < 1:
         raise UsageError(f"--val-size must leave training images: {len(train) - 1} or less, not {args.val_size}")
@@ -184,20 +189,21 @@ def load_test(data_set: str | DataSet, data_dir: str | None = None, n: int | Non
 
 def testing(dataset: DataSet, data_dir: str, synthetic: bool = False) -> Images:
     """Load the test images of a data set."""
-    return (dummy(dataset.classes) if synthetic else _read(dataset, data_dir))[1]
+    return (dummy(dataset.classes, dataset.side) if synthetic else _read(dataset, data_dir))[1]
 
 
-def dummy(classes: int) -> tuple[Images, Images]:
+def dummy(classes: int, side: int | None = None) -> tuple[Images, Images]:
     """Create synthetic training and test images: a coarse pattern for each class, random brightness, and noise."""
+    side = side or DUMMY_SIDE
     generator = torch.Generator().manual_seed(classes)
     patterns = torch.rand(classes, 4, 4, 3, generator=generator, dtype=torch.float32)
-    patterns = patterns.repeat_interleave(DUMMY_SIDE // 4, dim=1).repeat_interleave(DUMMY_SIDE // 4, dim=2)
+    patterns = patterns.repeat_interleave(side // 4, dim=1).repeat_interleave(side // 4, dim=2)
 
     def drawn(train: bool) -> Images:
         generator.manual_seed(classes * 2 + train)
         labels = torch.arange(DUMMY_SIZES[train]) % classes
         shift = 0.2 * torch.rand(len(labels), 1, 1, 1, generator=generator, dtype=torch.float32) - 0.1
-        shape = (len(labels), DUMMY_SIDE, DUMMY_SIDE, 3)
+        shape = (len(labels), side, side, 3)
         noise = 0.1 * torch.randn(shape, generator=generator, dtype=torch.float32)
         return Images(((patterns[labels] + shift + noise).clamp(0, 1) * 255).round().byte(), labels)
 
@@ -219,6 +225,59 @@ def read_torchvision(name: str, data_dir: str):
     ensure_files(data_dir, {f"{source.base_folder}/{file}": md5 for file, md5 in listed},
          lambda folder: source(folder, download=True), source.filename, source.tgz_md5)
     return [(part.data, part.targets) for part in (verified(data_dir, train) for train in (True, False))]
+
+
+def read_tiny_imagenet(data_dir: str):
+    """Read Tiny-ImageNet from its zip. Returns (images, labels) of the training set and of the validation set, which
+    serves as the test set: its own test set has no labels.
+
+    A label is an index into sorted(wnids.txt). The zip lists the training images class by class; they are shuffled with
+    a fixed seed, so that the first and the last of them are of all classes. The decoded images are cached beside the
+    zip.
+    """
+    from torchvision.datasets.utils import download_url
+
+    packed = Path(data_dir, TINY_IMAGENET_URL.rpartition("/")[2])
+    ensure_files(data_dir, {packed.name: TINY_IMAGENET_MD5}, partial(download_url, TINY_IMAGENET_URL))
+    cache = packed.with_suffix(".npz")
+    if cache.exists():
+        with np.load(cache) as kept:
+            return [(kept["train"], kept["train_labels"]), (kept["test"], kept["test_labels"])]
+    with zipfile.ZipFile(packed) as archive:
+        (train, train_labels), (test, test_labels) = (
+            _decoded(archive, entries) for entries in _tiny_imagenet_entries(archive))
+    with contextlib.suppress(OSError), atomic_write(cache) as file:  # a full disk, or a folder that is read-only
+        np.savez(file, train=train, train_labels=train_labels, test=test, test_labels=test_labels)
+    return [(train, train_labels), (test, test_labels)]
+
+
+def _tiny_imagenet_entries(archive: zipfile.ZipFile) -> Iterator[list[tuple[str, int]]]:
+    """The names in the zip and the labels of the training images, shuffled, then those of the validation images."""
+    root = "tiny-imagenet-200"
+    classes = sorted(archive.read(f"{root}/wnids.txt").decode().split())
+
+    def labelled(named: Iterable[tuple[str, str]]) -> list[tuple[str, int]]:
+        entries = list(named)
+        unknown = sorted({wnid for _, wnid in entries} - {*classes})
+        if unknown:
+            raise UsageError(f"{archive.filename} has images of class {unknown[0]}, which its wnids.txt does not list")
+        return [(name, classes.index(wnid)) for name, wnid in entries]
+
+    train = sorted(name for name in archive.namelist() if re.fullmatch(rf"{root}/train/\w+/images/\w+\.JPEG", name))
+    order = np.random.RandomState(0).permutation(len(train))
+    yield labelled((train[i], train[i].split("/")[2]) for i in order)
+    lines = archive.read(f"{root}/val/val_annotations.txt").decode().splitlines()
+    yield labelled((f"{root}/val/images/{file}", wnid) for file, wnid, *_ in (line.split("\t") for line in lines))
+
+
+def _decoded(archive: zipfile.ZipFile, entries: list[tuple[str, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Decode JPEGs in a zip. Returns uint8 (N, 64, 64, 3) and the labels (N,)."""
+    read = imported("PIL.Image", "open")
+    pixels = np.empty((len(entries), 64, 64, 3), np.uint8)
+    for place, (name, _) in zip(pixels, entries):
+        with archive.open(name) as file:
+            place[:] = read(file).convert("RGB")  # some are greyscale
+    return pixels, np.array([label for _, label in entries])
 
 
 def imported(module: str, name: str) -> Any:

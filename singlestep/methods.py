@@ -194,7 +194,7 @@ OBJECTIVES: dict[str, Objective] = {
              "images whose CE_i the attack lowered; N: the others; V: mean of norm2(f(x + eta) - f(x + delta))^2; no "
              "penalty if A or N is empty",
         weighting="l1, l2, l3 of the nearest published epsilon (8, 12, 16, 32); `nfgsm` has its own, 1,1.5,0.15 at "
-                  "epsilon 8; SVHN takes those of CIFAR-10"),
+                  "epsilon 8; SVHN takes those of CIFAR-10, Tiny-ImageNet those of CIFAR-100"),
     "trades": Objective(
         dict(smoothing="label_smoothing", beta="trades_beta"),
         loss="CE(x) + beta KL(p(x) ‖ p(x + delta))", weighting="fixed"),
@@ -272,7 +272,8 @@ METHODS: dict[str, Method] = {
                 "versions; a run that an older version began keeps its mode"),
     "pgi": Method(
         dict(attack="pgi", fgsm_alpha=1.0, objective="logits", label_smoothing=4 / 9), "2.7", "arXiv 2207.08859",
-        {"CIFAR-100": dict(label_smoothing=40 / 99, pgi_reset=10)},
+        {"CIFAR-100": dict(label_smoothing=40 / 99, pgi_reset=10),
+         "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
         text="FGSM-MEP (FGSM-PGI with momentum): one step from a perturbation stored for each image",
         differs="D and M are stored in half precision. Labels are smoothed by 4/9 and D, M reset every 40 epochs, "
                 "as published; on CIFAR-100 40/99 and 10"),
@@ -331,7 +332,8 @@ def aaer_lambdas(args) -> tuple[float, float, float]:
              ("CIFAR-10", False): {8: (1.5, 0.15), 12: (5, 0.55), 16: (8.5, 1.5), 32: (2.75, 0.75)},
              ("CIFAR-100", True): {8: (3.5, 1.5), 12: (3.5, 2.75), 16: (6, 2.25), 32: (5, 0.75)},
              ("CIFAR-100", False): {8: (1.5, 0.15), 12: (3.5, 0.3), 16: (6, 0.5), 32: (3.5, 0.5)}}
-    values = table["CIFAR-100" if args.data_set == "CIFAR-100" else "CIFAR-10", "ball" in ATTACKS[args.attack].clip]
+    data_set = "CIFAR-100" if args.data_set in ("CIFAR-100", "Tiny-ImageNet") else "CIFAR-10"
+    values = table[data_set, "ball" in ATTACKS[args.attack].clip]
     return (1.0, *values[min(values, key=lambda epsilon: abs(epsilon - args.epsilon))])
 
 

@@ -41,7 +41,8 @@ class DataSet:
     (N, H, W, 3); mean, std: of the pixels in [0, 1], per channel; defaults: flags whose default is this data set's own;
     augmentation: keywords of `data.Augmentation`, for the training images; peak: number of epochs -> the epoch at which
     the cyclic learning rate is highest; validate: whether the best checkpoint is chosen on training images even
-    without --val-size.
+    without --val-size; side: width and height of its synthetic images, a multiple of 4 (None:
+    data.DUMMY_SIDE); memory: bytes of all its images, printed before they are read, if they are many.
     """
 
     name: str
@@ -53,6 +54,8 @@ class DataSet:
     augmentation: dict[str, Any] = field(default_factory=dict)
     peak: Callable[[int], int] = half
     validate: bool = False
+    side: int | None = None
+    memory: int = 0
 
     def flags(self) -> dict[str, Any]:
         """The flags whose default depends on the data set: CIFAR-10's, where this one states none."""
@@ -64,7 +67,8 @@ class DataSet:
         source = self.source
         if not isinstance(source, str):
             source = f"{source.__module__}:{source.__qualname__}"
-        return {"name": self.name, "source": source, "classes": self.classes, "mean": self.mean, "std": self.std}
+        return {"name": self.name, "source": source, "classes": self.classes, "mean": self.mean, "std": self.std,
+                "side": self.side}
 
     @classmethod
     def stated(cls, statement: dict[str, Any]) -> "DataSet":
@@ -73,9 +77,11 @@ class DataSet:
         if module.partition(".")[0] in sys.stdlib_module_names:  # no data set, but os.system and the like
             raise ValueError
         known = next((dataset for dataset in DATA_SETS.values() if dataset.name == statement["name"]), None)
+        side = statement.get("side")  # older runs have none
         mean, std = (",".join(map(str, statement[name])) for name in ("mean", "std"))
         return cls(str(statement["name"]), statement["source"], int(number(int, 1)(str(statement["classes"]))),
-                   triple(mean), positive_triple(std), known.defaults if known else {})
+                   triple(mean), positive_triple(std), known.defaults if known else {},
+                   side=side and int(number(int, 4)(str(side))))
 
 
 CIFAR10 = DataSet(
@@ -112,9 +118,22 @@ SVHN = DataSet(
                   zero_qval=0.7, final_model="best"),
 )
 
+TINY = DataSet(
+    name="Tiny-ImageNet",
+    source="singlestep.data:read_tiny_imagenet",
+    classes=200,
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+    augmentation=dict(padding=4, pad_mode="zero", flip=True),
+    side=64,
+    memory=110_000 * 64 * 64 * 3,
+    defaults=dict(data_dir="../tiny-imagenet-data", fname="tiny_model", epochs=30, lr_schedule="cyclic", lr_max=0.2,
+                  zero_qval=0.35),
+)
+
 OWN = "own"  # name and source of the data set of `train.train`, whose network is the user's
 
-DATA_SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN}
+DATA_SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN, "tiny": TINY}
 
 
 def data_set(name: str) -> DataSet:

@@ -270,6 +270,8 @@ def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: W
         found = states.find_checkpoint(folder, args.resume) if args.resume else None
     notes = [f"{found.source}: {note}" for note in resume(state, found, args)] if found else []
     if images is None:
+        if dataset.memory and not args.dummy:
+            screen.say(f"# {dataset.name}: its images take {dataset.memory / 1e9:.2f} GB, in memory and on the device")
         with screen.progress(f"reading {dataset.name}"):
             images = load(dataset, args)
     if (len(images[0]) - 1) % args.batch_size + 1 < world.size:

@@ -1,24 +1,27 @@
 """Helpers of several tests: small networks, small runs of the real scripts, their files, and data sets' files."""
 import argparse
 import hashlib
+import io
 import json
 import os
 import pickle
 import signal
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import scipy.io
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from processes import IMAGES, ROOT, SIDE
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets
 
-from singlestep import networks, options, train
+from singlestep import data, networks, options, train
 from singlestep.data import Images
 from singlestep.robustness import PGD, Restart, Result, attack_steps
 from singlestep.run.device import Precision, seed_everything
@@ -26,7 +29,8 @@ from singlestep.run.distributed import ALONE, World
 
 __all__ = ["IMAGES", "ROOT", "SIDE"]
 
-DATASETS = {"train_cifar.py": options.CIFAR10, "train_cifar100.py": options.CIFAR100, "train_svhn.py": options.SVHN}
+DATASETS = {"train_cifar.py": options.CIFAR10, "train_cifar100.py": options.CIFAR100, "train_svhn.py": options.SVHN,
+            "train_tiny.py": options.TINY}
 # Added to any command, these make it end in seconds; every part of a run still takes place.
 SMALL = ["--dummy", "--device=cpu", "--base-width=4", "--batch-size=32", "--train-samples=80", "--epochs=2",
          "--test-iters=2", "--final-iters=2", "--final-restarts=2", "--final-samples=48"]
@@ -250,6 +254,37 @@ def write_svhn(root, monkeypatch, n=12):
         sums[split] = ["", path.name, hashlib.md5(path.read_bytes()).hexdigest()]
     monkeypatch.setattr(datasets.SVHN, "split_list", sums)
     return pixels, labels
+
+
+def write_tiny_imagenet(root, monkeypatch, n=8, without=(), extra=()):
+    """A small zip in Tiny-ImageNet's layout: n training images of each of four classes, 2n for validation.
+
+    without, extra: names of files that it lacks, and of JPEGs that it has besides. Returns the content of its files.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    rng, wnids = np.random.default_rng(0), ["n04", "n01", "n03", "n02"]
+
+    def jpeg(grey: bool) -> bytes:
+        coarse = rng.integers(0, 256, (4, 4) if grey else (4, 4, 3), dtype=np.uint8)
+        with io.BytesIO() as file:
+            Image.fromarray(coarse.repeat(16, axis=0).repeat(16, axis=1)).save(file, "JPEG")
+            return file.getvalue()
+
+    files = {"wnids.txt": "\n".join(wnids), "words.txt": "n01\tgoldfish\nn05\tno class of these",
+             "val/val_annotations.txt": "".join(f"val_{i}.JPEG\t{wnids[i % 4]}\t0\t0\t63\t63\n" for i in range(2 * n)),
+             "test/images/test_0.JPEG": jpeg(False)}
+    for wnid in sorted(wnids):
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = "".join(f"{wnid}_{i}.JPEG\t0\t0\t63\t63\n" for i in range(n))
+        files |= {f"train/{wnid}/images/{wnid}_{i}.JPEG": jpeg(i == 1) for i in range(n)}
+    files |= {f"val/images/val_{i}.JPEG": jpeg(i == 1) for i in range(2 * n)}
+    files |= {name: jpeg(False) for name in extra}
+    with zipfile.ZipFile(root / "tiny-imagenet-200.zip", "w") as archive:
+        for name, content in files.items():
+            if name not in without:
+                archive.writestr(f"tiny-imagenet-200/{name}", content)
+    digest = hashlib.md5((root / "tiny-imagenet-200.zip").read_bytes()).hexdigest()
+    monkeypatch.setattr(data, "TINY_IMAGENET_MD5", digest)
+    return files
 
 
 def evaluated(model, images: Images, attack: PGD, batch_size: int, precision: Precision, world: World = ALONE,

@@ -59,7 +59,8 @@ def test_times_are_told_as_one_says_them(seconds):
     assert abs(3600 * hours + 60 * (over + minutes) + left - seconds) <= 30.01
 
 
-SCRIPTS = {"cifar10": "train_cifar.py", "cifar100": "train_cifar100.py", "svhn": "train_svhn.py"}
+SCRIPTS = {"cifar10": "train_cifar.py", "cifar100": "train_cifar100.py", "svhn": "train_svhn.py",
+           "tiny": "train_tiny.py"}
 
 
 @pytest.mark.parametrize("name", DATA_SETS)

@@ -22,7 +22,18 @@ import pytest
 import torch
 import torchvision.datasets.utils
 import torchvision.transforms.functional as TF
-from helpers import DATASETS, SMALL, epochs_of, write_cifar10, write_svhn
+from helpers import (
+    DATASETS,
+    SMALL,
+    assert_same_run,
+    epochs_of,
+    interrupt,
+    one_line,
+    rows_of,
+    write_cifar10,
+    write_svhn,
+    write_tiny_imagenet,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +41,7 @@ from processes import Started
 from torchvision import datasets
 
 from singlestep import data, networks, options
-from singlestep.data import Augmentation, Images, dummy, read_torchvision
+from singlestep.data import Augmentation, Images, dummy, read_tiny_imagenet, read_torchvision
 from singlestep.run.console import UsageError
 from singlestep.run.folder import lock
 from singlestep.train import augmentation as augmentation_of
@@ -112,6 +123,62 @@ def test_svhn_files_are_read_upright_and_ten_is_zero(tmp_path, monkeypatch):
         assert list(classes) == [int(label) % 10 for label in labels.flatten()]
 
 
+def decoded(jpeg: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+
+
+def test_tiny_imagenet_is_shuffled_image_by_image_and_labelled_by_the_sorted_classes(tmp_path, monkeypatch):
+    files = write_tiny_imagenet(tmp_path, monkeypatch)
+    parts = (train, labels), (test, test_labels) = read_tiny_imagenet(str(tmp_path))
+    names = sorted(name for name in files if name.startswith("train/") and name.endswith(".JPEG"))
+    for image, label, i in zip(train, labels, np.random.RandomState(0).permutation(32), strict=True):
+        assert np.array_equal(image, decoded(files[names[i]])) and names[i].startswith(f"train/n0{label + 1}/")
+    assert {*labels[:12]} == {*labels[-12:]} == {0, 1, 2, 3} and test_labels.tolist() == [3, 0, 2, 1] * 4
+    assert all(np.array_equal(image, decoded(files[f"val/images/val_{i}.JPEG"])) for i, image in enumerate(test))
+    assert train.dtype == np.uint8 and (test[1] == test[1][..., :1]).all() and not (test[2] == test[2][..., :1]).all()
+    monkeypatch.setattr(data, "_decoded", None)  # the second time, they come from the cache
+    for (images, numbers), (again, same) in zip(parts, read_tiny_imagenet(str(tmp_path)), strict=True):
+        assert np.array_equal(images, again) and np.array_equal(numbers, same)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["tiny-imagenet-200.npz", "tiny-imagenet-200.zip"]
+
+
+@pytest.mark.parametrize("changes, named", [
+    (dict(without=["val/images/val_3.JPEG"]), "no item named 'tiny-imagenet-200/val/images/val_3.JPEG'"),
+    (dict(without=["wnids.txt"]), "no item named 'tiny-imagenet-200/wnids.txt'"),
+    (dict(extra=["train/n05/images/n05_0.JPEG"]), "images of class n05, which its wnids.txt does not list")])
+def test_a_zip_of_tiny_imagenet_with_other_files_is_one_line(changes, named, tmp_path, call, monkeypatch):
+    write_tiny_imagenet(tmp_path / "data", monkeypatch, **changes)
+    flags = ["--quiet", "--device=cpu", "--base-width=4", "--data-dir", tmp_path / "data", "--fname", tmp_path / "run"]
+    one_line(call("train_tiny.py", *flags), named)
+    (tmp_path / "data/tiny-imagenet-200.zip").write_bytes(b"PK")
+    one_line(call("train_tiny.py", *flags), "tiny-imagenet-200.zip is truncated or altered")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["data", "tiny-imagenet-200.zip"]
+
+
+def test_tiny_imagenet_is_downloaded_as_one_file(tmp_path, monkeypatch):
+    write_tiny_imagenet(tmp_path / "source", monkeypatch)
+    with serving(sending((tmp_path / "source/tiny-imagenet-200.zip").read_bytes())) as (address, _):
+        monkeypatch.setattr(data, "TINY_IMAGENET_URL", f"{address}/tiny-imagenet-200.zip")
+        assert len(read_tiny_imagenet(str(tmp_path / "data"))[0][0]) == 32
+
+
+def test_tiny_imagenet_is_trained_on_resumed_and_evaluated(tmp_path, call, judged, monkeypatch):
+    write_tiny_imagenet(tmp_path / "data", monkeypatch)
+    small = [flag for flag in SMALL if flag != "--dummy" and "samples" not in flag]
+    flags = [*small, "--method=n-fgsm", "--val-size=8", "--batch-size=8", "--data-dir", tmp_path / "data"]
+    status, output, _ = call("train_tiny.py", *flags, "--fname", tmp_path / "whole")
+    assert status == 0 and output.startswith("# Tiny-ImageNet: its images take 1.35 GB, in memory and on the device\n")
+    assert [(record["train_images"], record["val_images"], record["test_images"])
+            for record in epochs_of(tmp_path / "whole")] == [(24, 8, 16)] * 2
+    interrupt(monkeypatch, at=4)
+    assert call("train_tiny.py", *flags, "--fname", tmp_path / "part")[0] == 128 + signal.SIGTERM
+    assert call("train_tiny.py", *flags, "--fname", tmp_path / "part", "--resume=auto")[0] == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "part")
+    for more in [], ["--data-set=tiny"]:
+        status, output, _ = judged(tmp_path / "whole", "--device=cpu", "--attacks=clean,fgsm", *more)
+        assert status == 0 and [row[3] for row in rows_of(output)] == ["16", "16"]
+
+
 @pytest.mark.parametrize("name, script", [("cifar10", "train_cifar.py"), ("svhn", "train_svhn.py")])
 def test_test_images_are_had_in_one_line(name, script, tmp_path, monkeypatch):
     {"cifar10": write_cifar10, "svhn": write_svhn}[name](tmp_path, monkeypatch)
@@ -126,7 +193,7 @@ def test_test_images_are_had_in_one_line(name, script, tmp_path, monkeypatch):
 
 
 def test_test_images_of_no_data_set_or_of_files_that_are_not_there_end_in_one_line(tmp_path):
-    with pytest.raises(UsageError, match="must be cifar10, cifar100, svhn, not mnist"):
+    with pytest.raises(UsageError, match="must be cifar10, cifar100, svhn, tiny, not mnist"):
         data.load_test("mnist")
     (tmp_path / "cifar-10-batches-py").mkdir()
     (tmp_path / "cifar-10-batches-py/test_batch").touch()
@@ -466,12 +533,14 @@ def test_images_and_labels_of_another_kind_are_refused(pixels, labels, tmp_path,
 
 @pytest.mark.parametrize("dataset", DATASETS.values())
 def test_dummy_images_come_in_the_data_sets_shape_and_all_its_classes(dataset):
-    for train, images, again in zip((True, False), dummy(dataset.classes), dummy(dataset.classes)):
-        assert images.pixels.shape == (data.DUMMY_SIZES[train], 32, 32, 3) and images.pixels.dtype == torch.uint8
+    side = 64 if dataset.name == "Tiny-ImageNet" else 32
+    pairs = zip(*(dummy(dataset.classes, dataset.side) for _ in range(2)))
+    for train, (images, again) in zip((True, False), pairs):
+        assert images.pixels.shape == (data.DUMMY_SIZES[train], side, side, 3) and images.pixels.dtype == torch.uint8
         assert len(images.labels.unique()) == dataset.classes
         assert torch.equal(images.pixels, again.pixels) and torch.equal(images.labels, again.labels)
     # A test image is nearest to the training images of its own class: the classes can be learnt.
-    train, test = dummy(dataset.classes)
+    train, test = dummy(dataset.classes, dataset.side)
     means = torch.stack([train.pixels[train.labels == c].float().mean(dim=0).flatten() for c in range(dataset.classes)])
     nearest = torch.cdist(test.pixels.float().flatten(1), means).argmin(dim=1)
     assert (nearest == test.labels).float().mean() > 0.95

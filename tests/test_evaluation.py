@@ -565,7 +565,7 @@ def test_an_edited_flag_of_a_run_is_one_line_that_names_it(run, judged, call, ca
             one_line(result, f"{run / 'args.json'}: --{name.replace('_', '-')} ")
         (run / "args.json").write_text(whole)
     for statement in ({"mean": "x"}, {"std": [1, 0, 1]}, {"classes": 0}, {"classes": [10]}, {"mean": 1}, {"source": 1},
-                      {"source": "os:system"}):
+                      {"source": "os:system"}, {"side": "x"}, {"side": 1}):
         edit(run, statement=statement)
         one_line(judged(run, "--device=cpu", "--samples=8", "--attacks=clean"), "args.json is damaged")
         (run / "args.json").write_text(whole)

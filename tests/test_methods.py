@@ -1018,7 +1018,7 @@ def test_weights_by_epsilon_are_the_published_ones(dataset, key):
 def test_aaers_weights_are_the_published_ones(epsilon, rs_10, n_10, rs_100, n_100):
     cifar, cifar100 = options.CIFAR10, options.CIFAR100
     for dataset, method, pair in ((cifar, "rs-aaer", rs_10), (cifar, "n-aaer", n_10), (cifar100, "rs-aaer", rs_100),
-                                  (cifar100, "n-aaer", n_100)):
+                                  (cifar100, "n-aaer", n_100), (options.TINY, "rs-aaer", rs_100)):
         assert parsed(dataset, f"--method={method}", f"--epsilon={epsilon}")["aaer_lambdas"] == (1, *pair)
         near = parsed(dataset, f"--method={method}", f"--epsilon={epsilon + 0.4}")
         assert near["aaer_lambdas"] == (1, *pair)

@@ -45,6 +45,8 @@ PUBLISHED = {
                               fname="cifar100_model"),
     "train_svhn.py": dict(data_dir="../svhn-data", epochs=15, lr_schedule="cyclic", lr_max=0.01, zero_qval=0.7,
                           fname="svhn_model"),
+    "train_tiny.py": dict(data_dir="../tiny-imagenet-data", epochs=30, lr_schedule="cyclic", lr_max=0.2, zero_qval=0.35,
+                          fname="tiny_model"),
 }
 COMMON = dict(model="PreActResNet18", batch_size=128, lr_drop=50, attack="multigrad", epsilon=8, pgd_alpha=2,
               fgsm_alpha=2, multi_samps=3, multi_th=-1, multi_parallel=False, zero_iters=1, fgsm_init="random", seed=0,
@@ -55,7 +57,8 @@ COMMON = dict(model="PreActResNet18", batch_size=128, lr_drop=50, attack="multig
 MEANS = {"train_cifar.py": ((0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)),
          "train_cifar100.py": ((0.5070751592371323, 0.48654887331495095, 0.4409178433670343),
                                (0.2673342858792401, 0.2564384629170883, 0.27615047132568404)),
-         "train_svhn.py": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))}
+         "train_svhn.py": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+         "train_tiny.py": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))}
 
 
 def paper_commands() -> list[str]:
