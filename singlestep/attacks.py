@@ -11,8 +11,8 @@ All attacks work in pixel space and share these arguments:
 
 An attack returns a detached perturbation delta of the shape of x with 0 <= x + delta <= 1. Unless its docstring says
 otherwise, abs(delta) <= epsilon (for l_2: the l_2 norm of each image's delta). The parameters, their `.grad` and the
-model's mode stay unchanged. In train mode, the forward passes update BatchNorm's running statistics, as in the
-published methods.
+model's mode stay unchanged, except that LAP moves the weights. In train mode, the forward passes update BatchNorm's
+running statistics, as in the published methods.
 
 "Passes: N" is the cost of one training step with this attack, including the weight update. One pass is a forward and a
 backward pass; a forward pass alone counts 1/3.
@@ -51,7 +51,7 @@ class Step:
         epochs: epochs of the run.
         drawn: the augmentation of x: "top" and "left" of the crop in the padded image, "flip", each (B,).
         padding: pixels by which the augmentation pads each side of an image before the crop.
-        optimizer: SGD, with one parameter group, for an attack that moves the weights.
+        optimizer: SGD with its momentum buffers and one parameter group, for an attack that moves the weights.
         start: perturbation at which the attack ran its first forward pass; with keeps_graph, a leaf of its graph.
         logits, gradient: logits at x + start, and the gradient of the mean cross-entropy with respect to start.
         checks: whether to check images, epsilon, logits and gradients, for which the host waits for the device.
@@ -416,6 +416,64 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
     return box(delta + alpha * grad.sign(), x, epsilon)
 
 
+@checked
+def n_lap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, beta: float, step: Step, k: float = 2.0,
+          up: bool = False) -> Tensor:
+    """N-LAP: N-FGSM with layer-aware weight perturbations (Lin et al., arXiv 2405.16262). Passes: 2.
+
+    delta = eta + alpha sign(g), eta ~ U(-k epsilon, k epsilon), clipped to the pixel range only, so abs(delta) can
+    reach k epsilon + alpha. The backward pass that gives g also moves the weights, at which the loss is then computed
+    (see `lap_gradient`).
+    """
+    eta = start(x, k * epsilon)
+    grad = lap_gradient(model, x, y, eta, beta, up, step)
+    return box(eta + alpha * grad.sign(), x, math.inf)
+
+
+@checked
+def r_lap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, beta: float, step: Step,
+          init: str = "random", up: bool = False) -> Tensor:
+    """R-LAP and, with init "zero", LAP from zero (Lin et al., arXiv 2405.16262). Passes: 2.
+
+    delta = box(eta + alpha sign(g)) as in `fgsm`. The backward pass that gives g also moves the weights, at which the
+    loss is then computed (see `lap_gradient`).
+    """
+    eta = start(x, epsilon, init)
+    grad = lap_gradient(model, x, y, eta, beta, up, step)
+    return box(eta + alpha * grad.sign(), x, epsilon)
+
+
+def lap_gradient(model: nn.Module, x: Tensor, y: Tensor, eta: Tensor, beta: float, up: bool, step: Step) -> Tensor:
+    """Return g, the gradient at x + eta with respect to eta, and move the weights, by the same backward pass.
+
+        w_l <- w_l - beta (1 - (ln l / ln L)^0.3) norm2(w_l) b_l / norm2(b_l), with + in place of - if `up`
+
+    w_1, ..., w_L are the weights of two or more dimensions, in the order of the network's parameters; biases and
+    BatchNorm's weights stay. b_l = mu m_l + G_l + lambda w_l is the step that SGD would take next, with its momentum
+    mu, momentum buffer m_l and weight decay lambda; G_l is the gradient of the global batch's mean cross-entropy at
+    x + eta. At the learning rate 0, nothing moves.
+
+    Source: the authors' code, which moves the weights down the loss; the paper (arXiv 2405.16262) says up. Neither
+    restores them.
+    """
+    layers = [weight for weight in step.network.parameters() if weight.dim() > 1 and weight.requires_grad]
+    eta = eta.detach().requires_grad_()
+    scale = power_of_two(x)
+    with torch.enable_grad():
+        loss = F.cross_entropy(model(x + eta), y)
+        grad, *slopes = torch.autograd.grad(loss * scale, [eta, *layers])
+    sgd, share = step.optimizer.param_groups[0], len(y) / len(step.whole) / scale
+    with torch.no_grad():
+        for number, (weight, slope) in enumerate(zip(layers, slopes if sgd["lr"] else ()), 1):
+            buffer = step.optimizer.state[weight]["momentum_buffer"]
+            b = sgd["momentum"] * buffer + step.sum(share * slope) + sgd["weight_decay"] * weight
+            direction = (b / b.norm()).nan_to_num(0.0, 0.0, 0.0)  # 0 also where float16 overflows
+            size = beta * (1 - (math.log(number) / math.log(max(len(layers), 2))) ** 0.3) * weight.norm()
+            weight.add_(size * (direction if up else -direction))
+    torch.clear_autocast_cache()  # of the weights before they moved
+    return grad / scale
+
+
 def pgd_step(delta: Tensor, grad: Tensor, x: Tensor, epsilon: float, alpha: float, norm: str = "l_inf") -> Tensor:
     """Return `delta` after one PGD step along `grad`, projected to the ball and clipped to the pixel range."""
     if norm == "l_2":
@@ -499,9 +557,14 @@ def gradient(model: nn.Module, x: Tensor, delta: Tensor, mean_loss: Callable[[Te
     delta = delta if keep else delta.detach().requires_grad_()
     with contextlib.nullcontext() if keep else frozen(model), torch.enable_grad():
         logits = model(x + delta)
-        scale = 8 * 2 ** (len(x) - 1).bit_length()  # keeps float16 gradients from vanishing; a power of two is exact
+        scale = power_of_two(x)
         grad, = torch.autograd.grad(mean_loss(logits) * scale, delta, retain_graph=keep)
     return grad / scale, logits if keep else logits.detach()
+
+
+def power_of_two(x: Tensor) -> int:
+    """Return the factor of a batch's mean loss that keeps float16 gradients from vanishing. Its product is exact."""
+    return 8 * 2 ** (len(x) - 1).bit_length()
 
 
 def confident_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor,

@@ -19,9 +19,9 @@ class Attack:
     keywords: keyword of the function -> flag; start: the attack computes logits and gradient at its starting point,
     which an objective may use; eval_mode: it runs the network in eval mode; update: function of attacks.py, called
     after backward with the loss's gradient at `update_at`, "delta" or "start"; replays: flag with the number of steps
-    per batch; moves_weights: it changes the weights, so no graph can be kept; stored: perturbations that it stores for
-    each training image, or, with `stored_padded`, for each padded one; defaults: flag -> default with this attack;
-    requires: flag -> required value.
+    per batch; moves_weights: it moves the weights after its start, with which no objective can then compare; stored:
+    perturbations that it stores for each training image, or, with `stored_padded`, for each padded one; defaults: flag
+    -> default with this attack; requires: flag -> required value.
 
     Texts: starts_at: the starting point of delta; step: formula of the next delta, before the clip; clip: what the next
     delta is clipped to.
@@ -173,6 +173,18 @@ ATTACKS: dict[str, Attack] = {
         starts_at="±epsilon / 2 at random",
         step="delta + alpha sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda "
              "norm_nuclear(f(x) - f(x + delta)) / B, with f(x + delta) in eval mode; lambda is that of the objective"),
+    "n_lap": Attack(
+        dict(alpha="fgsm_alpha", k="noise_k", beta="lap_beta", up="lap_up"), moves_weights=True,
+        defaults=dict(fgsm_alpha=1.0), requires=dict(amp_impl="native"),
+        starts_at="U(±k epsilon); k: `--noise-k`",
+        step="delta + alpha sign(g); then, for the weights w_l of layer l = 1, ..., L, w_l - beta (1 - (ln l / ln "
+             "L)^0.3) norm2(w_l) b_l / norm2(b_l), + beta with `--lap-up`; b_l: SGD's next step, from the gradient of "
+             "CE(x + eta); beta: `--lap-beta`",
+        clip="pixels"),
+    "r_lap": Attack(
+        dict(alpha="fgsm_alpha", init="fgsm_init", beta="lap_beta", up="lap_up"), moves_weights=True,
+        defaults=dict(fgsm_alpha=1.25), requires=dict(amp_impl="native"),
+        starts_at="0 or U(±epsilon)", step="delta + alpha sign(g), and the weights as with `n_lap`"),
 }
 
 OBJECTIVES: dict[str, Objective] = {
@@ -209,6 +221,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 PUBLISHED_CODE = "the code of arXiv 2103.15476: 216 perturbations equal to the bit, training to 1e-14 in float64"
+RECORDED = "steps that the authors' code took, to 1e-6 in float64"
 WARM_UP_ON_SVHN = {"SVHN": dict(eps_warmup=5.0, lr_max=0.05)}  # as in the authors' codes
 
 METHODS: dict[str, Method] = {
@@ -290,6 +303,17 @@ METHODS: dict[str, Method] = {
     "sora": Method(
         dict(attack="sora"), "2", "arXiv 2606.00738",
         text="a step of random length, shorter as the loss becomes less linear"),
+    "n-lap": Method(
+        dict(attack="n_lap", fgsm_alpha=1.0), "2", "arXiv 2405.16262",
+        text="N-FGSM that also moves the weights before each step, the first layers most",
+        compared=RECORDED,
+        differs="none in the formulas. The weights move down the loss at the start, as in the code; the paper "
+                "describes a move up (`--lap-up`). They are never restored, on purpose: the moves add up. `--lap-beta` "
+                "is published for CIFAR-10 alone"),
+    "r-lap": Method(
+        dict(attack="r_lap", fgsm_alpha=1.25), "2", "arXiv 2405.16262",
+        text="FGSM-RS that also moves the weights before each step, the first layers most",
+        compared=RECORDED, differs="as n-lap"),
 }
 
 RECIPES: dict[str, Recipe] = {
@@ -354,6 +378,13 @@ def momentum_low(args) -> float:
     return 0.85 if args.lr_schedule.startswith("onecycle") else args.momentum
 
 
+def lap_beta(args) -> float:
+    """For the nearest of the published epsilons, by attack and start; those of CIFAR-10 (arXiv 2405.16262)."""
+    values = {"noise": {8: 0.001, 12: 0.002, 16: 0.005, 32: 0.75}, "random": {8: 0.002, 12: 0.03, 16: 0.05, 32: 0.3},
+              "zero": {8: 0.03, 12: 0.058, 16: 0.07, 32: 0.48}}["noise" if args.attack == "n_lap" else args.fgsm_init]
+    return values[min(values, key=lambda epsilon: abs(epsilon - args.epsilon))]
+
+
 def fgsm_alpha(args) -> float:
     """The attack's own, else 2, as in arXiv 2103.15476."""
     return ATTACKS[args.attack].defaults.get("fgsm_alpha", 2.0)
@@ -363,4 +394,5 @@ def fgsm_alpha(args) -> float:
 DEPENDENT: dict[str, Callable[[Any], Any]] = {
     "gradalign_lambda": gradalign_lambda, "elle_lambda": elle_lambda, "aaer_lambdas": aaer_lambdas,
     "fgsm_alpha": fgsm_alpha, "noise_k": noise_k, "momentum": momentum, "momentum_low": momentum_low,
+    "lap_beta": lap_beta,
 }

@@ -340,11 +340,11 @@ class Args:
                           scores=True)
     eps_warmup: float = flag("attack", "epochs over which --epsilon and the attack's step grow from 0", 0.0,
                              number(float, 0), metavar="EPOCHS")
-    fgsm_alpha: float = flag("attack", "step of single-step attacks, in epsilons (default: 2; of nfgsm, pgi, nuclear "
-                             "1; of ckpt 1.25)", None, number(float, 0),
+    fgsm_alpha: float = flag("attack", "step of single-step attacks, in epsilons (default: 2; of nfgsm, pgi, nuclear, "
+                             "n_lap 1; of ckpt, r_lap 1.25)", None, number(float, 0),
                              convert=lambda value, args: value * args.epsilon / 255)
     attack_smoothing: float = flag("attack", "label smoothing of the attack's loss", 0.0, number(float, 0, 1))
-    fgsm_init: str = flag("attack", "starting point of fgsm and zerograd", "random", choices=("zero", "random"))
+    fgsm_init: str = flag("attack", "starting point of fgsm, zerograd and r_lap", "random", choices=("zero", "random"))
     zero_qval: float = flag("attack", "fraction of each image's gradient entries that zerograd sets to 0", None,
                             number(float, 0, 1))
     zero_iters: int = flag("attack", "steps of zerograd", 1, number(int, 1))
@@ -356,14 +356,17 @@ class Args:
     pgd_alpha: float = flag("attack", "PGD's step in 1/255, in training and in evaluation", 2.0, number(float, 0),
                             scores=True, convert=lambda value, args: value / 255)
     pgd_iters: int = flag("attack", "steps of pgd and kl in training", 10, number(int, 1))
-    noise_k: float = flag("attack", "radius of nfgsm's noise, in epsilons (default: 2; on SVHN from epsilon 12 on 3; "
-                          "of WideResNet from epsilon 16 on 4)", None, number(float, 0))
+    noise_k: float = flag("attack", "radius of the noise of nfgsm and n_lap, in epsilons (default: 2; on SVHN from "
+                          "epsilon 12 on 3; of WideResNet from epsilon 16 on 4)", None, number(float, 0))
     ckpt_count: int = flag("attack", "parts into which ckpt divides its perturbation", 3, number(int, 2))
     ckpt_mode: str = flag("attack", "mode of the network in ckpt's first pass; train as in FastAT_Benchmark", "eval",
                           choices=("eval", "train"))
     free_replays: int = flag("attack", "steps per batch with free; an epoch keeps its number of steps, so it covers "
                              "fewer images", 8, number(int, 1))
     pgi_reset: int = flag("attack", "epochs between two resets of pgi's stored perturbations", 40, number(int, 1))
+    lap_beta: float = flag("attack", "share of its norm by which LAP moves a layer's weights (default: as published "
+                           "for --epsilon)", None, number(float, 0))
+    lap_up: bool = flag("attack", "move LAP's weights up the loss, as its paper says; its code moves them down", False)
 
     test_samples: int = flag("evaluation", "test images in the evaluation of an epoch", 1000, number(int, 1),
                              metavar="N", fixed=True, scores=True)
@@ -854,9 +857,9 @@ def check(args: Args) -> None:
             needed = " and ".join(f"{option(flag)} {value:g}" if isinstance(value, float) else f"{option(flag)} {value}"
                                   for flag, value in record.requires.items())
             raise UsageError(f"{name} needs {needed}")
-    if attack.moves_weights and objective.graph:
-        raise UsageError(f"--objective {args.objective} needs the logits at the weights of the step, which --attack "
-                         f"{args.attack} moves: use ce")
+    if attack.moves_weights and objective.start:
+        raise UsageError(f"--objective {args.objective} compares with the attack's start, and --attack {args.attack} "
+                         f"moves the weights after it: use ce")
     if args.eval and args.resume == 0:
         raise UsageError("--eval needs a model: --resume N for model_{N-1}.pth, or --resume auto")
     if isinstance(args.resume, int) and args.resume > args.epochs and not args.eval:

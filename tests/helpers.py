@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets
 
 from singlestep import data, networks, options, train
+from singlestep.attacks import Step
 from singlestep.data import Images
 from singlestep.robustness import PGD, Restart, Result, attack_steps
 from singlestep.run.device import Precision, seed_everything
@@ -121,6 +122,16 @@ def assert_same_run(left: Path, right: Path) -> None:
     assert without_times(left) == without_times(right)
     for name in ("state.pth", "model_best.pth"):
         assert_same(torch.load(left / name, weights_only=True), torch.load(right / name, weights_only=True))
+
+
+def a_step(network: nn.Module, images: int, **more) -> Step:
+    """The context of a step on all of so many images, with an optimizer, and images that are not augmented."""
+    optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=5e-4)
+    for parameter in network.parameters():
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    drawn = {name: torch.zeros(images, dtype=torch.long) for name in ("top", "left")}
+    drawn["flip"] = torch.zeros(images, dtype=torch.bool)
+    return Step(network, images, torch.arange(images), optimizer=optimizer, drawn=drawn, **more)
 
 
 def precision(amp: bool = False, dtype: str = "bfloat16", tf32: bool = True) -> Precision:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import SmallNet
+from helpers import SmallNet, a_step
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -397,7 +397,7 @@ def test_the_tables_name_functions_and_give_them_their_keywords():
 def called(kind: str, name: str, model, x, y, epsilon=EPSILON, **more):
     """The attack or objective of that name with the command line's keywords, as a user calls it."""
     args = options.parse(options.CIFAR10, argv=["--pgd-iters=2"])
-    step = Step(model, len(x), torch.arange(len(x)), **more)
+    step = a_step(model, len(x), **more)
     if kind == "attack":
         return getattr(attacks, name)(model, x, y, epsilon, step=step, **args.keywords(methods.ATTACKS[name].keywords))
     if methods.OBJECTIVES[name].start:

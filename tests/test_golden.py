@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import pytest
 import torch
 from helpers import ROOT
 from torch import Tensor, nn
@@ -108,3 +109,11 @@ def follow(monkeypatch, name: str, flags: str, passes: str, draws: Callable[[Arr
         close(dict(network.state_dict()), under(step, "state."), rtol=1e-6, atol=1e-6)
         for key, value in kept(under(step, "kept.")).items():
             close(state.kept[key], value, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name, flags", [("lap_n", "--method=n-lap --lap-beta=0.05"),
+                                         ("lap_r", "--method=r-lap --lap-beta=0.05"),
+                                         ("lap_v", "--method=r-lap --fgsm-init=zero --lap-beta=0.07")])
+def test_laps_steps(name, flags, monkeypatch):
+    follow(monkeypatch, name, flags, "eta delta", lambda step, hyper: [step["noise"]] if "noise" in step else [],
+           moved=True)

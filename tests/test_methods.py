@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import DATASETS, SMALL, Calls, SmallNet, assert_same, assert_same_run, interrupt
+from helpers import DATASETS, SMALL, Calls, SmallNet, a_step, assert_same, assert_same_run, interrupt
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from processes import forked, together
@@ -197,6 +197,31 @@ def nuclear(net, x, y, epsilon, at, alpha, weight, smoothing=0.0):
     return ball(delta.detach() + alpha * g.sign(), x, epsilon)
 
 
+def lap(net, x, y, at, eta, beta, up):
+    """The gradient at the start, and the weights on their way from there."""
+    eta = eta.clone().requires_grad_()
+    parameters = list(net.parameters())
+    g, *slopes = torch.autograd.grad(mean_ce(net(x + eta), y), [eta, *parameters])
+    layers = [i for i, parameter in enumerate(parameters) if parameter.dim() > 1]
+    with torch.no_grad():
+        for number, i in enumerate(layers, 1):
+            w = parameters[i]
+            b = 0.9 * at.momentum.get(i, 0) + slopes[i] + 5e-4 * w
+            size = beta * (1 - (math.log(number) / math.log(len(layers))) ** 0.3) * (w**2).sum().sqrt()
+            parameters[i] += (size if up else -size) * b / (b**2).sum().sqrt()
+    return g
+
+
+def n_lap(net, x, y, epsilon, at, alpha, beta, k=2, up=False):
+    eta = pixels(uniform(x, k * epsilon), x)
+    return pixels(eta + alpha * lap(net, x, y, at, eta, beta, up).sign(), x)
+
+
+def r_lap(net, x, y, epsilon, at, alpha, beta, init="random", up=False):
+    eta = x * 0 if init == "zero" else pixels(uniform(x, epsilon), x)
+    return ball(eta + alpha * lap(net, x, y, at, eta, beta, up).sign(), x, epsilon)
+
+
 # What is minimized there
 
 
@@ -291,7 +316,7 @@ def pool(n: int = 6, seed: int = 0):
     return net, x, y
 
 
-ATTACKS = {f.__name__: f for f in (none, fgsm, nfgsm, pgd, sora, ckpt, free, pgi, kl, nuclear)}
+ATTACKS = {f.__name__: f for f in (none, fgsm, nfgsm, pgd, sora, ckpt, free, pgi, kl, nuclear, n_lap, r_lap)}
 OBJECTIVES = {**{f.__name__: f for f in (ce, gradalign, elle, aaer, trades, logits)}, "nuclear": nuclear_norm}
 
 # Name: an attack and its keywords, an objective and its, and the relative tolerance: some terms are in float32.
@@ -317,6 +342,10 @@ PAIRS = {
     "nfgsm, smoothed attack": ("nfgsm", dict(**FAR, smoothing=0.4), "ce", {}, 1e-9),
     "ckpt, smoothed attack": ("ckpt", dict(**FAR, smoothing=0.4), "ce", {}, 1e-9),
     "nuclear, smoothed attack": ("nuclear", dict(**FAR, weight=4.5, smoothing=0.4), "ce", {}, 1e-9),
+    "n-lap": ("n_lap", dict(alpha=EPSILON, beta=0.05), "ce", {}, 1e-9),
+    "n-lap, k = 4, up": ("n_lap", dict(alpha=EPSILON, beta=0.2, k=4, up=True), "ce", dict(smoothing=0.3), 1e-9),
+    "r-lap, trades": ("r_lap", dict(alpha=1.25 * EPSILON, beta=0.05), "trades", dict(beta=6.0), 1e-5),
+    "r-lap, from zero, up": ("r_lap", dict(alpha=EPSILON, beta=0.2, init="zero", up=True), "ce", {}, 1e-9),
     "gradalign": ("fgsm", ZERO, "gradalign", dict(weight=0.2), 1e-9),
     "nfgsm, gradalign": ("nfgsm", FAR, "gradalign", dict(weight=2.5), 1e-9),
     "elle": ("fgsm", ZERO, "elle", dict(weight=1000.0), 1e-9),
@@ -334,7 +363,7 @@ STEPS = [(0, 0, 0.0, [4, 0, 5, 1, 2, 3], 1), (0, 1, 0.0, [3, 5, 1, 0], 1), (1, 0
 
 def memory(images: int) -> SimpleNamespace:
     return SimpleNamespace(images=images, kept={}, after=None, logits=None, gradient=None, shares=[], kinds=[],
-                           terms=[])
+                           terms=[], momentum={})
 
 
 def assert_kept(found: dict, expected: dict, rtol: float = 1e-9) -> None:
@@ -361,9 +390,14 @@ def test_steps_are_the_formulas(name):
     attack, its, objective, more, rtol = PAIRS[name]
     net, x_pool, y_pool = pool()
     other, at, kept = copy.deepcopy(net), memory(len(x_pool)), {}
+    optimizer = a_step(net, len(x_pool)).optimizer
+    at.momentum = {i: torch.randn_like(parameter) / 10 for i, parameter in enumerate(net.parameters())}
+    for i, parameter in enumerate(net.parameters()):
+        optimizer.state[parameter]["momentum_buffer"].copy_(at.momentum[i])
     for number, (epoch, batch, done, index, factor) in enumerate(STEPS):
         x, y, index = x_pool[index], y_pool[index], torch.tensor(index)
-        step = Step(net, len(x_pool), index, epoch, batch, done, kept, keeps_graph=objective == "logits")
+        step = Step(net, len(x_pool), index, epoch, batch, done, kept, keeps_graph=objective == "logits",
+                    optimizer=optimizer)
         at.epoch, at.batch, at.done, at.index = epoch, batch, done, index
         gradients = {name: torch.randn_like(p) for name, p in net.named_parameters()}
         for parameter, gradient in gradients.items():
@@ -578,18 +612,20 @@ def keywords_of(attack: str, *flags: str) -> dict:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("name", methods.ATTACKS)
 def test_an_attack_leaves_the_model_as_it_found_it(name, training):
-    """Its mode, what of it needs a gradient, and every gradient, also where there is none yet."""
+    """Its mode, what of it needs a gradient, and every gradient, also where there is none yet; and its weights, but
+    for those that the attack trains by its record: not biases, BatchNorm or what is frozen."""
     net, x, y = pool()
     net.train(training).conv.weight.requires_grad_(False)
     net.bn.weight.grad = torch.randn(6, dtype=torch.float64)
     before = {name: (p.grad, None if p.grad is None else p.grad.clone(), p.detach().clone(), p.requires_grad)
               for name, p in net.named_parameters()}
-    step = Step(net, 6, torch.arange(6), batch=1, done=0.5)
+    step = a_step(net, 6, batch=1, done=0.5)
     getattr(attacks, name)(net, x, y, EPSILON, step=step, **keywords_of(name))
     assert all(module.training == training for module in net.modules())
     for parameter, (grad, values, weight, needed) in before.items():
         now = net.get_parameter(parameter)
-        assert now.grad is grad and torch.equal(now, weight) and now.requires_grad == needed
+        moves = methods.ATTACKS[name].moves_weights and parameter == "linear.weight"
+        assert now.grad is grad and torch.equal(now, weight) != moves and now.requires_grad == needed
         assert grad is None or torch.equal(grad, values)
 
 
@@ -600,13 +636,13 @@ def test_passes_without_a_gradient_are_on_frozen_parameters(name):
     seen = []
     net.register_forward_pre_hook(lambda module, args: seen.append(
         torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in module.parameters())))
-    step = Step(net, 6, torch.arange(6), batch=1, done=0.5)
+    step = a_step(net, 6, batch=1, done=0.5)
     getattr(attacks, name)(net, x, y, EPSILON, step=step, **keywords_of(name))
     assert all(seen)
 
 
 # How far a perturbation can be from zero, in epsilons.
-REACH = {"none": 0, "nfgsm": 3, "sora": 3}
+REACH = {"none": 0, "nfgsm": 3, "sora": 3, "n_lap": 3}
 REACH |= {name: math.inf for name, attack in methods.ATTACKS.items() if "ball" not in attack.clip and name not in REACH}
 
 
@@ -619,7 +655,7 @@ def test_a_perturbation_stays_in_its_ball_and_in_the_box(name, epsilon, seed, n)
     net, x, y = SmallNet().train(), torch.rand(n, 3, 4, 4), torch.randint(4, (n,))
     x[:, 0] = x[:, 0].round()
     flags = [f"--epsilon={epsilon}", f"--pgd-alpha={epsilon / 3}", "--pgd-iters=3"]
-    step = Step(net, n, torch.arange(n), batch=1, done=0.5)
+    step = a_step(net, n, batch=1, done=0.5)
     delta = getattr(attacks, name)(net, x, y, epsilon / 255, step=step, **keywords_of(name, *flags))
     assert delta.shape == x.shape and delta.dtype == x.dtype and not delta.requires_grad
     assert (x + delta).min() >= 0 and (x + delta).max() <= 1
@@ -660,7 +696,8 @@ def small_run(folder, *flags: str, dataset=options.SVHN) -> train.Run:
 # Name: the passes of a training step; T: of the batch in train mode, E: in eval mode, 3: of three batches in one.
 PASSES = {"fgsm": "TT", "fgsm-rs": "TT", "zerograd": "TT", "multigrad": "TTTT", "pgd": "T" * 11, "n-fgsm": "TT",
           "n-aaer": "TT", "rs-aaer": "TT", "gradalign": "TTT", "elle": "TT3", "elle-a": "TT3", "free": "T",
-          "ckpt": "EEET", "pgi": "TT", "nuat": "TETT", "trades": "E" * 11 + "TT", "sora": "TT"}
+          "ckpt": "EEET", "pgi": "TT", "nuat": "TETT", "trades": "E" * 11 + "TT", "sora": "TT", "n-lap": "TT",
+          "r-lap": "TT"}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -701,6 +738,8 @@ TRAINED = {
     "nuat": (nuclear, dict(alpha=EPSILON, weight=4.5), nuclear_norm, dict(weight=4.5)),
     "trades": (kl, dict(alpha=2 / 255, steps=10), trades, dict(beta=6)),
     "sora": (sora, {}, ce, {}),
+    "n-lap": (n_lap, dict(alpha=EPSILON, beta=0.001), ce, {}),
+    "r-lap": (r_lap, dict(alpha=10 / 255, beta=0.002), ce, {}),
     "none": (none, {}, ce, {}),
 }
 
@@ -713,7 +752,7 @@ def test_training_is_the_update_written_out_by_hand(name, tmp_path, tiny):
                     "--epochs=4", "--free-replays=2", "--pgi-reset=2", "--eps-warmup=0")
     net, steps = copy.deepcopy(run.state.model).train(), math.ceil(samples / 32)
     attack, its, objective, more = TRAINED[name]
-    at, momentum = memory(samples), {}
+    at = memory(samples)
     for epoch in range(3):
         run.state.begin_epoch(epoch)
         train.train_epoch(run)
@@ -731,8 +770,8 @@ def test_training_is_the_update_written_out_by_hand(name, tmp_path, tiny):
                 at.after(g)
             with torch.no_grad():
                 for i, (parameter, gradient) in enumerate(zip(net.parameters(), gradients)):
-                    momentum[i] = 0.9 * momentum.get(i, 0) + gradient + 5e-4 * parameter
-                    parameter -= 0.1 * momentum[i]
+                    at.momentum[i] = 0.9 * at.momentum.get(i, 0) + gradient + 5e-4 * parameter
+                    parameter -= 0.1 * at.momentum[i]
     rtol = {"trades": 1e-4, "nuat": 1e-4, "gradalign": 1e-6, "elle": 1e-6}.get(name, 1e-8)  # of what is in float32
     torch.testing.assert_close(run.state.model.state_dict(), net.state_dict(), rtol=rtol, atol=rtol)
     assert_kept(run.state.kept, at.kept, 1e-4 if name == "elle-a" else 1e-6)  # small differences of large numbers
@@ -743,7 +782,8 @@ def test_every_attack_goes_with_every_objective_that_is_not_refused(attack, tmp_
     """Two steps and a smaller one of each pair; those that are refused are refused in one line."""
     for objective in methods.OBJECTIVES:
         flags = [f"--attack={attack}", f"--objective={objective}", "--pgd-iters=2", "--multi-samps=2"]
-        without_start = attack in ("none", "free", "kl", "nuclear") and objective in ("gradalign", "aaer", "logits")
+        compares = objective in ("gradalign", "aaer", "logits")
+        without_start = attack in ("none", "free", "kl", "nuclear", "n_lap", "r_lap") and compares
         if without_start or (attack == "sora" and objective != "ce"):
             refused(call("train_svhn.py", *flags, "--fname", tmp_path / "never"), "--objective")
             continue
@@ -780,6 +820,35 @@ def test_the_gradient_of_an_update_is_not_scaled_in_float16(tmp_path, small_dumm
         run.state.model.train()
         train.train_step(run, train.batch(run, torch.arange(32), {}))
     torch.testing.assert_close(found[1].norm(), found[0].norm(), rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("flags", [["--amp"], ["--amp", "--amp-dtype=float16"], []])
+def test_laps_loss_is_at_the_moved_weights_also_where_autocast_keeps_casts(flags, tmp_path, small_dummy):
+    """The logits of each pass are those of a copy of the network as it then is."""
+    run = small_run(tmp_path, "--method=n-lap", "--lap-beta=0.5", *flags)
+    run.state.model.train()
+    weights = []
+
+    def compare(network, inputs, logits):
+        if network is run.network:
+            weights.append(network.conv1.weight.detach().clone())
+            assert torch.equal(logits, copy.deepcopy(network)(inputs[0]))
+
+    run.network.register_forward_hook(compare)
+    train.train_step(run, train.batch(run, torch.arange(32), {}))
+    assert len(weights) == 2 and not torch.equal(*weights)
+
+
+def test_laps_weights_move_under_a_compiled_network_as_under_an_eager_one(tmp_path, tiny, monkeypatch):
+    compile_function, found = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda function, mode, dynamic: compile_function(
+        function, dynamic=dynamic, backend="aot_eager"))
+    for flags in (["--compile"], []):
+        run = small_run(tmp_path, "--method=r-lap", "--lap-beta=0.3", *flags)
+        assert (run.network is run.state.model) == (not flags)
+        train.train_epoch(run)
+        found.append(run.state.model.state_dict())
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
 
 
 # Runs that go on
@@ -869,6 +938,8 @@ PUBLISHED = {
     "nuat": "--attack=nuclear --fgsm-alpha=1 --objective=nuclear --nuclear-lambda=4.5",
     "trades": "--attack=kl --pgd-alpha=2 --pgd-iters=10 --objective=trades --trades-beta=6",
     "sora": "--attack=sora --objective=ce --label-smoothing=0",
+    "n-lap": "--attack=n_lap --fgsm-alpha=1 --noise-k=2 --lap-beta=0.001",
+    "r-lap": "--attack=r_lap --fgsm-alpha=1.25 --fgsm-init=random --lap-beta=0.002",
 }
 
 
@@ -907,7 +978,8 @@ def test_without_a_method_nothing_is_changed(script_name):
         assert args[flag] == value, flag
     for name in ("fgsm", "zerograd", "multigrad", "pgd", "sora", "free", "kl", "none"):
         assert parsed(DATASETS[script_name], "--attack", name)["fgsm_alpha"] == 2.0
-    for name, alpha in (("nfgsm", 1.0), ("pgi", 1.0), ("nuclear", 1.0), ("ckpt", 1.25)):
+    for name, alpha in (("nfgsm", 1.0), ("pgi", 1.0), ("nuclear", 1.0), ("ckpt", 1.25), ("n_lap", 1.0),
+                        ("r_lap", 1.25)):
         assert parsed(DATASETS[script_name], "--attack", name)["fgsm_alpha"] == alpha
         assert parsed(DATASETS[script_name], "--attack", name, "--fgsm-alpha=0.5")["fgsm_alpha"] == 0.5
 
@@ -1026,13 +1098,24 @@ def test_aaers_weights_are_the_published_ones(epsilon, rs_10, n_10, rs_100, n_10
         assert given_ones["aaer_lambdas"] == (1, 2, 3)
 
 
+@pytest.mark.parametrize("epsilon, n, r, v", [
+    (8, 0.001, 0.002, 0.03), (12, 0.002, 0.03, 0.058), (16, 0.005, 0.05, 0.07), (32, 0.75, 0.3, 0.48)])
+def test_laps_shares_are_the_published_ones(epsilon, n, r, v):
+    for flags, beta in (("--method=n-lap", n), ("--method=r-lap", r), ("--method=r-lap --fgsm-init=zero", v),
+                        ("--method=n-lap --fgsm-init=zero", n), ("--method=r-lap --lap-beta=0.4", 0.4)):
+        for near in (epsilon, epsilon - 0.4):
+            assert parsed(options.CIFAR10, *flags.split(), f"--epsilon={near}")["lap_beta"] == beta
+
+
 @pytest.mark.parametrize("flags, named", [
     *((f"--attack={attack} --objective={objective}", f"--objective {objective}")
-      for attack in ("none", "free", "kl", "nuclear") for objective in ("gradalign", "aaer", "logits")),
+      for attack in ("none", "free", "kl", "nuclear", "n_lap", "r_lap")
+      for objective in ("gradalign", "aaer", "logits")),
     ("--attack=multigrad --multi-parallel --objective=aaer", "--multi-parallel"),
     ("--method=sora --objective=elle", "--objective ce"),
     ("--method=sora --label-smoothing=0.1", "--label-smoothing 0"),
     ("--method=sora --amp --amp-impl=apex", "--amp-impl native"),
+    ("--method=n-lap --amp --amp-impl=apex", "--amp-impl native"), ("--lap-beta=-1", "--lap-beta"),
     ("--method=nonsense", "--method"), ("--recipe=nonsense", "--recipe"), ("--attack=nonsense", "--attack"),
     ("--objective=nonsense", "--objective"), ("--aaer-lambdas=1,2", "--aaer-lambdas"), ("--ema=1.5", "--ema"),
     ("--ckpt-count=1", "--ckpt-count"), ("--free-replays=0", "--free-replays"), ("--pgi-reset=0", "--pgi-reset"),

@@ -135,6 +135,8 @@ RIVAL_ATTACKS = {
     "pgi": (["--pgi-reset=7"], dict(alpha=3 / 255, reset=7, smoothing=0.3)),
     "kl": ([], dict(alpha=1.5 / 255, steps=3)),
     "nuclear": (["--nuclear-lambda=2.5"], dict(alpha=3 / 255, weight=2.5, smoothing=0.2)),
+    "n_lap": (["--noise-k=1.5", "--lap-beta=0.2", "--lap-up"], dict(alpha=3 / 255, k=1.5, beta=0.2, up=True)),
+    "r_lap": (["--fgsm-init=zero"], dict(alpha=3 / 255, init="zero", beta=0.03, up=False)),
 }
 RIVAL_OBJECTIVES = {
     "gradalign": (["--gradalign-lambda=0.6"], dict(weight=0.6)),
