@@ -1,9 +1,9 @@
 """Train a robust classifier on Tiny-ImageNet (200 classes, 64x64 pixels). For example:
 
     python train_tiny.py --method=n-fgsm
-    python train_tiny.py --method=pgi --recipe=fastat --model=PreActResNet18 --no-final-norm --val-size=2000
+    python train_tiny.py --method=pgi --recipe=fastat
 
-The second command follows FastAT_Benchmark. The labelled validation images are the test set.
+The labelled validation images are the test set.
 """
 from singlestep.options import TINY, parse
 

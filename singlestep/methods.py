@@ -323,6 +323,7 @@ RECIPES: dict[str, Recipe] = {
     "fastat": Recipe(
         dict(model="ResNet18", epochs=100, lr_schedule="onecycle-epoch", lr_max=0.1, label_smoothing=0.4, ema=0.9995,
              val_size=1000, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), pad_mode="zero", rotate=0.0, final_model="best"),
+        on={"Tiny-ImageNet": dict(model="PreActResNet18", no_final_norm=True, val_size=2000)},
         methods={**{name: dict(attack_smoothing=0.4) for name in ("fgsm", "fgsm-rs", "n-fgsm", "nuat")},
                  "ckpt": dict(attack_smoothing=0.4, ckpt_mode="train")}),
 }

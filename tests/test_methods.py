@@ -1002,16 +1002,18 @@ def test_the_fastat_recipe_is_that_benchmarks():
     fastat = dict(model="ResNet18", epochs=100, lr_schedule="onecycle-epoch", lr_max=0.1, label_smoothing=0.4,
                   ema=0.9995, val_size=1000, mean=(0, 0, 0), std=(1, 1, 1), pad_mode="zero", rotate=0,
                   final_model="best", batch_size=128, momentum=0.95, momentum_low=0.85)
+    on_tiny = dict(model="PreActResNet18", no_final_norm=True, val_size=2000)
     for dataset in DATASETS.values():
+        expected = fastat | (on_tiny if dataset is options.TINY else {})
         args, plain = parsed(dataset, "--recipe=fastat"), parsed(dataset)
-        assert {name: args[name] for name in fastat} == fastat
-        assert {**args, **{name: plain[name] for name in [*fastat, "recipe"]}} == plain
+        assert {name: args[name] for name in expected} == expected
+        assert {**args, **{name: plain[name] for name in [*expected, "recipe"]}} == plain
         for flags in (["--recipe=fastat", "--epochs=7", "--ema=0"], ["--epochs=7", "--ema=0", "--recipe=fastat"]):
             args = parsed(dataset, *flags)
             assert (args["epochs"], args["ema"], args["lr_max"]) == (7, 0, 0.1)
         for method in methods.METHODS:
             args = parsed(dataset, "--recipe=fastat", "--method", method)
-            assert (args["attack"], args["model"]) == (methods.METHODS[method].flags["attack"], "ResNet18")
+            assert (args["attack"], args["model"]) == (methods.METHODS[method].flags["attack"], expected["model"])
             assert args["label_smoothing"] == (0 if refuses_smoothing(method) else 0.4)  # also where it has its own
             assert args["attack_smoothing"] == (0.4 if method in SMOOTHED_ATTACKS else 0)
             assert args["ckpt_mode"] == ("train" if method == "ckpt" else "eval")
