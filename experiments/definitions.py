@@ -103,7 +103,7 @@ RIVALS = {
 }
 # The methods of --method in the short runs; GradAlign also with ten times its published weight.
 BY_NAME = ("fgsm", "fgsm-rs", "zerograd", "multigrad", "n-fgsm", "rs-aaer", "n-aaer", "gradalign",
-           "gradalign --gradalign-lambda=2", "elle", "elle-a", "ckpt", "pgi", "nuat", "sora", "n-lap",
+           "gradalign --gradalign-lambda=2", "elle", "elle-a", "ckpt", "pgi", "nuat", "sora", "liet", "n-lap",
            "r-lap", "free", "trades", "pgd")
 ZEROGRAD = METHODS["ZeroGrad, q = 0.35"]
 

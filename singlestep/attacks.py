@@ -49,6 +49,7 @@ class Step:
         sum: sums a tensor over all processes.
         keeps_graph: whether the objective backpropagates through `logits`.
         epochs: epochs of the run.
+        classes: number of classes.
         drawn: the augmentation of x: "top" and "left" of the crop in the padded image, "flip", each (B,).
         padding: pixels by which the augmentation pads each side of an image before the crop.
         optimizer: SGD with its momentum buffers and one parameter group, for an attack that moves the weights.
@@ -72,6 +73,7 @@ class Step:
     drawn: dict[str, Tensor] = field(default_factory=dict)
     padding: int = 0
     optimizer: Any = None
+    classes: int = 10
     start: Any = None
     logits: Any = None
     gradient: Any = None
@@ -115,6 +117,18 @@ class Step:
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of `values` (B,) over the images of all processes, detached."""
         return self.sum(values.detach().double().sum()) / len(self.whole)
+
+    @staticmethod
+    def nonuniform_ce(logits: Tensor, y: Tensor, smoothing: float) -> Tensor:
+        """Return the mean cross-entropy with LIET's non-uniform label smoothing, in float32 or better.
+
+        The target is 1 - smoothing for the label. The other classes share `smoothing` in the proportions of U(0, 1)
+        numbers, drawn for every image in every call.
+        """
+        logits, label = logits.to(torch.promote_types(logits.dtype, torch.float32)), y.unsqueeze(1)
+        shares = torch.rand_like(logits).scatter(1, label, 0)
+        target = smoothing * shares / shares.sum(dim=1, keepdim=True)
+        return F.cross_entropy(logits, target.scatter(1, label, 1 - smoothing))
 
     def check(self, x: Tensor, epsilon: float) -> None:
         """Raise ValueError if `checks` is set and images or epsilon are out of range."""
@@ -370,6 +384,36 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     step.store("pgi", box(d + alpha * m.sign(), x, epsilon), step.whole)
     step.store("pgi momentum", m, step.whole)
     return box(d + alpha * grad.sign(), x, epsilon)
+
+
+@checked
+def liet(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, step: Step, smoothing: float,
+         noise: tuple[float, float], every: int) -> Tensor:
+    """LIET (ICCV 2025): FGSM from a perturbation of the label's class. Passes with the objective `liet`: 2.7.
+
+        L_c = epsilon sign(gradient of nCE(f(G), c) with respect to G), in eval mode, G an image of 0.5
+        eta = t L_y, but for entries replaced by U(-h, h), each with probability rho
+        delta = box(eta + alpha sign(g))
+
+    g is the gradient of nCE at x + eta, nCE the cross-entropy with non-uniform label smoothing (`Step.nonuniform_ce`).
+    L is made anew in the first batch of an epoch and every `every` batches. t = 1 or -1 and rho ~ U(noise) are one
+    number each for a batch. Up to epsilon 8/255, h = epsilon. Above, h = 2 epsilon, and box clips to the pixel range
+    only, so abs(delta) can reach 2 epsilon + alpha.
+    """
+    if step.batch % every == 0 or "liet" not in step.kept:
+        grey, classes = x.new_full((step.classes, *x.shape[1:]), 0.5), torch.arange(step.classes, device=x.device)
+        with eval_mode(model):
+            slope, _ = gradient(model, grey, torch.zeros_like(grey),
+                                lambda logits: step.nonuniform_ce(logits, classes, smoothing))
+        step.kept["liet"] = step.same(slope.sign())
+    low, high = noise
+    u, coin = step.same(torch.rand(2, dtype=x.dtype, device=x.device))
+    h, radius = (epsilon, epsilon) if epsilon <= 8 / 255 else (2 * epsilon, math.inf)
+    replaced = torch.rand_like(x) < low + (high - low) * u
+    d = torch.where(replaced, torch.empty_like(x).uniform_(-h, h), epsilon * step.kept["liet"][y])
+    eta = box((2 * coin - 1).sign() * d, x, math.inf)
+    grad, _ = first_gradient(model, x, eta, lambda logits: step.nonuniform_ce(logits, y, smoothing), step)
+    return box(eta + alpha * grad.sign(), x, radius)
 
 
 @checked

@@ -163,6 +163,13 @@ ATTACKS: dict[str, Attack] = {
         defaults=dict(fgsm_alpha=1.0),
         starts_at="D, stored for each image; every `--pgi-reset` epochs, D = ±epsilon at random and M = 0",
         step="D + alpha sign(g), g with smoothed labels; then M = 0.3 M + g / norm1(g), D = box(D + alpha sign(M))"),
+    "liet": Attack(
+        dict(alpha="fgsm_alpha", smoothing="liet_smoothing", noise="liet_noise", every="liet_every"), eval_mode=True,
+        defaults=dict(fgsm_alpha=1.0),
+        starts_at="t L_y, t = ±1 at random for each batch, but U(±h) in entries drawn with probability rho ~ "
+                  "U(`--liet-noise`); L_c = epsilon sign(gradient of nCE at a grey image for class c), in eval mode, "
+                  "made anew every `--liet-every` batches; h = epsilon, above epsilon 8 twice that",
+        step="delta + alpha sign(g), g with nCE, the objective's", clip="ball (up to epsilon 8), pixels"),
     "kl": Attack(
         dict(alpha="pgd_alpha", steps="pgd_iters"), start=False, eval_mode=True,
         starts_at="0.001 N(0, 1)",
@@ -218,6 +225,14 @@ OBJECTIVES: dict[str, Objective] = {
         dict(smoothing="label_smoothing", weight="logits_lambda"), start=True, graph=True,
         loss="CE(x + delta) + lambda mean((f(x + delta) - f(x + eta))^2); the mean is over images and classes",
         weighting="fixed"),
+    "liet": Objective(
+        dict(smoothing="liet_smoothing", weight="liet_lambda"), start=True, graph=True,
+        requires=dict(label_smoothing=0.0),
+        loss="nCE(x + delta) + lambda mean JSD(p(x + eta), p(x + delta)); nCE: CE with the target 1 - a for the label, "
+             "the rest of a shared in the proportions of U(0, 1) numbers, drawn for each image in each call; "
+             "a: `--liet-smoothing`",
+        weighting="`--liet-lambda` / epochs in the first epoch, growing linearly to `--liet-lambda` in the last; at "
+                  "epsilon above 8, the published values for 16"),
 }
 
 PUBLISHED_CODE = "the code of arXiv 2103.15476: 216 perturbations equal to the bit, training to 1e-14 in float64"
@@ -303,6 +318,15 @@ METHODS: dict[str, Method] = {
     "sora": Method(
         dict(attack="sora"), "2", "arXiv 2606.00738",
         text="a step of random length, shorter as the loss becomes less linear"),
+    "liet": Method(
+        dict(attack="liet", fgsm_alpha=1.0, objective="liet"), "2.7", "ICCV 2025",
+        text="one step from a noisy perturbation of the label's class, labels smoothed at random, a penalty on the "
+             "change of the prediction",
+        compared=RECORDED,
+        differs="none in the formulas. The paper compares p(x + delta) with p(x) instead of p(x + eta), smooths by 0.6 "
+                "on CIFAR-100, and makes L every 10 batches on CIFAR-10. The divergence is computed from logarithms of "
+                "probabilities; the authors' form has no finite gradient where a probability underflows at both "
+                "points. Their moving average of the weights belongs to their protocol, `--recipe=fastat`"),
     "n-lap": Method(
         dict(attack="n_lap", fgsm_alpha=1.0), "2", "arXiv 2405.16262",
         text="N-FGSM that also moves the weights before each step, the first layers most",
@@ -386,6 +410,26 @@ def lap_beta(args) -> float:
     return values[min(values, key=lambda epsilon: abs(epsilon - args.epsilon))]
 
 
+def liet_smoothing(args) -> float:
+    """By data set; 0.4 above epsilon 8 (LIET, ICCV 2025)."""
+    return 0.4 if args.epsilon > 8 else 0.8 if args.data_set == "CIFAR-100" else 0.6
+
+
+def liet_lambda(args) -> float:
+    """By data set; 20 above epsilon 8 (LIET, ICCV 2025)."""
+    return 20.0 if args.epsilon > 8 else 200.0 if args.data_set == "CIFAR-100" else 100.0
+
+
+def liet_noise(args) -> tuple[float, float]:
+    """From 0.1 to 0.5; above epsilon 8, from 0 to 1 (LIET, ICCV 2025)."""
+    return (0.0, 1.0) if args.epsilon > 8 else (0.1, 0.5)
+
+
+def liet_every(args) -> int:
+    """20 batches; above epsilon 8, 10 on CIFAR-10 (LIET, ICCV 2025)."""
+    return 10 if args.epsilon > 8 and args.data_set == "CIFAR-10" else 20
+
+
 def fgsm_alpha(args) -> float:
     """The attack's own, else 2, as in arXiv 2103.15476."""
     return ATTACKS[args.attack].defaults.get("fgsm_alpha", 2.0)
@@ -395,5 +439,6 @@ def fgsm_alpha(args) -> float:
 DEPENDENT: dict[str, Callable[[Any], Any]] = {
     "gradalign_lambda": gradalign_lambda, "elle_lambda": elle_lambda, "aaer_lambdas": aaer_lambdas,
     "fgsm_alpha": fgsm_alpha, "noise_k": noise_k, "momentum": momentum, "momentum_low": momentum_low,
-    "lap_beta": lap_beta,
+    "lap_beta": lap_beta, "liet_smoothing": liet_smoothing, "liet_lambda": liet_lambda, "liet_noise": liet_noise,
+    "liet_every": liet_every,
 }

@@ -15,6 +15,7 @@ An objective returns the loss, a scalar, and the logits at x + delta, (B, classe
 In formulas, f(x) are logits, p(x) = softmax(f(x)), CE(x) is the mean cross-entropy of f(x) and y, and start is the
 initial perturbation of the attack. "Passes: N" counts forward and backward passes, excluding those of the attack.
 """
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -154,3 +155,23 @@ def logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
     """
     loss, attacked = ce(model, x, y, delta, epsilon, step, smoothing)
     return loss + weight * (attacked - step.logits).square().mean(), attacked
+
+
+def liet(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", smoothing: float,
+         weight: float) -> tuple[Tensor, Tensor]:
+    """The objective of LIET (ICCV 2025). Passes: 1.7.
+
+    loss = nCE(x + delta) + weight (e + 1) / E mean JSD(p(x + start), p(x + delta)), with gradients through both.
+
+    nCE is the cross-entropy with non-uniform label smoothing (`Step.nonuniform_ce`), e the epoch from 0, E the number
+    of epochs. JSD(p, q) = (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2, computed from logarithms, which stay finite
+    where a probability underflows.
+    """
+    step.check(x, epsilon)
+    logits = model(perturbed(x, delta))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p, log_q = (each.log_softmax(dim=1, dtype=dtype) for each in (step.logits, logits))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    divergence = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(dim=1).mean() / 2
+    growth = (step.epoch + 1) / step.epochs
+    return step.nonuniform_ce(logits, y, smoothing) + weight * growth * divergence, logits

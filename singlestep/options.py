@@ -202,6 +202,18 @@ def positive_triple(text: str) -> tuple[float, ...]:
     return values
 
 
+def shares(text: str) -> tuple[float, ...]:
+    """An argparse type: the bounds of a random fraction, with a comma between them."""
+    try:
+        low, high = map(float, text.split(","))
+    except ValueError:
+        low, high = math.nan, math.nan
+    if not 0 <= low <= high <= 1:
+        raise argparse.ArgumentTypeError(f"must be two numbers from 0 to 1, the lower first, such as 0.1,0.5, not "
+                                         f"{text!r}")
+    return low, high
+
+
 def path(text: str) -> str:
     """An argparse type: a path, in which ~ is the home folder; an empty one is most likely an unset variable."""
     if not text:
@@ -329,6 +341,10 @@ class Args:
                                  number(float, 0))
     logits_lambda: float = flag("training", "weight of the difference of logits in FGSM-MEP's loss", 10.0,
                                 number(float, 0))
+    liet_smoothing: float = flag("training", "non-uniform label smoothing in LIET's attack and in its loss (default: "
+                                 "as published for the data set and --epsilon)", None, number(float, 0, 1))
+    liet_lambda: float = flag("training", "weight of the divergence in LIET's loss in the last epoch (default: as "
+                              "published for the data set and --epsilon)", None, number(float, 0))
     label_smoothing: float = flag("training", "label smoothing of the training loss", 0.0, number(float, 0, 1))
     ema: float = flag("training", "decay of a moving average of the network, BatchNorm's statistics included, which is "
                       "then evaluated and saved; 0: no average", 0.0, number(float, 0, 1), metavar="DECAY")
@@ -341,7 +357,7 @@ class Args:
     eps_warmup: float = flag("attack", "epochs over which --epsilon and the attack's step grow from 0", 0.0,
                              number(float, 0), metavar="EPOCHS")
     fgsm_alpha: float = flag("attack", "step of single-step attacks, in epsilons (default: 2; of nfgsm, pgi, nuclear, "
-                             "n_lap 1; of ckpt, r_lap 1.25)", None, number(float, 0),
+                             "n_lap, liet 1; of ckpt, r_lap 1.25)", None, number(float, 0),
                              convert=lambda value, args: value * args.epsilon / 255)
     attack_smoothing: float = flag("attack", "label smoothing of the attack's loss", 0.0, number(float, 0, 1))
     fgsm_init: str = flag("attack", "starting point of fgsm, zerograd and r_lap", "random", choices=("zero", "random"))
@@ -367,6 +383,10 @@ class Args:
     lap_beta: float = flag("attack", "share of its norm by which LAP moves a layer's weights (default: as published "
                            "for --epsilon)", None, number(float, 0))
     lap_up: bool = flag("attack", "move LAP's weights up the loss, as its paper says; its code moves them down", False)
+    liet_noise: tuple[float, ...] = flag("attack", "bounds of the fraction of LIET's start that is noise (default: as "
+                                         "published for --epsilon)", None, shares, metavar="LO,HI")
+    liet_every: int = flag("attack", "batches between two updates of LIET's perturbations of the classes (default: as "
+                           "published for the data set and --epsilon)", None, number(int, 1))
 
     test_samples: int = flag("evaluation", "test images in the evaluation of an epoch", 1000, number(int, 1),
                              metavar="N", fixed=True, scores=True)

@@ -447,7 +447,7 @@ def train_step(run: Run, batch: Batch) -> None:
     attack = ATTACKS[args.attack]
     step = Step(run.network, len(run.train), batch.whole, state.epoch, batch.number, state.epoch / args.epochs,
                 state.kept, world.rank, world.size, world.sum, OBJECTIVES[args.objective].graph, args.epochs,
-                batch.drawn, run.augmentation.padding, state.optimizer, checks=False)
+                batch.drawn, run.augmentation.padding, state.optimizer, args.statement["classes"], checks=False)
     if attack.eval_mode:
         world.broadcast_buffers(state.model)  # eval mode reads the running statistics, of which a state has rank 0's
     seed_everything(STEP, args.seed, state.epoch, state.step, world.rank)

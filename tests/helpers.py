@@ -131,7 +131,7 @@ def a_step(network: nn.Module, images: int, **more) -> Step:
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     drawn = {name: torch.zeros(images, dtype=torch.long) for name in ("top", "left")}
     drawn["flip"] = torch.zeros(images, dtype=torch.bool)
-    return Step(network, images, torch.arange(images), optimizer=optimizer, drawn=drawn, **more)
+    return Step(network, images, torch.arange(images), optimizer=optimizer, drawn=drawn, classes=4, **more)
 
 
 def precision(amp: bool = False, dtype: str = "bfloat16", tf32: bool = True) -> Precision:

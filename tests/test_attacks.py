@@ -396,7 +396,7 @@ def test_the_tables_name_functions_and_give_them_their_keywords():
 
 def called(kind: str, name: str, model, x, y, epsilon=EPSILON, **more):
     """The attack or objective of that name with the command line's keywords, as a user calls it."""
-    args = options.parse(options.CIFAR10, argv=["--pgd-iters=2"])
+    args = options.parse(options.CIFAR10, argv=["--pgd-iters=2", "--liet-smoothing=0"])
     step = a_step(model, len(x), **more)
     if kind == "attack":
         return getattr(attacks, name)(model, x, y, epsilon, step=step, **args.keywords(methods.ATTACKS[name].keywords))

@@ -117,3 +117,16 @@ def follow(monkeypatch, name: str, flags: str, passes: str, draws: Callable[[Arr
 def test_laps_steps(name, flags, monkeypatch):
     follow(monkeypatch, name, flags, "eta delta", lambda step, hyper: [step["noise"]] if "noise" in step else [],
            moved=True)
+
+
+@pytest.mark.parametrize("name, noise", [("liet", (0.1, 0.5)), ("liet_eps16", (0.0, 1.0))])
+def test_liet(name, noise, monkeypatch):
+    def draws(step, hyper):
+        """Two numbers for rho and the coin; a number below rho where the entry is replaced."""
+        low, high = noise
+        u = torch.stack([(step["rho"] - low) / (high - low), (step["coin"] + 2) / 4])
+        made = [step["r_L"]] if "r_L" in step else []
+        return [*made, u, 1 - step["mask"].double(), step["noise"], step["r_attack"], step["r_train"]]
+
+    follow(monkeypatch, name, "--method=liet --liet-every=2", "- eta delta", draws,
+           lambda kept: {"liet": kept["L"].sign()} if kept else {})

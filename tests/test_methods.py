@@ -63,6 +63,15 @@ def ball(delta, x, epsilon):
     return pixels(torch.clamp(delta, -epsilon, epsilon), x)
 
 
+def nonuniform_ce(logits, y, a):
+    """The mean cross-entropy with the target 1 - a for the label, and for the others a in random proportions."""
+    draws, total = torch.rand_like(logits), 0
+    for logs, label, r in zip(logits.log_softmax(dim=1), y.tolist(), draws):
+        others = [c for c in range(len(r)) if c != label]
+        total -= (1 - a) * logs[label] + a * (r[others] * logs[others]).sum() / r[others].sum()
+    return total / len(y)
+
+
 def uniform(x, size):
     return torch.empty_like(x).uniform_(-size, size)
 
@@ -170,6 +179,27 @@ def pgi(net, x, y, epsilon, at, alpha, reset, smoothing=0.0):
     m = 0.3 * m / entries + at.gradient / at.gradient.abs().sum()
     at.kept["D"][at.index], at.kept["M"][at.index] = ball(d + alpha * m.sign(), x, epsilon), m * entries
     return ball(d + alpha * at.gradient.sign(), x, epsilon)
+
+
+def liet(net, x, y, epsilon, at, alpha, smoothing, noise, every):
+    """L is kept here in epsilons."""
+    if at.batch % every == 0:
+        net.eval()
+        grey = torch.full((at.classes, *x.shape[1:]), 0.5, dtype=x.dtype, requires_grad=True)
+        at.kept["L"], = torch.autograd.grad(nonuniform_ce(net(grey), torch.arange(at.classes), smoothing), grey)
+        at.kept["L"] = at.kept["L"].sign()
+        net.train()
+    u, coin = torch.rand(2, dtype=x.dtype).tolist()
+    rho, t = noise[0] + u * (noise[1] - noise[0]), 1 if coin > 0.5 else -1
+    mask = torch.rand_like(x) < rho
+    large = epsilon > 8 / 255
+    d = epsilon * at.kept["L"][y]
+    d[mask] = uniform(x, 2 * epsilon if large else epsilon)[mask]
+    eta = pixels(t * d, x).requires_grad_()
+    at.logits = net(x + eta)
+    g, = torch.autograd.grad(nonuniform_ce(at.logits, y, smoothing), eta, retain_graph=True)
+    delta = eta.detach() + alpha * g.sign()
+    return pixels(delta, x) if large else ball(delta, x, epsilon)
 
 
 def kl(net, x, y, epsilon, at, alpha, steps=10):
@@ -294,6 +324,14 @@ def logits(net, x, y, delta, epsilon, at, weight, smoothing=0.0):
     return mean_ce(found, y, smoothing) + weight * ((found - at.logits) ** 2).mean()
 
 
+def liet_loss(net, x, y, delta, epsilon, at, smoothing, weight):
+    found = net(x + delta)
+    p, q = at.logits.softmax(dim=1), found.softmax(dim=1)
+    m = (p + q) / 2
+    jsd = (p * (p / m).log() + q * (q / m).log()).sum() / 2 / len(x)
+    return nonuniform_ce(found, y, smoothing) + weight * (at.epoch + 1) / at.epochs * jsd
+
+
 # One step after another, side by side
 
 
@@ -316,8 +354,9 @@ def pool(n: int = 6, seed: int = 0):
     return net, x, y
 
 
-ATTACKS = {f.__name__: f for f in (none, fgsm, nfgsm, pgd, sora, ckpt, free, pgi, kl, nuclear, n_lap, r_lap)}
-OBJECTIVES = {**{f.__name__: f for f in (ce, gradalign, elle, aaer, trades, logits)}, "nuclear": nuclear_norm}
+ATTACKS = {f.__name__: f for f in (none, fgsm, nfgsm, pgd, sora, ckpt, free, pgi, liet, kl, nuclear, n_lap, r_lap)}
+OBJECTIVES = {**{f.__name__: f for f in (ce, gradalign, elle, aaer, trades, logits)}, "nuclear": nuclear_norm,
+              "liet": liet_loss}
 
 # Name: an attack and its keywords, an objective and its, and the relative tolerance: some terms are in float32.
 FAR, ZERO = dict(alpha=1.25 * EPSILON), dict(alpha=1.25 * EPSILON, init="zero")
@@ -334,6 +373,10 @@ PAIRS = {
     "free, smoothed": ("free", {}, "ce", dict(smoothing=0.3), 1e-9),
     "pgi": ("pgi", dict(alpha=EPSILON, reset=2, smoothing=0.4), "logits", dict(weight=10.0, smoothing=0.4), 1e-9),
     "pgi, reset in every epoch": ("pgi", dict(alpha=1.25 * EPSILON, reset=1), "ce", {}, 1e-9),
+    "liet": ("liet", dict(alpha=EPSILON, smoothing=0.6, noise=(0.1, 0.5), every=2), "liet",
+             dict(smoothing=0.6, weight=100.0), 1e-9),
+    "liet, new perturbations in every batch": (
+        "liet", dict(alpha=1.25 * EPSILON, smoothing=0.4, noise=(0.0, 1.0), every=1), "ce", {}, 1e-9),
     "pgd, logits": ("pgd", dict(alpha=EPSILON / 4, steps=3), "logits", dict(weight=10.0), 1e-9),
     "kl, trades": ("kl", dict(alpha=EPSILON / 4), "trades", dict(beta=6.0), 1e-5),
     "kl": ("kl", dict(alpha=EPSILON / 4, steps=3), "ce", {}, 1e-9),
@@ -361,9 +404,9 @@ STEPS = [(0, 0, 0.0, [4, 0, 5, 1, 2, 3], 1), (0, 1, 0.0, [3, 5, 1, 0], 1), (1, 0
          (3, 1, 0.95, [5, 4, 1, 0, 2, 3], 8)]
 
 
-def memory(images: int) -> SimpleNamespace:
-    return SimpleNamespace(images=images, kept={}, after=None, logits=None, gradient=None, shares=[], kinds=[],
-                           terms=[], momentum={})
+def memory(images: int, classes: int = 4) -> SimpleNamespace:
+    return SimpleNamespace(images=images, classes=classes, epochs=4, kept={}, after=None, logits=None, gradient=None,
+                           shares=[], kinds=[], terms=[], momentum={})
 
 
 def assert_kept(found: dict, expected: dict, rtol: float = 1e-9) -> None:
@@ -376,11 +419,13 @@ def assert_kept(found: dict, expected: dict, rtol: float = 1e-9) -> None:
     if "D" in expected:
         close(found["pgi"].double(), expected["D"].double(), rtol=2**-10, atol=1e-7)
         close(found["pgi momentum"].double(), expected["M"].double(), rtol=2**-10, atol=1e-4)
+    if "L" in expected:
+        assert torch.equal(found["liet"], expected["L"])
     if "terms" in expected:
         terms = np.array(expected["terms"])
         close(found["elle"], torch.tensor([expected["lambda"], len(terms), terms.sum(), (terms**2).sum()],
                                           dtype=torch.float64), rtol=rtol, atol=0)
-    assert len(found) == len(expected.keys() & {"v", "delta", "D", "M", "terms"})
+    assert len(found) == len(expected.keys() & {"v", "delta", "D", "M", "L", "terms"})
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -396,8 +441,8 @@ def test_steps_are_the_formulas(name):
         optimizer.state[parameter]["momentum_buffer"].copy_(at.momentum[i])
     for number, (epoch, batch, done, index, factor) in enumerate(STEPS):
         x, y, index = x_pool[index], y_pool[index], torch.tensor(index)
-        step = Step(net, len(x_pool), index, epoch, batch, done, kept, keeps_graph=objective == "logits",
-                    optimizer=optimizer)
+        step = Step(net, len(x_pool), index, epoch, batch, done, kept, keeps_graph=methods.OBJECTIVES[objective].graph,
+                    epochs=at.epochs, optimizer=optimizer, classes=at.classes)
         at.epoch, at.batch, at.done, at.index = epoch, batch, done, index
         gradients = {name: torch.randn_like(p) for name, p in net.named_parameters()}
         for parameter, gradient in gradients.items():
@@ -587,6 +632,51 @@ def test_soras_ratio_is_clipped_and_moves_v_for_the_next_step(stretch, ratio):
         assert step.kept["sora"].item() == pytest.approx(0.95 * v + 0.05 * ratio, abs=1e-12)
 
 
+def in_two_processes(seed: int, attack, **keywords) -> list[Step]:
+    """The steps of two processes with the same images and other random numbers, of which rank 0's are sent."""
+    steps, sent = [], []
+    for rank in range(2):
+        net, x, y = pool()
+        step = Step(net, len(x), torch.arange(2 * len(x)), rank=rank, size=2, classes=4)
+        step.sum = (lambda values: values + sent.pop(0)) if rank else (lambda values: sent.append(values) or values)
+        torch.manual_seed(2 * seed + rank)
+        attack(net, x, y, EPSILON, EPSILON, step=step, **keywords)
+        steps.append(step)
+    return steps
+
+
+def test_liets_classes_coin_and_share_of_noise_are_rank_0s_in_all_processes():
+    """Without noise, both start at the same point; with it, as many entries are replaced, but for chance."""
+    for seed in range(8):
+        first, second = in_two_processes(seed, attacks.liet, smoothing=0.6, noise=(0, 0), every=1)
+        assert torch.equal(first.kept["liet"], second.kept["liet"]) and torch.equal(first.start, second.start)
+        _, x, y = pool()
+        shares = []
+        for step in in_two_processes(seed, attacks.liet, smoothing=0.6, noise=(0, 1), every=1):
+            d = EPSILON * step.kept["liet"][y]
+            shares.append(((step.start != pixels(d, x)) & (step.start != pixels(-d, x))).double().mean().item())
+        assert shares[1] == pytest.approx(shares[0], abs=0.1)
+
+
+def test_liets_loss_is_in_float32_and_finite_where_probabilities_underflow():
+    """Some are 0 in float32 at both points; in float16, the logits alone are rounded."""
+    net, x, y = pool()
+    x, net = x.float(), net.float().eval()
+    net.linear.weight.data *= 1e4
+    losses = []
+    for dtype in (torch.float32, torch.float16):
+        step = Step(net, len(x), torch.arange(len(x)), epochs=1)
+        step.logits = net(x).to(dtype)
+        torch.manual_seed(0)
+        loss, logits = objectives.liet(lambda images, dtype=dtype: net(images).to(dtype), x, y,
+                                       0.1 * torch.rand_like(x), EPSILON, step, smoothing=0.0, weight=100.0)
+        assert ((step.logits.softmax(dim=1) == 0) & (logits.softmax(dim=1) == 0)).any() and loss.dtype == torch.float32
+        gradients = torch.autograd.grad(loss, list(net.parameters()))
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        losses.append(loss)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-3, atol=0)
+
+
 @pytest.mark.filterwarnings("ignore:the gradient is 0")
 def test_sora_and_pgi_where_there_is_no_gradient():
     """Of one image or of all, nothing becomes infinite or undefined."""
@@ -642,7 +732,7 @@ def test_passes_without_a_gradient_are_on_frozen_parameters(name):
 
 
 # How far a perturbation can be from zero, in epsilons.
-REACH = {"none": 0, "nfgsm": 3, "sora": 3, "n_lap": 3}
+REACH = {"none": 0, "nfgsm": 3, "sora": 3, "n_lap": 3, "liet": 3}
 REACH |= {name: math.inf for name, attack in methods.ATTACKS.items() if "ball" not in attack.clip and name not in REACH}
 
 
@@ -697,7 +787,9 @@ def small_run(folder, *flags: str, dataset=options.SVHN) -> train.Run:
 PASSES = {"fgsm": "TT", "fgsm-rs": "TT", "zerograd": "TT", "multigrad": "TTTT", "pgd": "T" * 11, "n-fgsm": "TT",
           "n-aaer": "TT", "rs-aaer": "TT", "gradalign": "TTT", "elle": "TT3", "elle-a": "TT3", "free": "T",
           "ckpt": "EEET", "pgi": "TT", "nuat": "TETT", "trades": "E" * 11 + "TT", "sora": "TT", "n-lap": "TT",
-          "r-lap": "TT"}
+          "r-lap": "TT", "liet": "TT"}
+# The same in the first batch of an epoch, where it differs; C: of one image for each class, in eval mode.
+FIRST_PASSES = {"liet": "CTT"}
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
@@ -709,9 +801,8 @@ def test_a_step_makes_the_published_passes(name, tmp_path, tiny):
     def passes(model, inputs):
         if len(steps) == len(sizes):  # the look at whether all is finite, after the epoch
             return
-        size = len(inputs[0])
-        seen.append("3" if size == 3 * sizes[len(steps)] else "T" if model.training else "E")
-        assert size in (sizes[len(steps)], 3 * sizes[len(steps)])
+        size, whole = len(inputs[0]), sizes[len(steps)]
+        seen.append({whole: "T", 3 * whole: "3"}[size] if model.training else {whole: "E", 10: "C"}[size])
 
     def after_step():
         steps.append("".join(seen))
@@ -719,7 +810,7 @@ def test_a_step_makes_the_published_passes(name, tmp_path, tiny):
 
     run.state.model.register_forward_pre_hook(passes)
     train.train_epoch(run, after_step)
-    assert steps == [PASSES[name]] * 3
+    assert steps == [FIRST_PASSES.get(name, PASSES[name]), PASSES[name], PASSES[name]]
 
 
 # Name: the reference's attack and its keywords, its objective and its.
@@ -740,6 +831,8 @@ TRAINED = {
     "sora": (sora, {}, ce, {}),
     "n-lap": (n_lap, dict(alpha=EPSILON, beta=0.001), ce, {}),
     "r-lap": (r_lap, dict(alpha=10 / 255, beta=0.002), ce, {}),
+    "liet": (liet, dict(alpha=EPSILON, smoothing=0.6, noise=(0.1, 0.5), every=20), liet_loss,
+             dict(smoothing=0.6, weight=100)),
     "none": (none, {}, ce, {}),
 }
 
@@ -752,7 +845,7 @@ def test_training_is_the_update_written_out_by_hand(name, tmp_path, tiny):
                     "--epochs=4", "--free-replays=2", "--pgi-reset=2", "--eps-warmup=0")
     net, steps = copy.deepcopy(run.state.model).train(), math.ceil(samples / 32)
     attack, its, objective, more = TRAINED[name]
-    at = memory(samples)
+    at = memory(samples, 10)
     for epoch in range(3):
         run.state.begin_epoch(epoch)
         train.train_epoch(run)
@@ -782,7 +875,7 @@ def test_every_attack_goes_with_every_objective_that_is_not_refused(attack, tmp_
     """Two steps and a smaller one of each pair; those that are refused are refused in one line."""
     for objective in methods.OBJECTIVES:
         flags = [f"--attack={attack}", f"--objective={objective}", "--pgd-iters=2", "--multi-samps=2"]
-        compares = objective in ("gradalign", "aaer", "logits")
+        compares = objective in ("gradalign", "aaer", "logits", "liet")
         without_start = attack in ("none", "free", "kl", "nuclear", "n_lap", "r_lap") and compares
         if without_start or (attack == "sora" and objective != "ce"):
             refused(call("train_svhn.py", *flags, "--fname", tmp_path / "never"), "--objective")
@@ -801,7 +894,7 @@ def refused(result, *named: str) -> None:
         assert part in error, error
 
 
-@pytest.mark.parametrize("method", ["sora", "free", "pgi", "elle-a", "gradalign"])
+@pytest.mark.parametrize("method", ["sora", "free", "pgi", "elle-a", "gradalign", "liet"])
 def test_a_step_that_overflows_in_float16_spoils_nothing_that_is_kept(method, tmp_path, small_dummy):
     """The first steps in float16 are scaled too far and skipped; their gradients are infinite."""
     run = small_run(tmp_path, f"--method={method}", "--amp", "--amp-dtype=float16", "--free-replays=2")
@@ -877,8 +970,8 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_an_unbroken_one(method, more, 
     assert status == 0 and "# resumed after 1 epoch and 1 step, from" in output, error
     assert_same_run(tmp_path / "part", whole)
     kept = torch.load(whole / "state.pth", weights_only=True)["opt"]["run"]["kept"]
-    assert kept.keys() == {"sora": {"sora"}, "free": {"free"}, "pgi": {"pgi", "pgi momentum"}, "elle-a": {"elle"}}.get(
-        method, set())
+    assert kept.keys() == {"sora": {"sora"}, "free": {"free"}, "pgi": {"pgi", "pgi momentum"}, "elle-a": {"elle"},
+                           "liet": {"liet"}}.get(method, set())
     assert all(values.any() for values in kept.values())
 
 
@@ -940,6 +1033,8 @@ PUBLISHED = {
     "sora": "--attack=sora --objective=ce --label-smoothing=0",
     "n-lap": "--attack=n_lap --fgsm-alpha=1 --noise-k=2 --lap-beta=0.001",
     "r-lap": "--attack=r_lap --fgsm-alpha=1.25 --fgsm-init=random --lap-beta=0.002",
+    "liet": "--attack=liet --fgsm-alpha=1 --liet-noise=0.1,0.5 --liet-every=20 --objective=liet --liet-smoothing=0.6 "
+            "--liet-lambda=100",
 }
 
 
@@ -979,7 +1074,7 @@ def test_without_a_method_nothing_is_changed(script_name):
     for name in ("fgsm", "zerograd", "multigrad", "pgd", "sora", "free", "kl", "none"):
         assert parsed(DATASETS[script_name], "--attack", name)["fgsm_alpha"] == 2.0
     for name, alpha in (("nfgsm", 1.0), ("pgi", 1.0), ("nuclear", 1.0), ("ckpt", 1.25), ("n_lap", 1.0),
-                        ("r_lap", 1.25)):
+                        ("r_lap", 1.25), ("liet", 1.0)):
         assert parsed(DATASETS[script_name], "--attack", name)["fgsm_alpha"] == alpha
         assert parsed(DATASETS[script_name], "--attack", name, "--fgsm-alpha=0.5")["fgsm_alpha"] == 0.5
 
@@ -1109,15 +1204,30 @@ def test_laps_shares_are_the_published_ones(epsilon, n, r, v):
             assert parsed(options.CIFAR10, *flags.split(), f"--epsilon={near}")["lap_beta"] == beta
 
 
+@pytest.mark.parametrize("dataset, epsilon, smoothing, weight, noise, every", [
+    (options.CIFAR10, 8, 0.6, 100, (0.1, 0.5), 20), (options.CIFAR100, 8, 0.8, 200, (0.1, 0.5), 20),
+    (options.SVHN, 4, 0.6, 100, (0.1, 0.5), 20), (options.CIFAR10, 16, 0.4, 20, (0, 1), 10),
+    (options.CIFAR100, 16, 0.4, 20, (0, 1), 20), (options.SVHN, 12, 0.4, 20, (0, 1), 20)])
+def test_liets_numbers_are_the_published_ones(dataset, epsilon, smoothing, weight, noise, every):
+    args = parsed(dataset, "--method=liet", f"--epsilon={epsilon}")
+    names = ("liet_smoothing", "liet_lambda", "liet_noise", "liet_every")
+    assert tuple(args[name] for name in names) == (smoothing, weight, noise, every)
+    beside = parsed(dataset, "--method=liet", "--liet-smoothing=0", "--liet-lambda=0", "--liet-noise=0,0.25",
+                    "--liet-every=7")
+    assert tuple(beside[name] for name in names) == (0, 0, (0, 0.25), 7)
+
+
 @pytest.mark.parametrize("flags, named", [
     *((f"--attack={attack} --objective={objective}", f"--objective {objective}")
       for attack in ("none", "free", "kl", "nuclear", "n_lap", "r_lap")
-      for objective in ("gradalign", "aaer", "logits")),
+      for objective in ("gradalign", "aaer", "logits", "liet")),
     ("--attack=multigrad --multi-parallel --objective=aaer", "--multi-parallel"),
     ("--method=sora --objective=elle", "--objective ce"),
     ("--method=sora --label-smoothing=0.1", "--label-smoothing 0"),
     ("--method=sora --amp --amp-impl=apex", "--amp-impl native"),
     ("--method=n-lap --amp --amp-impl=apex", "--amp-impl native"), ("--lap-beta=-1", "--lap-beta"),
+    ("--method=liet --label-smoothing=0.1", "--label-smoothing 0"), ("--liet-noise=0.5,0.1", "--liet-noise"),
+    ("--liet-noise=0.5", "--liet-noise"), ("--liet-noise=0,nan", "--liet-noise"), ("--liet-every=0", "--liet-every"),
     ("--method=nonsense", "--method"), ("--recipe=nonsense", "--recipe"), ("--attack=nonsense", "--attack"),
     ("--objective=nonsense", "--objective"), ("--aaer-lambdas=1,2", "--aaer-lambdas"), ("--ema=1.5", "--ema"),
     ("--ckpt-count=1", "--ckpt-count"), ("--free-replays=0", "--free-replays"), ("--pgi-reset=0", "--pgi-reset"),

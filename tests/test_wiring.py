@@ -133,6 +133,8 @@ RIVAL_ATTACKS = {
     "ckpt": (["--ckpt-count=5", "--ckpt-mode=train"], dict(alpha=3 / 255, count=5, mode="train", smoothing=0.2)),
     "free": ([], {}),
     "pgi": (["--pgi-reset=7"], dict(alpha=3 / 255, reset=7, smoothing=0.3)),
+    "liet": (["--liet-smoothing=0.7", "--liet-noise=0.2,0.9", "--liet-every=6"],
+             dict(alpha=3 / 255, smoothing=0.7, noise=(0.2, 0.9), every=6)),
     "kl": ([], dict(alpha=1.5 / 255, steps=3)),
     "nuclear": (["--nuclear-lambda=2.5"], dict(alpha=3 / 255, weight=2.5, smoothing=0.2)),
     "n_lap": (["--noise-k=1.5", "--lap-beta=0.2", "--lap-up"], dict(alpha=3 / 255, k=1.5, beta=0.2, up=True)),
@@ -143,6 +145,7 @@ RIVAL_OBJECTIVES = {
     "elle": (["--elle-lambda=70", "--elle-adaptive"], dict(weight=70, adaptive=True)),
     "aaer": (["--aaer-lambdas=2,3,0.5"], dict(weights=(2, 3, 0.5))), "trades": (["--trades-beta=5"], dict(beta=5)),
     "nuclear": (["--nuclear-lambda=2.5"], dict(weight=2.5)), "logits": (["--logits-lambda=9"], dict(weight=9)),
+    "liet": (["--label-smoothing=0", "--liet-smoothing=0.7", "--liet-lambda=8"], dict(smoothing=0.7, weight=8)),
 }
 
 
