@@ -13,7 +13,7 @@ from .methods import MODELS
 from .networks import PreActResNet, new_network
 from .run.console import UsageError, say
 from .run.folder import Folder
-from .run.state import Checkpoint, find_checkpoint, read_checkpoint
+from .run.state import Checkpoint, find_checkpoint, read_checkpoint, read_metadata
 
 
 class Opened(NamedTuple):
@@ -42,10 +42,11 @@ class Opened(NamedTuple):
 def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     """Load the network in a run folder or in a checkpoint file, with the arguments of its run.
 
-    The arguments are those in args.json, in the folder or in that of the file. Without args.json, give `flags`.
+    The arguments are those in the metadata of an exported file, or in args.json, in the folder or in that of the file.
+    Without either, give `flags`.
 
     Args:
-        path: folder of a run, or checkpoint file of these scripts or a published one.
+        path: folder of a run, exported file, or checkpoint file of these scripts or a published one.
         which: "last", "best" or "healthy"; for a file with several networks, the network's key.
         flags: data_set, model, base_width, mean, ...; a flag that is not None overrides args.json.
 
@@ -58,7 +59,7 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     folder = Folder(path if path.is_dir() else path.parent)
     if path.is_dir() and which not in NETWORKS:
         raise UsageError(f"--which must be {', '.join(NETWORKS)} for the folder of a run, not {which}")
-    (run, recorded), given = options.recorded(folder.path), {k: v for k, v in flags.items() if v is not None}
+    (run, recorded), given = recorded_flags(path, folder), {k: v for k, v in flags.items() if v is not None}
     named = given.pop("data_set", None)
     given = {name: options.valid(name, value) for name, value in given.items()}
     try:
@@ -94,6 +95,17 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
         raise UsageError(str(error).removeprefix("--resume: ")) from None
     notes += [] if run else assumptions(model, dataset, args)
     return Opened(model.eval(), args, dataset, source, folder, run, options.differing(given, run) + notes, epoch)
+
+
+EXPORTED = "singlestep"  # key of the metadata of an exported file, JSON; see `export.facts`
+
+
+def recorded_flags(path: Path, folder: Folder) -> tuple[dict[str, Any], options.DataSet | None]:
+    """The flags and the data set of the run that the network is from; none where nothing records them."""
+    text = read_metadata(path).get(EXPORTED)
+    if text is None:
+        return options.recorded(folder.path)
+    return options.described(text, path, UsageError(f"the metadata of {path} is damaged: export the network again"))
 
 
 def _newest(folder: Folder, which: str) -> Checkpoint | None:

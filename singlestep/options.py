@@ -691,24 +691,34 @@ def run_flags(folder: str | Path) -> dict[str, Any]:
 
 
 def recorded(folder: str | Path) -> tuple[dict[str, Any], DataSet | None]:
-    """The flags of the run in `folder` and its data set, as args.json has them; none where there is no such file.
+    """The flags of the run in `folder` and its data set, as args.json has them; none where there is no such file."""
+    file = Path(folder) / "args.json"
+    wrong = UsageError(f"{file} is damaged: repair it, or move it away and give the run's flags")
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}, None
+    except (OSError, ValueError):
+        raise wrong from None
+    return described(text, file, wrong)
+
+
+def described(text: str, source: str | Path, wrong: UsageError) -> tuple[dict[str, Any], DataSet | None]:
+    """The flags of a run and its data set, as the text of `source` has them; raises `wrong` if it is damaged.
 
     A relative --data-dir is resolved from the folder in which the run was started, if that folder exists. Runs of older
-    versions name neither that folder nor their data set's statement. Raises UsageError if the file is damaged.
+    versions name neither that folder nor their data set's statement.
     """
-    file = Path(folder) / "args.json"
     try:
-        saved = json.loads(file.read_text(encoding="utf-8"))
+        saved = json.loads(text)
         flags = {**saved["args"], "data_set": str(saved["data_set"])}
         started_in = [start["folder"] for start in saved.get("starts", ()) if "folder" in start]
         if started_in and os.path.isdir(started_in[-1]) and not os.path.isabs(flags["data_dir"]):
             flags["data_dir"] = os.path.relpath(os.path.join(started_in[-1], flags["data_dir"]))
         dataset = DataSet.stated(saved["statement"]) if "statement" in saved else None
-    except FileNotFoundError:
-        return {}, None
-    except (OSError, ValueError, KeyError, TypeError, argparse.ArgumentTypeError):
-        raise UsageError(f"{file} is damaged: repair it, or move it away and give the run's flags") from None
-    return recorded_flags(flags, file), dataset
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, argparse.ArgumentTypeError):
+        raise wrong from None
+    return recorded_flags(flags, source), dataset
 
 
 def differing(given: dict[str, Any], run: dict[str, Any]) -> list[str]:
@@ -751,6 +761,41 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
 
 # Flags that evaluate.py takes from a run.
 RUNS = ("data_dir", "dummy", *NETWORK)
+
+
+def export_path(text: str) -> str:
+    """An argparse type: the path of a safetensors file, or of a folder, which ends in a slash."""
+    if not text.endswith((".safetensors", "/")):
+        raise argparse.ArgumentTypeError(f"must end in .safetensors, or be a folder that ends in /, not {text!r}")
+    return path(text)
+
+
+def identifier(text: str) -> str:
+    """An argparse type: a name that Python can have for a module."""
+    if not text.isidentifier():
+        raise argparse.ArgumentTypeError(f"must be of letters, digits and _, such as Author2026Title, not {text!r}")
+    return text
+
+
+def parse_export(description: str | None = None, argv: list[str] | None = None) -> argparse.Namespace:
+    """The arguments of export.py; flags that default to the run's are None."""
+    if argv is None:
+        end_on_interrupt()
+    p = Parser(description)
+    p.add_argument("run", type=path, metavar="RUN_OR_FILE", help="a run's folder, or a model's file")
+    p.add_argument("--to", type=export_path, required=True, metavar="FILE.safetensors|FOLDER/",
+                   help="the weights with all that is needed to build the network, and FILE.md, a model card; or a "
+                   "folder in RobustBench's layout")
+    p.add_argument("--half", action="store_true", help="weights in float16: half the size of the file")
+    p.add_argument("--name", type=identifier, help="name of the network in RobustBench, such as Author2026Title "
+                   "(default: from the method and the network)")
+    p.add_argument("--which", default="last", metavar="NAME", help="network of a run: last, best or healthy; of a file "
+                   "with several networks: its key there (default: %(default)s)")
+    add = p.add_argument_group("data and model (default: the run's)").add_argument
+    add("--data-set", choices=DATA_SETS, help="data set on which the network was trained")
+    add_flags(p, NETWORK)
+    p.set_defaults(**dict.fromkeys(NETWORK))
+    return p.parse_args(argv)
 
 
 # What flags mean for one run

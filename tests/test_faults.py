@@ -425,7 +425,7 @@ def test_plain_values_beside_the_weights_are_read(new, tmp_path):
 
 
 @pytest.mark.parametrize("content, named", [
-    (b"\x14\0\0\0\0\0\0\0{\"a\":{\"dtype\":\"F32\"", "is a safetensors file"),
+    (b"\x14\0\0\0\0\0\0\0{\"a\":{\"dtype\":\"F32\"", "is a safetensors file that was truncated or altered"),
     (b"\n<!DOCTYPE html>", "is a web page"),
     (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
     (b"", "is truncated, altered or not a")])

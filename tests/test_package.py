@@ -27,7 +27,7 @@ else:
 # A user's own modules, with names that modules of this project have, had, or might be thought to have.
 NEIGHBOURS = ("utils.py", "data/__init__.py", "evaluate/__init__.py", "attacks/__init__.py", "train.py", "options.py",
               "checkpoint.py", "run/__init__.py")
-SCRIPTS = {"train_cifar", "train_cifar100", "train_svhn", "train_tiny", "evaluate", "plot"}
+SCRIPTS = {"train_cifar", "train_cifar100", "train_svhn", "train_tiny", "evaluate", "export", "plot"}
 ARRAYS = {"torch", "torchvision", "numpy", "scipy"}
 # Every file of the package, by its module's name.
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path

@@ -26,6 +26,8 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .console import UsageError
@@ -359,10 +361,13 @@ class CodeRefused(UsageError):
 
 
 def read_checkpoint(path: Path) -> dict:
-    """Read a checkpoint. Raises UsageError if it is missing, damaged, or not only tensors and plain values."""
+    """Read a checkpoint or a safetensors file. Raises UsageError if it is missing, damaged, or not only tensors and
+    plain values."""
     if not path.exists():
         raise UsageError(f"--resume: {path} is missing")
     try:
+        if is_safetensors(path):
+            return load_file(path)
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():  # torch.load does not verify checksums
@@ -375,6 +380,25 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(content, dict):
         raise UsageError(f"--resume: {path} contains no state dict")
     return content
+
+
+def is_safetensors(path: Path) -> bool:
+    """Return whether the file begins as a safetensors file does: the header's length, and the header, in JSON."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(10)[8:] == b'{"'
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata of a safetensors file; other files have none. Raises UsageError if it is damaged."""
+    if not is_safetensors(path):
+        return {}
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise _refused(path, str(error)) from None
 
 
 def _refused(path: Path, reason: str) -> UsageError:
@@ -391,8 +415,8 @@ def _refused(path: Path, reason: str) -> UsageError:
     kind = "truncated, altered or not a PyTorch checkpoint"
     if "TorchScript" in reason:
         kind = "a TorchScript program: save the state dict of torch.jit.load(FILE) to a new file, and use that file"
-    elif beginning[8:10] == b'{"':
-        kind = "a safetensors file: torch.save what safetensors.torch.load_file reads from it, and use that file"
+    elif is_safetensors(path):
+        kind = "a safetensors file that was truncated or altered"
     elif beginning.startswith(b"version https://git-lfs"):
         kind = "a pointer of Git LFS, not the file itself: fetch it with git lfs pull"
     elif beginning.lstrip()[:1] == b"<":

@@ -1,0 +1,267 @@
+"""export.py: a network for others, as a safetensors file with a model card, or in RobustBench's layout."""
+import inspect
+import io
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from . import collapse, networks, options
+from .checkpoints import EXPORTED, Opened, fingerprint, open_run
+from .methods import METHODS, MODELS
+from .options import Args
+from .run.console import UsageError, one_line_errors, say
+from .run.folder import atomic_write, evaluations, read_records
+from .run.state import read_metadata
+
+STARTED = ("commit", "python", "torch", "torchvision", "device", "threads", "processes", "epoch")  # shared of a start
+PATHS = ("data_dir", "fname")  # flags that are paths of the run's machine
+ROBUSTBENCH = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100"}
+
+
+def main(args) -> None:
+    """Export the network that export.py's arguments name; an error ends the process."""
+    with one_line_errors():
+        flags = {name: getattr(args, name) for name in ("data_set", *options.NETWORK)}
+        opened = open_run(args.run, args.which, **flags)
+        for note in opened.notes:
+            say(f"# {opened.source}: {note}")
+        files = for_robustbench(opened, args) if args.to.endswith("/") else as_safetensors(opened, args)
+        for path, content in files.items():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(path) as file:
+                file.write(content)
+            say(f"wrote {path}")
+
+
+# The facts about a network
+
+
+def facts(opened: Opened) -> dict[str, Any]:
+    """Return what is needed to build a network and to trust it: the metadata of its file.
+
+    data_set, statement, args, starts: as in args.json, but without paths; args has the network as it was built, and
+    nothing else where no run is known. network: its epoch, counted from 0, and whether the run was in collapse after
+    it; None where it is not known. results: `collapse.summary` of the run. accuracy: a row for each attack on the
+    network, as in evaluation.json.
+    """
+    exported = read_metadata(Path(opened.source)).get(EXPORTED)
+    if exported is not None:
+        return json.loads(exported)
+    history = read_history(opened)
+    epoch = epoch_of(opened, history)
+    record = next((record for record in history if record["epoch"] == epoch), None)
+    states = dict(zip((record["epoch"] for record in history), collapse.collapsed(history)))
+    names = options.FLAGS.keys() - PATHS if opened.run else options.NETWORK
+    flags = {name: value for name, value in as_built(opened).flags().items() if name in names}
+    return {"data_set": opened.dataset.name, "statement": opened.dataset.statement(), "args": flags,
+            "starts": read_starts(opened), "network": {"epoch": epoch, "collapsed": states.get(epoch)},
+            "results": collapse.summary(history), "accuracy": accuracy(opened, record)}
+
+
+def read_history(opened: Opened) -> list[dict[str, Any]]:
+    """Return the records of the run's epochs that were evaluated."""
+    try:
+        return [record for record in read_records(opened.folder) if "test_robust_acc" in record] if opened.run else []
+    except ValueError:
+        raise UsageError(f"{opened.folder.path / 'metrics.jsonl'} is damaged: repair it, or move it away") from None
+
+
+def read_starts(opened: Opened) -> list[dict[str, Any]]:
+    """Return the starts in args.json, without paths."""
+    if not opened.run:
+        return []
+    starts = json.loads((opened.folder.path / "args.json").read_text(encoding="utf-8")).get("starts", [])
+    return [{**{name: start[name] for name in STARTED if name in start},
+             "command": without_paths(start.get("command", []))} for start in starts]
+
+
+def without_paths(command: list[str]) -> list[str]:
+    """Return a command without the flags in PATHS, which are written --flag=VALUE or --flag VALUE."""
+    names, kept = [options.option(name) for name in PATHS], []
+    words = iter(command)
+    for word in words:
+        if word in names:
+            next(words, None)
+        elif word.partition("=")[0] not in names:
+            kept.append(word)
+    return kept
+
+
+def epoch_of(opened: Opened, history: list[dict[str, Any]]) -> int | None:
+    """Return the epoch, counted from 0, after which the network was saved; None if it is not known."""
+    best = [record["epoch"] for record in history if record.get("best")]
+    healthy = [record["epoch"] for record in history if not record.get("collapsed")]
+    named = {"model_best.pth": best, "model_healthy.pth": healthy}.get(Path(opened.source).name)
+    if named is None:
+        return opened.epoch
+    return named[-1] if named else None
+
+
+def as_built(opened: Opened) -> Args:
+    """Return the run's arguments, those of the network as it was built: a file may have constants of its own."""
+    model = opened.model
+    constants = {name: model.get_buffer(f"normalize.{name}").flatten().numpy() for name in ("mean", "std")}
+    shortest = {name: tuple(float(str(value)) for value in values) for name, values in constants.items()}
+    bare = isinstance(model, networks.PreActResNet) and model.bn is None
+    return replace(opened.args, **shortest, no_final_norm=bare)
+
+
+def accuracy(opened: Opened, record: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Return a row for each attack that the run or evaluate.py made on this network, on the most images.
+
+    epsilon and step are in 1/255; robust: of n test images.
+    """
+    rows: dict[tuple, dict[str, Any]] = {}
+
+    def add(attack: str, epsilon: float, step: float | None, n: int, robust: int) -> None:
+        if n >= rows.get((attack, epsilon, step), {"n": 0})["n"]:
+            rows[attack, epsilon, step] = dict(attack=attack, epsilon=epsilon, step=step, n=n, robust=robust)
+
+    args = opened.args
+    if record and "test_images" in record:
+        n, pgd = record["test_images"], f"pgd-{args.test_iters}-{args.test_restarts}"
+        add("clean", 0.0, None, n, round(n * record["test_acc"]))
+        if "fgsm_acc" in record:
+            add("fgsm", args.epsilon, args.epsilon, n, round(n * record["fgsm_acc"]))
+        add(pgd, args.epsilon, args.pgd_alpha, n, round(n * record["test_robust_acc"]))
+    network = fingerprint(opened.model)
+    for each in evaluations(opened.folder):
+        for row in each.get("attacks", []) if each.get("network") == network else []:
+            add(*(row[name] for name in ("attack", "epsilon", "step", "n", "robust")))
+    return list(rows.values())
+
+
+# The files
+
+
+def as_safetensors(opened: Opened, args) -> dict[Path, bytes]:
+    """Return the content of FILE.safetensors and of FILE.md, its model card."""
+    known, weights = facts(opened), opened.model.state_dict()
+    if args.half:
+        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise UsageError(f"--half: {opened.source} has weights beyond float16's range: leave --half out")
+    path = Path(args.to)
+    return {path: save(weights, {"format": "pt", EXPORTED: json.dumps(known)}),
+            path.with_suffix(".md"): card(known, opened, path.name, args.half).encode()}
+
+
+def card(known: dict[str, Any], opened: Opened, file: str, half: bool) -> str:
+    """Return a model card of the Hugging Face Hub."""
+    run, short = as_built(opened), {each.name: short for short, each in options.DATA_SETS.items()}
+    network = options.as_flags({name: getattr(run, name) for name in ("model", *MODELS[run.model].values())})
+    lines = [
+        "---", "library_name: pytorch", "pipeline_tag: image-classification", "tags:", "- adversarial-robustness",
+        "- adversarial-training", "datasets:", f"- {short.get(run.data_set, run.data_set)}", "metrics:", "- accuracy",
+        "---", "", f"# {title(opened)}", ""]
+    if known["network"]["collapsed"]:
+        lines += ["**Catastrophic overfitting**: the network withstands one step, and no multi-step attack.", ""]
+    if known["accuracy"]:
+        lines += ["| attack | epsilon, 1/255 | step, 1/255 | test images | right |", "| --- | --- | --- | --- | --- |"]
+        lines += [f"| {row['attack']} | {row['epsilon']:g} | {'' if row['step'] is None else format(row['step'], 'g')} "
+                  f"| {row['n']:,} | {row['robust']:,} ({row['robust'] / row['n']:.1%}) |" for row in known["accuracy"]]
+        lines += ["", *(["Measured before the weights were rounded to float16.", ""] if half else [])]
+    lines += [
+        "## Use", "", "```python", "from singlestep import load_run", "", f'model, args = load_run("{file}")', "```",
+        "", "The network maps images in [0, 1], of shape (N, 3, H, W), to logits.", "",
+        f"* Network: `{network}`, {'float16' if half else 'float32'}",
+        f"* Normalization: `{options.as_flags({'mean': run.mean, 'std': run.std})}`"]
+    if opened.run:
+        lines += ["", "## Training", "", *training(known, run)]
+    return "\n".join(lines) + "\n"
+
+
+def title(opened: Opened) -> str:
+    """Return the network, its data set and, where it is known, its training."""
+    run = opened.args
+    name = f"{run.model} for {'synthetic images' if run.dummy else run.data_set}"
+    return f"{name}, trained by {run.method or run.attack} at epsilon {run.epsilon:g}/255" if opened.run else name
+
+
+def training(known: dict[str, Any], run: Args) -> list[str]:
+    """Return the lines of a card about the run."""
+    lines = [f"* Method: `{options.as_flags(options.in_effect(run))}`", f"* Seed: {run.seed}"]
+    if known["network"]["epoch"] is not None:
+        lines.append(f"* Epoch: {known['network']['epoch'] + 1} of {run.epochs}")
+    results = known["results"]
+    if results["best_robust_acc"] is not None:
+        first = results["collapse_epoch"]
+        fell = "no collapse" if first is None else f"collapse in epoch {first + 1}"
+        lines.append(f"* PGD accuracy over the run: best {results['best_robust_acc']:.1%}, last "
+                     f"{results['last_robust_acc']:.1%}; {fell}")
+    for start in known["starts"]:
+        lines += [f"* Command: `python {shlex.join(start['command'])}`",
+                  f"* Commit {start.get('commit')}, Python {start.get('python')}, PyTorch {start.get('torch')}, "
+                  f"{start.get('device')}"]
+    return lines
+
+
+LOADER = '''"""{title}.
+
+For RobustBench: a new architecture, to be put into robustbench/model_zoo/architectures, and ENTRY, for the dict `linf`
+of robustbench/model_zoo/{data_set}.py. To load the network before that, in the folder of this file:
+
+    from {name} import ENTRY
+    from robustbench.model_zoo import model_dicts
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.utils import load_model
+
+    model_dicts[BenchmarkDataset("{data_set}")][ThreatModel.Linf].update([ENTRY])
+    model = load_model("{name}", model_dir="models", dataset="{data_set}", threat_model="Linf")
+"""
+{source}
+
+
+def network() -> {model}:
+    return {model}({keywords})
+
+
+ENTRY = ("{name}", {{"model": network, "gdrive_id": ""}})
+'''
+
+
+def for_robustbench(opened: Opened, args) -> dict[Path, bytes]:
+    """Return what RobustBench's guide to new models asks for: weights, JSON card, and a file with the network."""
+    run = as_built(opened)
+    if run.data_set not in ROBUSTBENCH:
+        raise UsageError(f"--to={args.to}: RobustBench has {' and '.join(ROBUSTBENCH)}, not {run.data_set}")
+    data_set = ROBUSTBENCH[run.data_set]
+    name = args.name or re.sub(r"\W", "_", f"{run.method or run.attack}_{run.model}" if opened.run else run.model)
+    keywords = {"num_classes": opened.dataset.classes, "mean": run.mean, "std": run.std,
+                **run.keywords(MODELS[run.model])}
+    code, _, _ = inspect.getsource(networks).partition("\n\ndef new_network")
+    code = "".join(line for line in code.splitlines(True) if not line.startswith("from ."))
+    loader = LOADER.format(name=name, title=title(opened), data_set=data_set, model=run.model,
+                           source=code.partition('"""\n')[2].rstrip(),
+                           keywords=", ".join(f"{keyword}={value!r}" for keyword, value in keywords.items()))
+    weights = io.BytesIO()
+    torch.save(opened.model.state_dict(), weights)
+    entry = json.dumps(leaderboard_entry(opened, run, data_set), indent=2) + "\n"
+    folder = Path(args.to)
+    return {folder / f"{name}.py": loader.encode(), folder / f"models/{data_set}/Linf/{name}.pt": weights.getvalue(),
+            folder / f"model_info/{data_set}/Linf/{name}.json": entry.encode()}
+
+
+def leaderboard_entry(opened: Opened, run: Args, data_set: str) -> dict[str, Any]:
+    """Return RobustBench's JSON card: accuracies in %, as text. Prints what the user has to fill in."""
+    found = {row["attack"]: row for row in facts(opened)["accuracy"] if row["epsilon"] in (0.0, run.epsilon)}
+    measured = {attack: f"{100 * row['robust'] / row['n']:.2f}" for attack, row in found.items()}
+    say("# to be filled in: name, authors, venue")
+    if "autoattack" not in found:
+        say(f"# to be measured: python evaluate.py {opened.folder.path} --attacks=clean,autoattack")
+    source = METHODS[run.method].source if run.method else ""
+    link = f"https://arxiv.org/abs/{source.removeprefix('arXiv ')}" if source.startswith("arXiv") else ""
+    return {"link": link, "name": "", "authors": "", "additional_data": False, "number_forward_passes": 1,
+            "dataset": data_set, "venue": "", "architecture": run.model, "eps": f"{run.epsilon:g}/255",
+            "clean_acc": measured.get("clean"), "reported": measured.get("autoattack"),
+            "autoattack_acc": measured.get("autoattack")}
+
+
+if __name__ == "__main__":
+    main(options.parse_export("Export a network: a safetensors file with a model card, or a folder for RobustBench."))

@@ -1,0 +1,259 @@
+"""export.py: what is exported is loaded with equal logits, by these scripts and by RobustBench, and says what it is."""
+import importlib
+import json
+import shutil
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TINY, one_line, rows_of
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from singlestep import export, options, train
+from singlestep.checkpoints import load_run
+from singlestep.networks import PreActResNet18, WideResNet
+from singlestep.run.console import UsageError
+
+X = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+CIFAR10 = {"data_set": "cifar10", "base_width": 4}
+PUBLISHED = ["--data-set=cifar10", "--base-width=4"]
+FLAGS = [*TINY, "--method=n-fgsm", "--attack=nfgsm", "--final-iters=0", "--data-dir", "secret folder", "--seed=3"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a run of two epochs."""
+    folder = tmp_path_factory.mktemp("private") / "run"
+    argv, before = ["train_cifar.py", *FLAGS, f"--fname={folder}"], sys.argv
+    sys.argv = argv  # which args.json records
+    try:
+        train.main(options.CIFAR10, options.parse(options.CIFAR10, argv=argv[1:]))
+    finally:
+        sys.argv = before
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path) -> Path:
+    """A copy of the run, so that a test can change it."""
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def exported(capsys):
+    """export.py in this process: exported(*flags) -> (status, output, error output)."""
+    def run_main(*flags):
+        status = 0
+        try:
+            export.main(options.parse_export(argv=[str(flag) for flag in flags]))
+        except SystemExit as end:
+            status = end.code or 0
+        return status, *capsys.readouterr()
+    return run_main
+
+
+def logits(path, **flags) -> torch.Tensor:
+    with torch.no_grad():
+        return load_run(path, **flags)[0](X)
+
+
+def metadata(path) -> dict:
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["singlestep"])
+
+
+def test_an_exported_network_has_equal_logits_and_its_runs_arguments(run, exported, tmp_path):
+    status, output, error = exported(run, f"--to={tmp_path / 'new/x.safetensors'}")
+    assert (status, error) == (0, "") and output.endswith("x.safetensors\nwrote " + str(tmp_path / "new/x.md") + "\n")
+    assert torch.equal(logits(tmp_path / "new/x.safetensors"), logits(run))
+    (_, before), (_, after) = load_run(run), load_run(tmp_path / "new/x.safetensors")
+    for name in options.FLAGS.keys() - {"data_dir", "fname", "mean", "std"}:
+        assert getattr(before, name) == getattr(after, name), name
+    assert (after.mean, after.std, after.data_set) == (options.CIFAR10.mean, options.CIFAR10.std, "CIFAR-10")
+    again = exported(tmp_path / "new/x.safetensors", f"--to={tmp_path / 'y.safetensors'}")
+    assert again[0] == 0 and metadata(tmp_path / "y.safetensors") == metadata(tmp_path / "new/x.safetensors")
+
+
+def test_the_metadata_say_how_the_network_was_made_and_name_no_folder(run, exported, tmp_path):
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    records[0] |= {"test_acc": 1.0, "fgsm_acc": 1.0, "test_robust_acc": 0.75, "best": True, "collapsed": False}
+    records[1] |= {"test_acc": 1.0, "fgsm_acc": 1.0, "test_robust_acc": 0.125, "best": False, "collapsed": True}
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    found = {}
+    for source, which in ((run, "last"), (run, "best"), (run, "healthy"), (run / "model_0.pth", "last")):
+        assert exported(source, f"--which={which}", f"--to={tmp_path / 'x.safetensors'}")[0] == 0
+        found[source.name, which] = known = metadata(tmp_path / "x.safetensors")
+        content = (tmp_path / "x.safetensors").read_bytes().decode("latin1") + (tmp_path / "x.md").read_text()
+        assert "secret" not in content and str(run.parent) not in content and "private" not in content
+    assert [each["network"] for each in found.values()] == [
+        {"epoch": 1, "collapsed": True}, *3 * [{"epoch": 0, "collapsed": False}]]
+    assert [row["robust"] for row in found["run", "last"]["accuracy"]] == [8, 8, 1]
+    assert [row["robust"] for row in known["accuracy"]] == [8, 8, 6]
+    assert known["results"] == {"collapse_epoch": 1, "collapsed_epochs": 1, "best_robust_acc": 0.75,
+                                "last_robust_acc": 0.125}
+    assert known["args"].items() >= dict(model="PreActResNet18", base_width=4, method="n-fgsm", attack="nfgsm",
+                                         epsilon=8.0, noise_k=2.0, seed=3).items()
+    assert {"depth", "shortcut", "block", "no_final_norm", "mean", "std"} <= known["args"].keys()
+    assert known["statement"]["classes"] == 10 and known["starts"][0]["commit"]
+    assert known["starts"][0]["command"] == ["train_cifar.py", *(
+        flag for flag in FLAGS if flag not in ("--data-dir", "secret folder"))]
+
+
+def test_the_card_says_that_the_network_collapsed(run, exported, tmp_path):
+    for pgd, there in ((0.0, True), (1.0, False)):
+        record = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+        record |= {"test_acc": 1.0, "fgsm_acc": 1.0, "test_robust_acc": pgd}
+        (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        exported(run, f"--to={tmp_path / 'x.safetensors'}")
+        card = (tmp_path / "x.md").read_text()
+        assert ("**Catastrophic overfitting**" in card) == there == ("; collapse in epoch 1\n" in card)
+        assert f"| pgd-1-1 | 8 | 2 | 8 | {8 * pgd:.0f} ({pgd:.1%}) |" in card and "Seed: 3\n" in card
+        assert "* Command: `python train_cifar.py --dummy" in card and "* Commit " in card
+
+
+def test_what_evaluate_measured_is_of_this_network_and_in_the_metadata(run, exported, judged, tmp_path):
+    flags = ["--device=cpu", "--samples=12", "--attacks=clean,pgd-2-1"]
+    one = rows_of(judged(run, *flags)[1])
+    assert judged(run / "model_0.pth", "--device=cpu", "--samples=11", "--attacks=fgsm")[0] == 0
+    assert exported(run, f"--to={tmp_path / 'new/x.safetensors'}")[0] == 0
+    rows = metadata(tmp_path / "new/x.safetensors")["accuracy"]
+    assert [(row["attack"], row["n"]) for row in rows] == [
+        ("clean", 12), ("fgsm", 8), ("pgd-1-1", 8), ("pgd-2-1", 12)]
+    again = rows_of(judged(tmp_path / "new/x.safetensors", *flags)[1])
+    assert [row[:-1] for row in again] == [row[:-1] for row in one] and len(one) == 2
+
+
+def test_half_precision_is_near_and_half_as_large(run, exported, tmp_path):
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    assert exported(run, f"--to={whole}")[0] == exported(run, "--half", f"--to={half}")[0] == 0
+    assert {value.dtype for value in load_file(half).values()} == {torch.float16, torch.int64}
+    torch.testing.assert_close(logits(half), logits(run), rtol=0.01, atol=0.01)
+    assert not torch.equal(logits(half), logits(run)) and half.stat().st_size < 0.6 * whole.stat().st_size
+    assert "rounded to float16" in (tmp_path / "half.md").read_text()
+    large = PreActResNet18(base_width=4).state_dict()
+    large["bn.running_var"].fill_(1e5)
+    torch.save(large, tmp_path / "large.pt")
+    done = exported(tmp_path / "large.pt", "--half", *PUBLISHED, f"--to={tmp_path / 'x.safetensors'}")
+    assert done[0] == 2 and "beyond float16's range: leave --half out" in done[2] and done[2].count("\n") == 1
+
+
+def test_a_published_file_is_exported_without_a_training_that_nobody_knows(exported, tmp_path):
+    network = PreActResNet18(base_width=4, final_norm=False, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)).eval()
+    torch.save({"mu": torch.tensor([0.1, 0.2, 0.3]), "sigma": torch.tensor([0.4, 0.5, 0.6]),
+                **{f"module.{key}": value for key, value in network.state_dict().items()}}, tmp_path / "x.pt")
+    status, _, error = exported(tmp_path / "x.pt", *PUBLISHED, f"--to={tmp_path / 'x.safetensors'}")
+    assert (status, error) == (0, "") and torch.equal(logits(tmp_path / "x.safetensors"), network(X))
+    known = metadata(tmp_path / "x.safetensors")
+    assert known["args"].keys() == set(options.NETWORK) and known["args"]["no_final_norm"]
+    assert (known["starts"], known["accuracy"], known["results"]["last_robust_acc"]) == ([], [], None)
+    card = (tmp_path / "x.md").read_text()
+    assert "# PreActResNet18 for CIFAR-10\n" in card and "Training" not in card
+
+
+def test_a_strangers_safetensors_file_is_loaded_by_its_shapes(tmp_path):
+    network = PreActResNet18(base_width=4, mean=options.CIFAR10.mean, std=options.CIFAR10.std).eval()
+    save_file({f"module.{key}": value for key, value in network.state_dict().items()}, tmp_path / "x.safetensors",
+              {"format": "pt"})
+    assert torch.equal(logits(tmp_path / "x.safetensors", **CIFAR10), network(X))
+    (tmp_path / "x.safetensors").rename(tmp_path / "x.bin")
+    assert torch.equal(logits(tmp_path / "x.bin", **CIFAR10), network(X))
+    with pytest.raises(UsageError, match=r"has no args\.json that names its data set: add --data-set"):
+        load_run(tmp_path / "x.bin")
+    with pytest.raises(UsageError, match="is of another architecture"):
+        load_run(tmp_path / "x.bin", data_set="cifar10")
+
+
+@pytest.mark.parametrize("known", ["{", "[]", "{}", '{"args": 1, "data_set": "CIFAR-10"}',
+                                   '{"args": {}, "data_set": "CIFAR-10", "statement": {"name": 1}}'])
+def test_damaged_metadata_are_one_line(known, tmp_path, judged):
+    save_file(PreActResNet18(base_width=4).state_dict(), tmp_path / "x.safetensors", {"singlestep": known})
+    one_line(judged(tmp_path / "x.safetensors", "--device=cpu", "--attacks=clean"),
+             f"the metadata of {tmp_path / 'x.safetensors'} is damaged: export the network again")
+
+
+def test_a_wrong_flag_in_the_metadata_is_named(run, exported, tmp_path, judged):
+    exported(run, f"--to={tmp_path / 'x.safetensors'}")
+    known = metadata(tmp_path / "x.safetensors")
+    known["args"]["base_width"] = "wide"
+    save_file(load_file(tmp_path / "x.safetensors"), tmp_path / "x.safetensors", {"singlestep": json.dumps(known)})
+    one_line(judged(tmp_path / "x.safetensors", "--device=cpu"), "x.safetensors: --base-width must be a whole number")
+
+
+@pytest.mark.parametrize("part", [0.5, 0.999])
+def test_a_truncated_file_is_one_line(part, run, exported, tmp_path, judged):
+    path = tmp_path / "x.safetensors"
+    exported(run, f"--to={path}")
+    path.write_bytes(path.read_bytes()[:int(part * path.stat().st_size)])
+    one_line(judged(path, "--device=cpu"), f"{path} is a safetensors file that was truncated or altered")
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["RUN", "--to=x.pth"], "--to: must end in .safetensors, or be a folder that ends in /, not 'x.pth'"),
+    (["RUN"], "the following arguments are required: --to"),
+    (["RUN", "--to=r/", "--name=a-b"], "--name: must be of letters, digits and _, such as Author2026Title, not 'a-b'"),
+    (["nowhere", "--to=x.safetensors"], "nowhere is missing"),
+    (["RUN", "--to=x.safetensors", "--which=first"], "--which must be last, best, healthy")])
+def test_wrong_flags_are_one_line(flags, named, trained, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, output, error = exported(*(trained if flag == "RUN" else flag for flag in flags))
+    assert status == 2 and not output and named in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+NETWORKS = {"shortcut": dict(shortcut="raw"), "no_norm": dict(no_final_norm=True),
+            "nuat": dict(model="ResNet18", block="nuat"), "wide": dict(model="WideResNet", depth=10, width_factor=1),
+            "constants": dict(mean=(0.0,) * 3, std=(1.0,) * 3)}
+
+
+@pytest.fixture
+def through_robustbench(monkeypatch):
+    """through_robustbench(folder, name): the network as RobustBench's load_model loads it."""
+    from robustbench.model_zoo import model_dicts
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.utils import load_model
+
+    def load(folder: Path, name: str, data_set: str = "cifar10"):
+        source = (folder / f"{name}.py").read_text()
+        assert "singlestep" not in source and "from ." not in source and max(map(len, source.splitlines())) < 300
+        monkeypatch.syspath_prepend(str(folder))
+        zoo = model_dicts[BenchmarkDataset(data_set)][ThreatModel.Linf]
+        monkeypatch.setitem(zoo, *importlib.import_module(name).ENTRY)
+        return load_model(name, model_dir=folder / "models", dataset=data_set, threat_model="Linf")
+    return load
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_robustbench_loads_the_network_with_equal_logits(name, exported, tmp_path, through_robustbench):
+    flags = {"base_width": 4, **NETWORKS[name]}
+    args = options.arguments(options.CIFAR10, flags)
+    torch.manual_seed(0)
+    torch.save(export.networks.new_network(options.CIFAR10, args).state_dict(), tmp_path / "x.pt")
+    words = ["--data-set=cifar10", *(options.as_flags({flag: value}) for flag, value in flags.items())]
+    status, output, error = exported(tmp_path / "x.pt", *words, f"--to={tmp_path}/r/", f"--name={name}")
+    assert (status, error) == (0, "") and "# to be filled in: name, authors, venue\n" in output
+    network = through_robustbench(tmp_path / "r", name)
+    assert torch.equal(network(X), logits(tmp_path / "x.pt", data_set="cifar10", **flags))
+
+
+def test_robustbenchs_card_has_its_fields_and_what_was_measured(run, exported, judged, tmp_path, through_robustbench):
+    from robustbench.utils import ModelInfo
+
+    records = [{"network": export.fingerprint(load_run(run)[0]), "attacks": [
+        dict(attack="autoattack", epsilon=8.0, step=None, n=1000, robust=281),
+        dict(attack="clean", epsilon=0.0, step=None, n=1000, robust=501),
+        dict(attack="autoattack", epsilon=4.0, step=None, n=1000, robust=350)]}]
+    (run / "evaluation.json").write_text(json.dumps(records))
+    status, output, _ = exported(run, f"--to={tmp_path}/r/")
+    assert status == 0 and "to be measured" not in output
+    card = json.loads((tmp_path / "r/model_info/cifar10/Linf/n_fgsm_PreActResNet18.json").read_text())
+    assert card.keys() <= {field.name for field in fields(ModelInfo)}
+    assert card.items() >= dict(link="https://arxiv.org/abs/2202.01181", dataset="cifar10", eps="8/255",
+                                clean_acc="50.10", autoattack_acc="28.10").items()
+    assert torch.equal(through_robustbench(tmp_path / "r", "n_fgsm_PreActResNet18")(X), logits(run))
+    torch.save(WideResNet(10, 1).state_dict(), tmp_path / "x.pt")
+    wide = ["--model=WideResNet", "--depth=10", "--width-factor=1"]
+    status, _, error = exported(tmp_path / "x.pt", "--data-set=svhn", *wide, f"--to={tmp_path}/s/")
+    assert status == 2 and "RobustBench has CIFAR-10 and CIFAR-100, not SVHN" in error
+    assert not (tmp_path / "s").exists()
