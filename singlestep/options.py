@@ -408,6 +408,9 @@ class Args:
     eval: bool = flag("evaluation", "do not train: evaluate the network that --resume names", False, named=False)
 
     fname: str = flag("files", "folder of the logs and checkpoints", "", path)
+    like: str | None = flag("files", "take the flags of this run as defaults, but for those of files and machine, and "
+                            "--data-dir; flags beside it win; with --method, the run's attack and loss are left out",
+                            None, path, metavar="RUN")
     resume: int | str = flag("files", "N: continue from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest "
                              "complete state, or start if there is none", 0, number(int, 0, also=("auto",)),
                              metavar="N|auto")
@@ -621,9 +624,11 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
     """The arguments of a run, from the given flags and, for the others, from `run` and the defaults.
 
     --method and --recipe set defaults and nothing else: a given flag wins over both, and a recipe over a method, except
-    for values that the method's attack or objective refuses.
+    for values that the method's attack or objective refuses. --like adds the flags of another run to those given.
     Raises UsageError where a flag is wrong.
     """
+    if given.get("like"):
+        given = {**flags_like(given["like"], dataset, "method" in given), **given}
     given = {name: valid(name, value) for name, value in given.items()}
     method, recipe = given.get("method"), given.get("recipe")
     of_method = METHODS[method].flags_on(dataset.name) if method else {}
@@ -685,14 +690,46 @@ def evaluated_flags(dataset: DataSet, folder: str) -> dict[str, Any]:
     return {name: value for name, value in run.items() if name in FLAGS.keys() - own - {"eval", "method", "recipe"}}
 
 
+def flags_like(source: str, dataset: DataSet, new_method: bool) -> dict[str, Any]:
+    """The flags of a run that repeat it: those in which it differs from the defaults of its method and data set.
+
+    source: the run's folder, or its args.json; dataset: of the script; new_method: leave out the run's attack and
+    objective, with their flags.
+    Raises UsageError if there is no such run, or a flag is wrong.
+    """
+    if not Path(source).exists():
+        raise absent(Path(source))
+    run, stated = recorded(source)
+    if not run:
+        raise UsageError(f"--like {source} is not the folder of a run: it has no args.json")
+    gone = [option(name) for name in run if name not in (*FLAGS, "data_set")]
+    if gone:
+        say(f"# --like {source}: {', '.join(gone)} no longer exists and is left out", error=True)
+    own = dataset if run["data_set"] == dataset.name else stated or data_set(run["data_set"])
+    flags = {name: run[name] for name, each in FLAGS.items()
+             if name in run and each.metadata["group"] not in ("files", "machine") and name not in ("data_dir", "eval")}
+    chosen: dict[str, Any] = {name: flags[name] for name in ("method", "recipe") if name in flags}
+    try:
+        for names in (FLAGS.keys() - DEPENDENT.keys(), DEPENDENT):  # these defaults depend on the other flags
+            usual = arguments(own, chosen)
+            chosen |= {name: flags[name] for name in names if name in flags and flags[name] != getattr(usual, name)}
+    except UsageError as error:
+        raise UsageError(f"--like {source}: {error}") from None
+    of_method = {"method", "attack", "objective", *method_flags()} - {*NETWORK, "pgd_alpha"} if new_method else set()
+    return {name: value for name, value in chosen.items() if name not in of_method}
+
+
 def run_flags(folder: str | Path) -> dict[str, Any]:
     """The flags of the run in `folder`, as its args.json has them; none where there is no such file."""
     return recorded(folder)[0]
 
 
 def recorded(folder: str | Path) -> tuple[dict[str, Any], DataSet | None]:
-    """The flags of the run in `folder` and its data set, as args.json has them; none where there is no such file."""
-    file = Path(folder) / "args.json"
+    """The flags of the run in `folder` and its data set, as args.json has them; none where there is no such file.
+
+    `folder` can be an args.json, too.
+    """
+    file = Path(folder) if Path(folder).is_file() else Path(folder) / "args.json"
     wrong = UsageError(f"{file} is damaged: repair it, or move it away and give the run's flags")
     try:
         text = file.read_text(encoding="utf-8")

@@ -45,6 +45,7 @@ class Parsed(Exception):
 def takes(monkeypatch):
     """takes(words): the script, its flags after it, reads its command line without complaint; it does no more."""
     parse_args = options.Parser.parse_args
+    monkeypatch.setattr(options, "flags_like", lambda *rest: {})  # of a run that is not there
 
     def stop(self, *args):
         parse_args(self, *args)

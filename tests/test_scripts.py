@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -547,12 +548,81 @@ def test_help_of_a_method_shows_its_flags_alone(method, own, foreign):
     assert all(f"\n  {flag}\n" in done.stdout for flag in own) and foreign not in done.stdout
 
 
+def args_json(path: Path, args: options.Args, **changes) -> Path:
+    """The args.json of a run with these arguments."""
+    flags = {name: value for name, value in args.flags().items() if name != "data_set"}
+    path.write_text(json.dumps({"data_set": args.data_set, "statement": args.statement, "args": flags | changes}))
+    return path
+
+
+ELSEWHERE = ["--fname=runs/x", "--resume=3", "--quiet", "--chkpt-iters=1", "--device=cpu", "--amp", "--no-tf32",
+             "--data-dir=/elsewhere"]
+
+
+@pytest.mark.parametrize("dataset", [options.CIFAR10, options.SVHN], ids=lambda each: each.name)
+@pytest.mark.parametrize("flags", [
+    "", "--attack=fgsm", "--method=fgsm-rs --fgsm-alpha=2 --momentum=0.5 --seed=3", "--method=n-fgsm --recipe=fastat",
+    "--method=n-fgsm --recipe=fastat --fgsm-alpha=2 --label-smoothing=0 --mean=0.5,0.5,0.5",
+    "--method=elle --epsilon=4", "--attack=nfgsm --objective=aaer --aaer-lambdas=1,2,3 --epsilon=12",
+    "--method=pgi --model=WideResNet --depth=28",
+    "--method=free --epochs=7 --dummy --train-samples=50 --full-test --final-model=best --on-collapse=stop"])
+def test_a_run_like_another_has_its_flags_but_for_those_of_files_and_machine(dataset, flags, tmp_path):
+    args = options.parse(dataset, argv=[*flags.split(), *ELSEWHERE])
+    again = options.parse(dataset, argv=[f"--like={args_json(tmp_path / 'of_a_colleague.json', args)}"])
+    usual = options.parse(dataset, argv=[])
+    for name, each in FLAGS.items():
+        here = each.metadata["group"] in ("files", "machine") or name == "data_dir"
+        if name != "like":
+            assert getattr(again, name) == getattr(usual if here else args, name), name
+    args_json(tmp_path / "args.json", args)
+    assert options.parse(dataset, argv=[f"--like={tmp_path}"]).flags() == {**again.flags(), "like": str(tmp_path)}
+
+
+@pytest.mark.parametrize("flags, beside, like", [
+    ("--method=fgsm-rs --lr-max=0.05 --fgsm-alpha=1.5 --pgd-alpha=1", "--method=n-fgsm",
+     "--method=n-fgsm --lr-max=0.05 --pgd-alpha=1"),
+    ("--method=gradalign --seed=2 --base-width=16", "--method=fgsm-rs --seed=1",
+     "--method=fgsm-rs --seed=1 --base-width=16"),
+    ("--method=pgi --epochs=9", "--method=zerograd --zero-qval=0.7", "--method=zerograd --zero-qval=0.7 --epochs=9"),
+    ("--method=n-fgsm --recipe=fastat", "--method=nuat", "--method=nuat --recipe=fastat"),
+    ("--method=n-fgsm --epsilon=4", "--epsilon=16 --model=WideResNet",
+     "--method=n-fgsm --epsilon=16 --model=WideResNet")])
+def test_a_flag_and_a_method_beside_like_win(flags, beside, like, tmp_path):
+    run = args_json(tmp_path / "args.json", options.parse(options.CIFAR10, argv=flags.split()))
+    found = options.parse(options.CIFAR10, argv=[f"--like={run}", *beside.split()])
+    assert found.flags() == {**options.parse(options.CIFAR10, argv=like.split()).flags(), "like": str(run)}
+
+
+def test_on_another_data_set_a_run_like_another_has_the_defaults_of_that_one(tmp_path):
+    run = args_json(tmp_path / "args.json", options.parse(options.CIFAR10, argv=["--method=n-fgsm", "--epsilon=4"]))
+    found = options.parse(options.SVHN, argv=[f"--like={run}"])
+    assert found.flags() == {**options.parse(options.SVHN, argv=["--method=n-fgsm", "--epsilon=4"]).flags(),
+                             "like": str(run)}
+
+
+def test_a_run_that_cannot_be_repeated_is_one_line(tmp_path, call, small_dummy):
+    args = options.parse(options.CIFAR10, argv=SMALL)
+    for changes, named in (({"epsilon": -1}, "args.json: --epsilon must be"), ({"attack": "x"}, "--attack must be one"),
+                           ({"method": "gone"}, "--method must be one of"),
+                           ({"model": "ResNet18", "shortcut": "raw"}, "args.json: --shortcut raw is for")):
+        one_line(call("train_cifar.py", "--like", args_json(tmp_path / "args.json", args, **changes)), named)
+    (tmp_path / "args.json").unlink()
+    one_line(call("train_cifar.py", "--like", tmp_path), "it has no args.json")
+    one_line(call("train_cifar.py", "--like", tmp_path / "nowhere"), "nowhere is missing")
+    (tmp_path / "args.json").write_text("{")
+    one_line(call("train_cifar.py", "--like", tmp_path), "args.json is damaged")
+    run = args_json(tmp_path / "args.json", args, rollbacks=3, rate=1)
+    status, _, error = call("train_cifar.py", "--like", run, "--device=cpu", "--epochs=1", "--fname", tmp_path / "run")
+    assert status == 0 and error == f"# --like {run}: --rollbacks, --rate no longer exists and is left out\n"
+    assert json.loads((tmp_path / "run/args.json").read_text())["args"]["train_samples"] == 80
+
+
 def test_what_may_change_when_a_run_is_resumed():
     """All that its weights and its best model do not depend on."""
     assert FLAGS.keys() - {name for name, each in FLAGS.items() if each.metadata["fixed"]} == {
         "data_dir", "fname", "resume", "eval", "quiet", "allow_changes", "device", "tf32", "compile", "compile_mode",
         "chkpt_iters", "chkpt_steps", "last_samples", "final_iters", "final_restarts", "final_samples", "final_model",
-        "deterministic", "method", "recipe", "on_collapse", "tensorboard"}
+        "deterministic", "method", "recipe", "on_collapse", "tensorboard", "like"}
     assert {name for name, each in FLAGS.items() if each.metadata["scores"]} == {
         "epsilon", "pgd_alpha", "test_iters", "test_restarts", "test_samples", "full_test", "val_size", "dummy"}
     assert {name for name, each in FLAGS.items() if each.metadata["orders"]} == {
