@@ -7,6 +7,7 @@ All attacks work in pixel space and share these arguments:
     y                 labels, (B,)
     epsilon, alpha    radius of the ball and step size, in the unit of x: 8/255, not 8
     smoothing         label smoothing of the cross-entropy whose gradient is taken
+    norm              "l_inf" or "l_2", that of the ball and of the step
     step              context of the training step; required by the attacks that keep tensors between steps
 
 An attack returns a detached perturbation delta of the shape of x with 0 <= x + delta <= 1. Unless its docstring says
@@ -18,7 +19,8 @@ running statistics, as in the published methods.
 backward pass; a forward pass alone counts 1/3.
 
 In formulas, g is the gradient of the mean cross-entropy with respect to delta, and box(delta) projects delta to the
-ball and clips x + delta to [0, 1].
+ball and clips x + delta to [0, 1]. For l_2, g / norm2(g) of each image replaces sign(g), and a random point of the ball
+has a uniform direction and a length ~ U(0, epsilon).
 """
 import contextlib
 import functools
@@ -55,6 +57,7 @@ class Step:
         optimizer: SGD with its momentum buffers and one parameter group, for an attack that moves the weights.
         start: perturbation at which the attack ran its first forward pass; with keeps_graph, a leaf of its graph.
         logits, gradient: logits at x + start, and the gradient of the mean cross-entropy with respect to start.
+        direction: sora's direction of steepest ascent at its start.
         checks: whether to check images, epsilon, logits and gradients, for which the host waits for the device.
     """
 
@@ -77,6 +80,7 @@ class Step:
     start: Any = None
     logits: Any = None
     gradient: Any = None
+    direction: Any = None
     checks: bool = True
 
     @property
@@ -179,15 +183,17 @@ def checked(attack: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
 @checked
 def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, init: str = "random",
-         step: Step | None = None, smoothing: float = 0.0) -> Tensor:
+         step: Step | None = None, smoothing: float = 0.0, norm: str = "l_inf") -> Tensor:
     """FGSM (Goodfellow et al., arXiv 1412.6572) or, with a random start, FGSM-RS (Wong et al., arXiv 2001.03994).
 
     delta = box(eta + alpha sign(g)), g the gradient at x + eta; eta = 0 with init "zero", eta ~ U(-epsilon, epsilon)
     with init "random". Passes: 2.
+
+    For l_2: FGSM-RS as in issue 1 of github.com/locuslab/fast_adversarial.
     """
-    delta = start(x, epsilon, init)
+    delta = start(x, epsilon, init, norm)
     grad, _ = input_gradient(model, x, y, delta, step, smoothing)
-    return box(delta + alpha * grad.sign(), x, epsilon)
+    return pgd_step(delta, grad, x, epsilon, alpha, norm)
 
 
 @checked
@@ -239,7 +245,6 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
 
     Args:
         restarts: number of random starts; of several, each image keeps the delta with the highest loss.
-        norm: "l_inf" or "l_2"; with "l_2", g / norm2(g) replaces sign(g).
         early_stop: stop updating an image once it is misclassified.
     """
     best_delta, best_loss = torch.zeros_like(x), x.new_full((len(x),), -math.inf)
@@ -284,7 +289,7 @@ def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
 
 
 @checked
-def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> Tensor:
+def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, norm: str = "l_inf") -> Tensor:
     """SORA (arXiv 2606.00738): a step of random length that shrinks as the loss becomes less linear. Passes: 2.
 
     delta = eta + a r sign(g), eta ~ U(-epsilon, epsilon), r ~ U(0, 1) for each entry, clipped to the pixel range only,
@@ -292,19 +297,23 @@ def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> 
 
     a = 2 epsilon min(1, 0.02 / (1 - v)). v measures how well g predicts g', the gradient at x + delta: it starts at
     0.99 and is updated after each step (see `sora_update`).
+
+    For l_2: d = g / norm2(g), as in a function of the authors' code that none of its flags selects.
     """
     if "sora" not in step.kept:
         step.kept["sora"] = torch.full((), 0.99, dtype=torch.float64, device=x.device)
-    eta = start(x, epsilon)
+    eta = start(x, epsilon, norm=norm)
     g, _ = input_gradient(model, x, y, eta, step)
+    step.direction = steepest(g, norm)
     a = 2 * epsilon * (0.02 / (1 - step.kept["sora"]).clamp(min=1e-12)).clamp(max=1)
-    return box(eta + a.to(x.dtype) * torch.rand_like(x) * g.sign(), x, math.inf)
+    return box(eta + a.to(x.dtype) * torch.rand_like(x) * step.direction, x, math.inf)
 
 
 def sora_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: float) -> None:
-    """Update SORA's v: v <- 0.95 v + 0.05 mean(<sign(g), g'> / norm1(g)), with g' = `grad`."""
-    g, v = step.gradient, step.kept["sora"]
-    ratio = (g.sign() * grad).flatten(1).sum(dim=1) / g.abs().flatten(1).sum(dim=1).clamp(min=1e-12)
+    """Update SORA's v: v <- 0.95 v + 0.05 mean(<d, g'> / <d, g>), with g' = `grad` and the direction d = sign(g)."""
+    v = step.kept["sora"]
+    along, before = ((step.direction * each).flatten(1).sum(dim=1) for each in (grad, step.gradient))
+    ratio = along / before.clamp(min=1e-12)
     u = step.mean(ratio)  # not finite if float16 overflows; the optimizer step is then skipped, too
     v.copy_(torch.where(u.isfinite(), 0.95 * v + 0.05 * u.clamp(-1, 1), v))
 
@@ -520,10 +529,15 @@ def lap_gradient(model: nn.Module, x: Tensor, y: Tensor, eta: Tensor, beta: floa
 
 def pgd_step(delta: Tensor, grad: Tensor, x: Tensor, epsilon: float, alpha: float, norm: str = "l_inf") -> Tensor:
     """Return `delta` after one PGD step along `grad`, projected to the ball and clipped to the pixel range."""
-    if norm == "l_2":
-        grad = grad.nan_to_num()  # entries may overflow in float16; the sign of NaN is 0, too
-    step = grad.sign() if norm == "l_inf" else grad / _norm(grad)
-    return box(delta + alpha * step, x, epsilon, norm)
+    return box(delta + alpha * steepest(grad, norm), x, epsilon, norm)
+
+
+def steepest(grad: Tensor, norm: str) -> Tensor:
+    """Return the step of norm 1 along which the loss grows most: sign(g) or, for "l_2", each image's g / norm2(g)."""
+    if norm == "l_inf":
+        return grad.sign()
+    grad = grad.nan_to_num()  # entries may overflow in float16; the sign of NaN is 0, too
+    return grad / _norm(grad)
 
 
 def quantile_mask(grad: Tensor, q: float) -> Tensor:
@@ -643,13 +657,22 @@ def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") 
         return torch.zeros_like(x)
     if init != "random" or norm not in ("l_inf", "l_2"):
         raise ValueError(f"init must be zero or random and norm l_inf or l_2, not {init!r} and {norm!r}")
+    return in_ball(x, epsilon, norm).clamp(-x, 1 - x)
+
+
+def in_ball(like: Tensor, epsilon: float, norm: str = "l_inf") -> Tensor:
+    """Return a random point of each image's ball, of the shape of `like`: uniform or, for "l_2", of uniform direction
+    and length."""
     if norm == "l_inf":
-        delta = torch.empty_like(x).uniform_(-epsilon, epsilon)
-    else:
-        delta = torch.randn_like(x)
-        radius = epsilon * torch.rand(len(x), dtype=x.dtype, device=x.device)
-        delta *= _per_image(radius) / _norm(delta)
-    return delta.clamp(-x, 1 - x)
+        return torch.empty_like(like).uniform_(-epsilon, epsilon)
+    delta = torch.randn_like(like)
+    radius = epsilon * torch.rand(len(like), dtype=like.dtype, device=like.device)
+    return delta * (_per_image(radius) / _norm(delta))
+
+
+def magnitude(delta: Tensor, norm: str) -> Tensor:
+    """Return abs(delta) or, for "l_2", each image's norm, (B, 1, 1, 1)."""
+    return delta.abs() if norm == "l_inf" else _norm(delta)
 
 
 def check_images(x: Tensor) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .attacks import frozen
+from .attacks import frozen, magnitude
 from .data import Images
 from .options import PARTS
 from .robustness import correct
@@ -18,7 +18,7 @@ from .run.console import UsageError
 from .run.device import Precision, padded
 from .run.folder import atomic_write
 
-EDGE = 1e-6  # tolerance for rounding errors in abs(delta) <= epsilon
+EDGE = {"l_inf": 1e-6, "l_2": 1e-5}  # tolerance for rounding errors in abs(delta) or norm2(delta) <= epsilon
 
 # Cost of a robust image in forward passes; a backward pass counts 2. APGD and FAB take 100 steps (for each of 9 target
 # classes), Square takes 5,000 queries.
@@ -59,6 +59,7 @@ class AutoAttack:
         key: what is attacked and how; only a state with an equal key is resumed.
         classes: number of classes; an image is attacked toward nine others, or all.
         check: called at every pass of the network; may raise Stopped.
+        norm: "l_inf" or "l_2".
 
     Attributes:
         left: indices of the images that are still classified correctly.
@@ -68,15 +69,15 @@ class AutoAttack:
 
     def __init__(self, model: nn.Module, images: Images, parts: tuple[str, ...], epsilon: float, seed: int,
                  batch_size: int, precision: Precision, file: Path | None, key: dict[str, Any], classes: int = 10,
-                 check: Callable[[], None] = lambda: None):
+                 check: Callable[[], None] = lambda: None, norm: str = "l_inf"):
         contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # the library calls view()
         self.model = padded(contiguous, batch_size, images.labels.device)
         self.images = Images(images.pixels, images.labels, torch.contiguous_format)
         self.parts, self.epsilon, self.batch_size, self.precision = parts, epsilon, batch_size, precision
-        self.file, self.key, self.check = file, key, check
+        self.file, self.key, self.check, self.norm = file, key, check, norm
         self.targets = min(classes - 1, 9)
         self.vanished: int | None = None  # images of the batch whose first gradient is 0, once computed
-        self.perturb = perturbations(self.logits, epsilon, seed, images.labels.device, self.targets)
+        self.perturb = perturbations(self.logits, epsilon, seed, images.labels.device, self.targets, norm)
         self.state = self._saved() or self._begin()
 
     @property
@@ -151,7 +152,8 @@ class AutoAttack:
         """Return for which images (B,) a part finds a misclassified image within the ball."""
         with self.precision.full():
             changed = self.perturb[part](x.clone(), y.clone()).detach()
-        inside = ((changed - x).abs() <= self.epsilon + EDGE) & (changed >= 0) & (changed <= 1)
+        near = magnitude(changed - x, self.norm) <= self.epsilon + EDGE[self.norm]
+        inside = near & (changed >= 0) & (changed <= 1)
         return inside.flatten(1).all(dim=1) & ~self._right(changed, y)
 
     def _cost(self, parts: tuple[str, ...]) -> int:
@@ -178,9 +180,10 @@ class AutoAttack:
 
 
 def perturbations(logits: Callable[[Tensor], Tensor], epsilon: float, seed: int, device: torch.device,
-                  targets: int) -> dict[str, Callable]:
+                  targets: int, norm: str = "l_inf") -> dict[str, Callable]:
     """Return the parts of AutoAttack by name, as functions (x, y) -> perturbed images; targets: classes to aim at."""
-    whole = library().AutoAttack(logits, eps=epsilon, seed=seed, device=device, version="standard")
+    whole = library().AutoAttack(logits, norm={"l_inf": "Linf", "l_2": "L2"}[norm], eps=epsilon, seed=seed,
+                                 device=device, version="standard")
     whole.apgd.loss, whole.fab.targeted = "ce", True
     whole.apgd_targeted.n_target_classes = whole.fab.n_target_classes = targets
     return {"apgd-ce": whole.apgd.perturb, "apgd-t": whole.apgd_targeted.perturb, "fab-t": whole.fab.perturb,

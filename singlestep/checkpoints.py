@@ -123,7 +123,7 @@ def _as_saved(run: dict[str, Any], found: Checkpoint | None) -> tuple[dict[str, 
     if not run or found is None or found.training is None:
         return run, []
     saved = options.recorded_flags(found.training["run"].get("args", {}), found.source)
-    names = [name for name in ("data_set", "dummy", "epsilon", *options.NETWORK)
+    names = [name for name in ("data_set", "dummy", "epsilon", "norm", *options.NETWORK)
              if name in saved and run.get(name) != saved[name]]
     notes = [f"{options.option(name)} is {saved[name]}, as the run's state has it, not {run.get(name)}, as in "
              f"args.json" for name in names]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import check_epsilon, check_images, input_gradient
+from .attacks import check_epsilon, check_images, in_ball, input_gradient
 
 # Thresholds, chosen on labelled runs; experiments/collapses.py measures their errors.
 MISLED = 0.5  # PGD accuracy / FGSM accuracy under which a collapse starts
@@ -74,8 +74,9 @@ def abnormal(at_start: Tensor | None, logits: Tensor, y: Tensor) -> tuple[Tensor
     return (before > after).sum().double(), len(y)
 
 
-def signs(model: nn.Module, x: Tensor, y: Tensor, epsilon: float) -> dict[str, float]:
-    """Compute two metrics of the input gradients g1 at x (B, C, H, W) and g2 at x + U(-epsilon, epsilon).
+def signs(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str = "l_inf") -> dict[str, float]:
+    """Compute two metrics of the input gradients g1 at x (B, C, H, W) and g2 at a random point of the ball
+    (see `attacks.in_ball`).
 
     Puts the model in eval mode. Raises ValueError if images or epsilon are out of range.
 
@@ -85,10 +86,10 @@ def signs(model: nn.Module, x: Tensor, y: Tensor, epsilon: float) -> dict[str, f
         entries that the gradient is spread over.
     """
     check_images(x)
-    check_epsilon(epsilon)
+    check_epsilon(epsilon, norm)
     model.eval()
     here, _ = input_gradient(model, x, y, torch.zeros_like(x))
-    there, _ = input_gradient(model, x, y, torch.empty_like(x).uniform_(-epsilon, epsilon))
+    there, _ = input_gradient(model, x, y, in_ball(x, epsilon, norm))
     here, there = here.float().flatten(1), there.float().flatten(1)
     cosine = torch.cosine_similarity(here, there, dim=1)
     spread = (here.norm(p=1, dim=1) / here.norm(dim=1).clamp(min=1e-30)).square() / here.shape[1]

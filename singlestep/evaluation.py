@@ -82,7 +82,8 @@ def main(args) -> None:
             if world.size > 1:
                 raise UsageError("--attacks: AutoAttack and its parts are for one process, without torchrun")
         epsilon = args.epsilons[0] if args.epsilons and len(args.epsilons) == 1 else None
-        flags = {name: getattr(args, name) for name in ("data_set", "seed", *options.RUNS)} | {"epsilon": epsilon}
+        names = ("data_set", "norm", "seed", *options.RUNS)
+        flags = {name: getattr(args, name) for name in names} | {"epsilon": epsilon}
         networks = [partial(read, path, args.which, flags, args.attacks, args.out) for path in args.runs]
 
         def check() -> None:
@@ -103,12 +104,13 @@ def evaluate_network(network: Callable[[], tuple[Opened, Images]], args, device:
     epsilons = args.epsilons or (job.opened.args.epsilon,)
     attacks = [(attack, epsilon) for attack in args.attacks
                for epsilon in ((0.0,) if attack == "clean" else epsilons)]
-    for values in ({"mean": args.mean, "std": args.std}, *({"epsilon": each} for each in epsilons)):
+    for values in ({"mean": args.mean, "std": args.std}, *(
+            {"epsilon": each, "norm": job.opened.args.norm} for each in epsilons)):
         for hint in options.unit_hints(values):
             job.screen.say(f"# {hint}")
     for attack, epsilon in attacks:
         if attack not in options.AUTOATTACK:
-            pgd = form_of_pgd(attack, epsilon, None, 0)
+            pgd = form_of_pgd(attack, epsilon)
             for hint in options.reach_hints(f"{attack}, epsilon {epsilon:g}", pgd.steps, 255 * pgd.alpha, epsilon):
                 job.screen.say(f"# {hint}")
     for hint in precision_hints(args, device):
@@ -134,7 +136,7 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
     device = choose_device(args)
     world, folder = World.join(device), Folder(args.fname)
     precision, screen = Precision(args, device), Screen(world.is_main, args.quiet)
-    recorded, names = options.run_flags(args.fname), ("seed", "epsilon", *options.RUNS)
+    recorded, names = options.run_flags(args.fname), ("seed", "epsilon", "norm", *options.RUNS)
     flags = {name: getattr(args, name) for name in names if not recorded or name in args.given}  # the rest is the run's
     flags["data_set"] = dataset
 
@@ -153,7 +155,7 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
         return args.fname
 
     job = opened(world.from_main(resumed), "last")
-    args = replace(args, epsilon=job.opened.args.epsilon)  # args.json may have been edited
+    args = replace(args, epsilon=job.opened.args.epsilon, norm=job.opened.args.norm)  # args.json may have been edited
     for hint in options.pgd_hints(args):
         screen.say(f"# {hint}")
     test = job.images
@@ -175,7 +177,7 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
             result = measure_pgd(job, f"pgd-{args.final_iters}-{args.final_restarts}", args.epsilon, args.pgd_alpha)
             keep(job, {"final": {
                 "model": "best" if best else "last", "iters": args.final_iters, "restarts": args.final_restarts,
-                "alpha": args.pgd_alpha, "epsilon": args.epsilon, "epoch": epoch,
+                "alpha": args.pgd_alpha, "epsilon": args.epsilon, "norm": args.norm, "epoch": epoch,
                 "seconds": time.perf_counter() - began, **result.metrics()}})
     warn(job)
     if job.failure:
@@ -231,7 +233,8 @@ def add(job: Job, found: dict[str, Any]) -> None:
     job.rows.append(found)
     keep(job, {})
     if job.screen.shown:
-        head = f"\n{job.opened.source}\n\n{HEADER}\n" if len(job.rows) == 1 else ""
+        title = job.opened.source + (f", norm {job.opened.args.norm}" if job.opened.args.norm != "l_inf" else "")
+        head = f"\n{title}\n\n{HEADER}\n" if len(job.rows) == 1 else ""
         say(head + line(found), needed=not job.opened.folder.exists or job.failure is not None)
 
 
@@ -275,7 +278,7 @@ def parameters(opened: Opened) -> dict[str, Any]:
     normalize = getattr(opened.model, "normalize", None)
     constants = {} if normalize is None else {name: getattr(normalize, name).flatten().tolist()
                                               for name in ("mean", "std")}
-    names = ("data_set", "dummy", *options.NETWORK)
+    names = ("data_set", "dummy", "norm", *options.NETWORK)
     return {**{name: getattr(opened.args, name) for name in names}, **constants}
 
 
@@ -285,7 +288,7 @@ def measure(job: Job, attack: str, epsilon: float) -> None:
         measure_pgd(job, attack, epsilon)
         return
     if not job.clean:
-        attacked(job, "clean", form_of_pgd("clean", 0.0, None, 0))  # which refuses outputs that are not finite
+        attacked(job, "clean", form_of_pgd("clean", 0.0))  # which refuses outputs that are not finite
     robust, seconds, more = auto_attack(job, attack, epsilon)
     job.robust[attack, epsilon] = robust
     add(job, {**row(attack, epsilon, int(robust.sum()), len(robust), seconds), **more})
@@ -294,7 +297,7 @@ def measure(job: Job, attack: str, epsilon: float) -> None:
 def measure_pgd(job: Job, attack: str, epsilon: float, alpha: float | None = None) -> Result:
     """Attack the images by a form of PGD, and add a row. epsilon, alpha: radius and step in 1/255, the step a quarter
     of the radius by default."""
-    pgd = form_of_pgd(attack, epsilon, alpha, job.opened.args.seed)
+    pgd = form_of_pgd(attack, epsilon, alpha, job.opened.args.seed, job.opened.args.norm)
     title = f"{attack}, epsilon {epsilon:g}" if pgd.restarts else attack
     announce(job, title, epsilon, 3 * pgd.steps * pgd.restarts or 1)
     began = time.perf_counter()
@@ -332,18 +335,18 @@ def pace(job: Job) -> float:
     return (time.perf_counter() - began) / len(x)
 
 
-def form_of_pgd(attack: str, epsilon: float, alpha: float | None, seed: int) -> PGD:
+def form_of_pgd(attack: str, epsilon: float, alpha: float | None = None, seed: int = 0, norm: str = "l_inf") -> PGD:
     """The attack of a name: clean, fgsm, cw or pgd-STEPS-RESTARTS-STEP, whose step is `alpha` if it is not in the name;
     epsilon, alpha and STEP in 1/255."""
     size, step = epsilon / 255, (epsilon / 4 if alpha is None else alpha) / 255
     if attack == "clean":
         return PGD(0.0, 0.0, 0, 0)
     if attack == "fgsm":
-        return PGD(size, size, 1, 1, seed, init="zero")
+        return PGD(size, size, 1, 1, seed, init="zero", norm=norm)
     if attack == "cw":
-        return PGD(size, step, 50, 10, seed, loss="cw")
+        return PGD(size, step, 50, 10, seed, loss="cw", norm=norm)
     _, steps, restarts, *own = attack.split("-")
-    return PGD(size, float(own[0]) / 255 if own else step, int(steps), int(restarts), seed)
+    return PGD(size, float(own[0]) / 255 if own else step, int(steps), int(restarts), seed, norm=norm)
 
 
 def attacked(job: Job, title: str, attack: PGD) -> Result:
@@ -365,7 +368,7 @@ def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, d
     key = {"network": fingerprint(model), **parameters(job.opened), "attack": attack, "epsilon": epsilon,
            "images": len(images), "seed": seed, "batch_size": job.batch_size}
     run = AutoAttack(model, images, parts, epsilon / 255, seed, job.batch_size, job.precision, file, key,
-                     job.opened.dataset.classes, job.stop.alone)
+                     job.opened.dataset.classes, job.stop.alone, job.opened.args.norm)
     announce(job, f"{attack}, epsilon {epsilon:g}", epsilon, run.passes_left / max(1, len(run.left)))
     with job.screen.progress(attack, 1, "call") as bar:
         for passes in run.steps():

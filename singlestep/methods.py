@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+NORMS = ("l_inf", "l_2")  # of the ball
+
 
 @dataclass(frozen=True)
 class Attack:
@@ -20,8 +22,8 @@ class Attack:
     which an objective may use; eval_mode: it runs the network in eval mode; update: function of attacks.py, called
     after backward with the loss's gradient at `update_at`, "delta" or "start"; replays: flag with the number of steps
     per batch; moves_weights: it moves the weights after its start, with which no objective can then compare; stored:
-    perturbations that it stores for each training image, or, with `stored_padded`, for each padded one; defaults: flag
-    -> default with this attack; requires: flag -> required value.
+    perturbations that it stores for each training image, or, with `stored_padded`, for each padded one; norms: those of
+    its published forms; defaults: flag -> default with this attack; requires: flag -> required value.
 
     Texts: starts_at: the starting point of delta; step: formula of the next delta, before the clip; clip: what the next
     delta is clipped to.
@@ -35,6 +37,7 @@ class Attack:
     moves_weights: bool = False
     stored: int = 0
     stored_padded: bool = False
+    norms: tuple[str, ...] = ("l_inf",)
     replays: str | None = None
     defaults: dict[str, Any] = field(default_factory=dict)
     requires: dict[str, Any] = field(default_factory=dict)
@@ -54,7 +57,8 @@ class Objective:
 
     keywords: keyword of the function -> flag; start: needs the attack's logits and gradient at its start; graph:
     backpropagates through those logits; second_derivative: differentiates an input gradient; whole_batch: not a mean
-    over images, so a process's share gives another value than the batch; requires: flag -> required value.
+    over images, so a process's share gives another value than the batch; norms: those of its published forms;
+    requires: flag -> required value.
 
     Texts: loss: formula of the training loss; weighting: how the weight in it is chosen.
     """
@@ -64,6 +68,7 @@ class Objective:
     graph: bool = False
     second_derivative: bool = False
     whole_batch: bool = False
+    norms: tuple[str, ...] = ("l_inf",)
     requires: dict[str, Any] = field(default_factory=dict)
     loss: str = ""
     weighting: str = ""
@@ -131,17 +136,18 @@ ATTACKS: dict[str, Attack] = {
         step="delta + alpha sign(z), `--zero-iters` times; z: g, but 0 where abs(g) is below the q-quantile of its "
              "image; q: `--zero-qval`"),
     "fgsm": Attack(
-        dict(alpha="fgsm_alpha", init="fgsm_init", smoothing="attack_smoothing"),
+        dict(alpha="fgsm_alpha", init="fgsm_init", smoothing="attack_smoothing", norm="norm"), norms=NORMS,
         starts_at="0 or U(±epsilon)", step="delta + alpha sign(g)"),
     "pgd": Attack(
-        dict(alpha="pgd_alpha", steps="pgd_iters"),
+        dict(alpha="pgd_alpha", steps="pgd_iters", norm="norm"), norms=NORMS,
         starts_at="U(±epsilon)", step="delta + alpha sign(g), `--pgd-iters` times"),
-    "none": Attack(start=False, starts_at="0", step="none", clip="none"),
+    "none": Attack(start=False, norms=NORMS, starts_at="0", step="none", clip="none"),
     "nfgsm": Attack(
         dict(alpha="fgsm_alpha", k="noise_k", smoothing="attack_smoothing"), defaults=dict(fgsm_alpha=1.0),
         starts_at="U(±k epsilon); k: `--noise-k`", step="delta + alpha sign(g)", clip="pixels"),
     "sora": Attack(
-        update="sora_update", requires=dict(objective="ce", label_smoothing=0.0, amp_impl="native"),
+        dict(norm="norm"), norms=NORMS, update="sora_update",
+        requires=dict(objective="ce", label_smoothing=0.0, amp_impl="native"),
         starts_at="U(±epsilon)",
         step="delta + a r sign(g); r ~ U(0, 1) for each entry; a = 2 epsilon min(1, 0.02 / (1 - v)); v: moving average "
              "(weight 0.05, from 0.99) of the mean over images of sum(sign(g) g') / norm1(g); g': the gradient at the "
@@ -195,7 +201,7 @@ ATTACKS: dict[str, Attack] = {
 }
 
 OBJECTIVES: dict[str, Objective] = {
-    "ce": Objective(dict(smoothing="label_smoothing"), loss="CE(x + delta)", weighting="none"),
+    "ce": Objective(dict(smoothing="label_smoothing"), norms=NORMS, loss="CE(x + delta)", weighting="none"),
     "gradalign": Objective(
         dict(smoothing="label_smoothing", weight="gradalign_lambda"), start=True, second_derivative=True,
         loss="CE(x + delta) + lambda (1 - mean cos(g(eta), g(u))); u ~ U(±epsilon); g(eta) is a constant",
@@ -430,6 +436,11 @@ def liet_every(args) -> int:
     return 10 if args.epsilon > 8 and args.data_set == "CIFAR-10" else 20
 
 
+def pgd_alpha(args) -> float:
+    """2 as in arXiv 2103.15476; for l_2 15, as in github.com/locuslab/robust_overfitting."""
+    return 15.0 if args.norm == "l_2" else 2.0
+
+
 def fgsm_alpha(args) -> float:
     """The attack's own, else 2, as in arXiv 2103.15476."""
     return ATTACKS[args.attack].defaults.get("fgsm_alpha", 2.0)
@@ -438,7 +449,8 @@ def fgsm_alpha(args) -> float:
 # Flags whose default depends on others.
 DEPENDENT: dict[str, Callable[[Any], Any]] = {
     "gradalign_lambda": gradalign_lambda, "elle_lambda": elle_lambda, "aaer_lambdas": aaer_lambdas,
-    "fgsm_alpha": fgsm_alpha, "noise_k": noise_k, "momentum": momentum, "momentum_low": momentum_low,
+    "fgsm_alpha": fgsm_alpha, "pgd_alpha": pgd_alpha, "noise_k": noise_k, "momentum": momentum,
+    "momentum_low": momentum_low,
     "lap_beta": lap_beta, "liet_smoothing": liet_smoothing, "liet_lambda": liet_lambda, "liet_noise": liet_noise,
     "liet_every": liet_every,
 }

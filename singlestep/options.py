@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from .methods import ATTACKS, DEPENDENT, METHODS, MODELS, OBJECTIVES, RECIPES
+from .methods import ATTACKS, DEPENDENT, METHODS, MODELS, NORMS, OBJECTIVES, RECIPES
 from .run.console import UsageError, end_on_interrupt, one_line_errors, printable, say
 
 # Data sets
@@ -352,8 +352,10 @@ class Args:
     method: str | None = flag("attack", "published method: sets the defaults of other flags; list: print all methods",
                               choices=(*METHODS, "list"), metavar="NAME", fixed=False, named=False)
     attack: str = flag("attack", "perturbation of the training images", "multigrad", choices=ATTACKS)
-    epsilon: float = flag("attack", "radius of the l_inf ball in 1/255, in training and in evaluation", 8.0, in_255ths,
+    epsilon: float = flag("attack", "radius of the ball in 1/255, in training and in evaluation", 8.0, in_255ths,
                           scores=True)
+    norm: str = flag("attack", "norm of the ball, in training and in evaluation; l_2 is for few attacks", "l_inf",
+                     choices=NORMS, scores=True)
     eps_warmup: float = flag("attack", "epochs over which --epsilon and the attack's step grow from 0", 0.0,
                              number(float, 0), metavar="EPOCHS")
     fgsm_alpha: float = flag("attack", "step of single-step attacks, in epsilons (default: 2; of nfgsm, pgi, nuclear, "
@@ -369,8 +371,8 @@ class Args:
                          number(int, 1, also=(-1,)),
                          convert=lambda value, args: args.multi_samps if value == -1 else value)
     multi_parallel: bool = flag("attack", "compute all starts of multigrad as one batch", False)
-    pgd_alpha: float = flag("attack", "PGD's step in 1/255, in training and in evaluation", 2.0, number(float, 0),
-                            scores=True, convert=lambda value, args: value / 255)
+    pgd_alpha: float = flag("attack", "PGD's step in 1/255, in training and in evaluation (default: 2; for l_2 15)",
+                            None, number(float, 0), scores=True, convert=lambda value, args: value / 255)
     pgd_iters: int = flag("attack", "steps of pgd and kl in training", 10, number(int, 1))
     noise_k: float = flag("attack", "radius of the noise of nfgsm and n_lap, in epsilons (default: 2; on SVHN from "
                           "epsilon 12 on 3; of WideResNet from epsilon 16 on 4)", None, number(float, 0))
@@ -775,7 +777,8 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
         help="clean, fgsm (from zero, a step of epsilon), pgd-STEPS-RESTARTS (steps of epsilon/4), "
         "pgd-STEPS-RESTARTS-STEP (STEP in 1/255), cw (PGD-50-10 on the margin), autoattack, or a part of it: apgd-ce, "
         "apgd-t, fab-t, square")
-    add("--epsilons", type=radii, metavar="E,...", help="radii of the l_inf ball in 1/255 (default: the run's, or 8)")
+    add("--epsilons", type=radii, metavar="E,...", help="radii of the ball in 1/255 (default: the run's, or 8)")
+    add("--norm", choices=NORMS, help="norm of the ball (default: the run's, or l_inf)")
     add("--samples", type=number(int, 1), metavar="N", help="the first N test images (default: all)")
     add("--seed", type=number(int, 0, 2**32 - 1), help="seed of the random starts (default: the run's, or 0)")
     add("--which", default="last", metavar="NAME", help="network of a run: last, best or healthy; of a file with "
@@ -846,7 +849,7 @@ def in_effect(args: Args) -> dict[str, Any]:
 
 def idle_flags(args: Args) -> list[str]:
     """Lines to print about given flags that this run ignores, and about flags that would act after its end."""
-    used = {*in_effect(args), *MODELS[args.model].values(), "pgd_alpha"}
+    used = {*in_effect(args), *MODELS[args.model].values(), "pgd_alpha", "norm"}
     ignored = {
         f"with --attack={args.attack}, --objective={args.objective}, --model={args.model}": method_flags() - used,
         f"with --lr-schedule={args.lr_schedule}": {"momentum_low" if args.lr_schedule == "onedrop" else "lr_drop"},
@@ -873,6 +876,8 @@ def unit_hints(values: dict[str, Any]) -> list[str]:
         if 0 < (values.get(name) or 0) < least:
             hints.append(f"{option(name)}={values[name]:g} means {values[name]:g}/255: did you mean "
                          f"{255 * values[name]:.3g}?")
+    if values.get("norm") == "l_2" and 1 <= values["epsilon"] < 32:
+        hints.append(f"--epsilon={values['epsilon']:g} is a small radius for --norm=l_2, where 128 is usual")
     if (values.get("fgsm_alpha") or 0) > 4:
         hints.append(f"--fgsm-alpha={values['fgsm_alpha']:g} means {values['fgsm_alpha']:g} epsilons: did you mean "
                      f"{values['fgsm_alpha'] / (values.get('epsilon') or 8.0):.3g}?")
@@ -959,6 +964,11 @@ def check(args: Args) -> None:
             needed = " and ".join(f"{option(flag)} {value:g}" if isinstance(value, float) else f"{option(flag)} {value}"
                                   for flag, value in record.requires.items())
             raise UsageError(f"{name} needs {needed}")
+    if args.norm not in attack.norms or args.norm not in objective.norms:
+        usable = ["/".join(name for name, each in records.items() if args.norm in each.norms)
+                  for records in (ATTACKS, OBJECTIVES)]
+        raise UsageError(f"--norm {args.norm} is for --attack {usable[0]} with --objective {usable[1]}: no other has a "
+                         f"published form")
     if attack.moves_weights and objective.start:
         raise UsageError(f"--objective {args.objective} compares with the attack's start, and --attack {args.attack} "
                          f"moves the weights after it: use ce")

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import check_epsilon, confident_gradient, pgd_step
+from .attacks import check_epsilon, confident_gradient, in_ball, magnitude, pgd_step
 from .data import Images
 from .run.console import Screen
 from .run.device import Precision, padded, seed_everything
@@ -23,8 +23,9 @@ STARTS = 3  # first part of the seeds' key, see train.ORDER
 
 @dataclass(frozen=True)
 class PGD:
-    """An l_inf attack. epsilon, alpha: radius and step in pixel units; init: "random" or "zero" start; loss: "ce", the
-    cross-entropy, or "cw", the margin between the logits. The random starts depend on the seed."""
+    """PGD, or FGSM. epsilon, alpha: radius and step in pixel units; init: "random" or "zero" start; loss: "ce", the
+    cross-entropy, or "cw", the margin between the logits; norm: "l_inf" or "l_2". The random starts depend on the
+    seed."""
 
     epsilon: float
     alpha: float
@@ -33,6 +34,7 @@ class PGD:
     seed: int = 0
     init: str = "random"
     loss: str = "ce"
+    norm: str = "l_inf"
 
 
 @dataclass
@@ -41,8 +43,8 @@ class Result:
 
     clean_loss, right: cross-entropy and correctness without a perturbation; robust_loss: the cross-entropy where the
     image broke, or the highest at the end of a restart; robust: whether no point of the attack is misclassified;
-    magnitude: the mean abs(delta) where it broke, or at the end of the last restart; vanished: whether the attack once
-    had a gradient of 0 everywhere.
+    magnitude: the mean abs(delta), for l_2 norm2(delta), where it broke, or at the end of the last restart; vanished:
+    whether the attack once had a gradient of 0 everywhere.
     """
 
     clean_loss: Tensor
@@ -102,7 +104,7 @@ def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attack: PGD, ba
     network: images in [0, 1], (B, C, H, W), to logits; images: (N, C, H, W), uint8 or float in [0, 1]; labels: (N,).
     Raises ValueError if images or epsilon are out of range.
     """
-    check_epsilon(attack.epsilon)
+    check_epsilon(attack.epsilon, attack.norm)
     training = network.training
     precision = Precision.float32(images.device)
     *_, last = attack_steps(network, Images.of(images, labels), attack, batch_size, precision)
@@ -213,14 +215,14 @@ def _restart(model: nn.Module, images: Images, queue: Tensor, attack: PGD, numbe
         before = result.robust_loss[index]
         result.robust[index] &= ~wrong
         result.robust_loss[index] = torch.where(wrong, loss, torch.where(finished, before.maximum(loss), before))
-        result.magnitude[index] = torch.where(wrong | finished, delta.abs().mean(dim=(1, 2, 3)),
-                                              result.magnitude[index])
+        size = magnitude(delta, attack.norm).mean(dim=(1, 2, 3))
+        result.magnitude[index] = torch.where(wrong | finished, size, result.magnitude[index])
         later = (attack.restarts - number - 1) * (attack.steps + 1)
         stays = ~(wrong | finished)
         spared, count = read((wrong * (attack.steps - taken + later)).sum(), stays.sum())
         yield len(index), spared
         stays = chosen(stays, count)
-        delta = pgd_step(delta, grad, x, attack.epsilon, attack.alpha)[stays]
+        delta = pgd_step(delta, grad, x, attack.epsilon, attack.alpha, attack.norm)[stays]
         x, y, index, taken, since = x[stays], y[stays], index[stays], taken[stays] + 1, since + 1
 
 
@@ -252,11 +254,11 @@ def correct(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def _starts(images: Images, attack: PGD, number: int) -> Tensor:
-    """Uniform starts of all images, (N, C, H, W), drawn on the CPU and for all at once, so that they depend on the
+    """Random starts of all images, (N, C, H, W), drawn on the CPU and for all at once, so that they depend on the
     seed and the restart alone."""
     n, height, width, channels = images.pixels.shape
     if attack.init == "zero":
         return torch.zeros(1, channels, height, width, dtype=torch.float32).expand(n, -1, -1, -1)
     seed_everything(STARTS, attack.seed, number)
-    starts = torch.empty(n, height, width, channels, dtype=torch.float32).uniform_(-attack.epsilon, attack.epsilon)
+    starts = in_ball(torch.empty(n, height, width, channels, dtype=torch.float32), attack.epsilon, attack.norm)
     return starts.permute(0, 3, 1, 2)

@@ -473,7 +473,8 @@ def sum_up(run: Run, step: Step, y: Tensor, delta: Tensor, loss: Tensor, logits:
     n, correct = torch.full_like(loss.double(), len(y)), (logits.argmax(dim=1) == y).sum().double()
     abnormal, compared = collapse.abnormal(step.logits, logits, y)
     early = float(2 * run.state.step < run.steps)
-    run.state.add(loss=loss.double() * n, correct=correct, images=n, perturbation=delta.abs().mean().double() * n,
+    size = attacks.magnitude(delta, run.args.norm).mean().double()
+    run.state.add(loss=loss.double() * n, correct=correct, images=n, perturbation=size * n,
                   abnormal=abnormal, compared=n * (compared > 0), early_correct=early * correct, early_images=early * n)
 
 
@@ -534,7 +535,7 @@ def measure(run: Run) -> dict[str, Any]:
     last = state.epoch + 1 == args.epochs
     fixed = len(run.test) if args.full_test else args.test_samples  # the same in every epoch, to choose the best on
     test = run.test[:max(fixed, args.last_samples or len(run.test)) if last else fixed]
-    pgd = PGD(epsilon, args.pgd_alpha / 255, args.test_iters, args.test_restarts, args.seed)
+    pgd = PGD(epsilon, args.pgd_alpha / 255, args.test_iters, args.test_restarts, args.seed, norm=args.norm)
     result = evaluate_network(run, state.evaluated, test, pgd)
     if not state.history:
         run.screen.say(console.final_estimate(args, time.perf_counter() - began, len(test),
@@ -544,12 +545,12 @@ def measure(run: Run) -> dict[str, Any]:
         ("test_loss", "clean_loss"), ("test_acc", "clean_acc"), ("test_robust_loss", "robust_loss"),
         ("test_robust_acc", "robust_acc"), ("attack_mean", "attack_mean"), ("no_gradient", "no_gradient"),
         ("test_images", "images"))}
-    fgsm = evaluate_network(run, state.evaluated, test, PGD(epsilon, epsilon, 1, 1, args.seed, init="zero"),
+    fgsm = evaluate_network(run, state.evaluated, test, PGD(epsilon, epsilon, 1, 1, args.seed, "zero", norm=args.norm),
                             Restart(0, result.unperturbed()))
     metrics["fgsm_acc"] = fgsm.metrics()["robust_acc"]
     x, y = run.test.batch(slice(WATCHED))
     seed_everything(WATCH, args.seed, state.epoch)
-    metrics |= collapse.signs(state.evaluated, x, y, epsilon)
+    metrics |= collapse.signs(state.evaluated, x, y, epsilon, args.norm)
     if len(run.held_out):
         validation = evaluate_network(run, state.evaluated, run.held_out, pgd).metrics()
         metrics |= {"val_robust_acc": validation["robust_acc"], "val_images": validation["images"]}
@@ -658,14 +659,14 @@ def asked(args: Args, state: State, folder: Folder, images: int) -> dict[str, An
     is no best one."""
     best = args.final_model == "best" and folder.file("model", "best").exists()
     return {"model": "best" if best else "last", "iters": args.final_iters, "restarts": args.final_restarts,
-            "alpha": args.pgd_alpha, "epsilon": args.epsilon, "epoch": state.epoch - 1,
+            "alpha": args.pgd_alpha, "epsilon": args.epsilon, "norm": args.norm, "epoch": state.epoch - 1,
             "images": min(args.final_samples or images, images)}
 
 
 def is_complete(args: Args, state: State, folder: Folder, images: int) -> bool:
     """Whether a fully trained run also has its final evaluation."""
     return not args.final_iters or bool(
-        state.final and asked(args, state, folder, images).items() <= state.final.items())
+        state.final and asked(args, state, folder, images).items() <= {"norm": "l_inf", **state.final}.items())
 
 
 def finish(run: Run) -> None:
@@ -711,7 +712,7 @@ def final_evaluation(run: Run) -> dict[str, Any]:
             states.save(part, {"key": key, "restart": restart.number, "seconds": time.perf_counter() - began,
                                "found": vars(restart.result)})
 
-    pgd = PGD(args.epsilon / 255, args.pgd_alpha / 255, wanted["iters"], wanted["restarts"], args.seed)
+    pgd = PGD(args.epsilon / 255, args.pgd_alpha / 255, wanted["iters"], wanted["restarts"], args.seed, norm=args.norm)
     result = evaluate_network(run, model, run.test[:wanted["images"]], pgd, begun, keep)
     return {**wanted, "seconds": time.perf_counter() - began, **result.metrics(),
             **peak_memory("memory", run.world.device)}

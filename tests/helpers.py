@@ -188,13 +188,24 @@ def wavy_images(n=40):
     return Images(pixels, labels)
 
 
-def plain_start(x, epsilon, seed, restart):
+def l2_norm(delta):
+    return delta.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+
+
+def plain_start(x, epsilon, seed, restart, norm="l_inf"):
     n, channels, height, width = x.shape
     seed_everything(3, seed, restart)
-    return torch.empty(n, height, width, channels).uniform_(-epsilon, epsilon).permute(0, 3, 1, 2).clamp(-x, 1 - x)
+    start = torch.empty(n, height, width, channels)
+    if norm == "l_inf":
+        start.uniform_(-epsilon, epsilon)
+    else:
+        start.normal_()
+        start *= epsilon * torch.rand(n, 1, 1, 1) / l2_norm(start)
+    return start.permute(0, 3, 1, 2).clamp(-x, 1 - x)
 
 
-def plain_evaluation(network, images, epsilon, alpha, steps, restarts, seed, init="random", loss_of=F.cross_entropy):
+def plain_evaluation(network, images, epsilon, alpha, steps, restarts, seed, init="random", loss_of=F.cross_entropy,
+                     norm="l_inf"):
     """Which images PGD leaves right at every point of every restart, and their losses there or where they broke.
 
     loss_of: the loss that the attack maximizes.
@@ -203,7 +214,7 @@ def plain_evaluation(network, images, epsilon, alpha, steps, restarts, seed, ini
     robust = network(x).argmax(dim=1) == y
     loss = torch.where(robust, 0, F.cross_entropy(network(x), y, reduction="none")).detach()
     for restart in range(restarts):
-        delta = plain_start(x, epsilon, seed, restart) if init == "random" else torch.zeros_like(x)
+        delta = plain_start(x, epsilon, seed, restart, norm) if init == "random" else torch.zeros_like(x)
         for step in range(steps + 1):
             delta = delta.requires_grad_()
             logits = network(x + delta)
@@ -213,7 +224,12 @@ def plain_evaluation(network, images, epsilon, alpha, steps, restarts, seed, ini
             losses, ends = losses.detach(), robust & (step == steps)
             loss = torch.where(broken, losses, torch.where(ends, loss.maximum(losses), loss))
             robust &= ~broken
-            delta = (delta.detach() + alpha * grad.sign()).clamp(-epsilon, epsilon).clamp(-x, 1 - x)
+            delta = delta.detach()
+            if norm == "l_2":
+                delta = delta + alpha * grad / l2_norm(grad)
+                delta = (delta * (epsilon / l2_norm(delta)).clamp(max=1)).clamp(-x, 1 - x)
+            else:
+                delta = (delta + alpha * grad.sign()).clamp(-epsilon, epsilon).clamp(-x, 1 - x)
     return robust, loss
 
 

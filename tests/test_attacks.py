@@ -184,6 +184,17 @@ def test_l2_pgd_is_the_formula():
     assert (norms <= epsilon * (1 + 1e-9)).all() and (norms > 0.3 * epsilon).all()
 
 
+def test_l2_pgd_is_torchattacks():
+    """In float64, from the start that both draw from one seed."""
+    import torchattacks
+
+    model, x, y = problem("smooth", 6)
+    attack = torchattacks.PGDL2(model.eval(), 0.5, 0.12, 5)
+    found, expected = same_draws(lambda: pgd(model, x, y, 0.5, 0.12, 5, norm="l_2"), lambda: attack(x, y) - x)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert (found.flatten(1).norm(dim=1) > 0.3).all()
+
+
 def test_pgd_keeps_the_restart_of_the_highest_loss():
     model, x, y = problem("smooth", 8)
     model.eval()
@@ -238,6 +249,7 @@ ALL = {
     "pgd": lambda *a: pgd(*a, alpha=a[-1] / 3, steps=3, restarts=2),
     "pgd stopped": lambda *a: pgd(*a, alpha=a[-1] / 3, steps=3, early_stop=True),
     "pgd l_2": lambda *a: pgd(*a, alpha=a[-1] / 3, steps=3, restarts=2, norm="l_2"),
+    "fgsm random l_2": lambda *a: fgsm(*a, alpha=2 * a[-1], norm="l_2"),
 }
 
 
@@ -275,7 +287,7 @@ def test_every_attack_stays_inside_and_leaves_the_model_alone(name, batch, chann
         assert (delta == 0).all()  # the sign of 0 is 0
     rounding = 4 * torch.finfo(dtype).eps
     assert delta.shape == x.shape and delta.dtype == dtype and not delta.requires_grad and delta.isfinite().all()
-    size = delta.flatten(1).norm(dim=1) if name == "pgd l_2" else delta.abs()
+    size = delta.flatten(1).norm(dim=1) if name.endswith("l_2") else delta.abs()
     assert (size <= epsilon * (1 + rounding)).all()
     assert (x + delta >= -rounding).all() and (x + delta <= 1 + rounding).all()
     if epsilon == 0:

@@ -117,14 +117,19 @@ def test_the_signs_are_their_formulas():
         torch.nn.functional.cross_entropy(model.eval()(x + delta), y).backward()
         return delta.grad.flatten(1)
 
-    torch.manual_seed(1)
-    found = collapse.signs(model, x, y, 0.1)
-    torch.manual_seed(1)
-    g, other = gradient(torch.zeros_like(x)), gradient(torch.empty_like(x).uniform_(-0.1, 0.1))
-    cosine = (g * other).sum(1) / g.square().sum(1).sqrt() / other.square().sum(1).sqrt()
-    ratio = g.abs().sum(1) ** 2 / g.square().sum(1) / 75
-    assert found["alignment"] == pytest.approx(cosine.mean().item(), rel=1e-5)
-    assert found["participation"] == pytest.approx(ratio.mean().item(), rel=1e-5)
+    def in_l2():
+        direction, length = torch.randn_like(x), torch.rand(6, dtype=torch.float64)
+        return 0.1 * length.view(6, 1, 1, 1) * direction / direction.square().sum(dim=(1, 2, 3), keepdim=True).sqrt()
+
+    for norm, point in (("l_inf", lambda: torch.empty_like(x).uniform_(-0.1, 0.1)), ("l_2", in_l2)):
+        torch.manual_seed(1)
+        found = collapse.signs(model, x, y, 0.1, norm)
+        torch.manual_seed(1)
+        g, other = gradient(torch.zeros_like(x)), gradient(point())
+        cosine = (g * other).sum(1) / g.square().sum(1).sqrt() / other.square().sum(1).sqrt()
+        ratio = g.abs().sum(1) ** 2 / g.square().sum(1) / 75
+        assert found["alignment"] == pytest.approx(cosine.mean().item(), rel=1e-5)
+        assert found["participation"] == pytest.approx(ratio.mean().item(), rel=1e-5)
 
 
 def test_abnormal_images_are_those_that_the_attack_made_easier():

@@ -34,7 +34,7 @@ from processes import together
 from torch import nn
 from tqdm import tqdm
 
-from singlestep import attacks, autoattack, checkpoints, data, evaluation, figures, options, robustness, train
+from singlestep import attacks, autoattack, checkpoints, collapse, data, evaluation, figures, options, robustness, train
 from singlestep.autoattack import AutoAttack, parts_for
 from singlestep.checkpoints import Opened, load_network, load_run
 from singlestep.data import Images
@@ -336,6 +336,42 @@ def test_flags_win_over_the_runs_and_are_said(run, judged):
     status, output, _ = judged(run, *flags)
     assert rows_of(output)[0][:4] == ["fgsm", "4", "4", "8"] and "overrides the run" not in output
     assert len(json.loads((run / "evaluation.json").read_text())) == 2 and not (run / "eval.log").exists()
+
+
+def test_an_l2_run_is_trained_and_evaluated_in_l2(tmp_path, call, judged, short, small_dummy, monkeypatch):
+    folder, flags = tmp_path / "run", [*SMALL, "--method=fgsm-rs", "--norm=l_2", "--epsilon=128"]
+    attacked, watched, steps, signs = [], [], robustness.attack_steps, collapse.signs
+    monkeypatch.setattr(robustness, "attack_steps", lambda model, images, attack, *rest: (
+        attacked.append((attack.steps, attack.norm)), steps(model, images, attack, *rest))[1])
+    monkeypatch.setattr(collapse, "signs", lambda *given: (watched.append(given[4]), signs(*given))[1])
+    status, output, _ = call("train_cifar.py", *flags, "--test-samples=8", "--last-samples=8", "--fname", folder)
+    assert status == 0 and "--norm=l_2" in output.splitlines()[0]
+    assert attacked == [(2, "l_2"), (1, "l_2")] * 2 + [(2, "l_2")] and watched == ["l_2"] * 2
+    for record in epochs_of(folder):  # the mean l_2 norm, in 1/255; in 1/255 a pixel, they would be under 5
+        assert 40 < record["defence_mean"] < 128.1 and 0 <= record["attack_mean"] < 128.1
+    assert json.loads((folder / "final.json").read_text())["norm"] == "l_2"
+    assert "is complete" in call("train_cifar.py", *flags, "--test-samples=8", "--last-samples=8", "--fname", folder,
+                                 "--resume=auto")[1]
+    status, output, _ = judged(folder, "--device=cpu", "--samples=8", "--attacks=clean,fgsm,pgd-2-1,cw,apgd-ce")
+    assert status == 0 and f"\n{folder}/state.pth, norm l_2\n" in output
+    assert [row[:2] for row in rows_of(output)] == [
+        ["clean", ""], *([name, "128"] for name in ("fgsm", "pgd-2-1", "cw", "apgd-ce", "worst case"))]
+    status, output, _ = judged(folder, "--device=cpu", "--samples=8", "--attacks=fgsm", "--norm=l_inf", "--epsilons=8")
+    assert status == 0 and "--norm l_inf overrides the run's l_2" in output and ", norm" not in output
+    first, second = json.loads((folder / "evaluation.json").read_text())
+    assert (first["norm"], second["norm"]) == ("l_2", "l_inf")
+
+
+@pytest.mark.parametrize("norm", ["l_inf", "l_2"])
+def test_attacks_take_the_norm_of_the_run(norm, tmp_path, monkeypatch):
+    seen, job = [], job_of(mixed(), tmp_path, 4)
+    job.opened.args.norm = norm
+    attacked = evaluation.attacked
+    monkeypatch.setattr(evaluation, "attacked", lambda job, title, pgd: (
+        seen.append(pgd.norm), attacked(job, title, replace(pgd, steps=0)))[1])
+    for attack in ("fgsm", "pgd-2-1", "cw"):
+        evaluation.measure_pgd(job, attack, 8)
+    assert seen == [norm] * 3
 
 
 @pytest.mark.parametrize("content", ['[{"a": 1},', "{}", "[1]"])
@@ -645,7 +681,7 @@ def job_of(model, folder, n=60, batch_size=16, pixels=None) -> evaluation.Job:
     with torch.no_grad():
         labels = model(images.batch(slice(None))[0]).float().argmax(dim=1)
     labels[::15] = (labels[::15] + 1) % 10
-    args = SimpleNamespace(seed=7, data_set="own", dummy=False,
+    args = SimpleNamespace(seed=7, data_set="own", dummy=False, norm="l_inf",
                            **{name: options.FLAGS[name].default for name in options.NETWORK})
     opened = Opened(model, args, DATASETS["train_cifar.py"], "own", Folder(folder), {}, [])
     images = Images(pixels, labels, torch.contiguous_format)
@@ -660,17 +696,19 @@ def checked_by(check) -> SimpleNamespace:
 EPSILON = 0.7  # in 1/255: of which about half of the images are broken
 
 
-@pytest.mark.parametrize("batch_size", [16, 60])
-def test_autoattack_finds_what_its_authors_evaluation_finds(batch_size, tmp_path, short):
+@pytest.mark.parametrize("batch_size, norm, name, epsilon", [
+    (16, "l_inf", "Linf", EPSILON), (60, "l_inf", "Linf", EPSILON), (60, "l_2", "L2", 32)])
+def test_autoattack_finds_what_its_authors_evaluation_finds(batch_size, norm, name, epsilon, tmp_path, short):
     model = nn.Sequential(OrderedDict(normalize=Normalize((0.4, 0.5, 0.6), (0.9, 0.8, 0.7)), network=mixed()))
     job = job_of(model, tmp_path, batch_size=batch_size)
-    left, _, more = evaluation.auto_attack(job, "autoattack", EPSILON)
+    job.opened.args.norm = norm
+    left, _, more = evaluation.auto_attack(job, "autoattack", epsilon)
     x, y = job.images.batch(slice(None))
-    whole = short(model, eps=EPSILON / 255, seed=7, device="cpu", version="standard")
+    whole = short(model, norm=name, eps=epsilon / 255, seed=7, device="cpu", version="standard")
     _, predicted = whole.run_standard_evaluation(x, y, batch_size=batch_size)
     assert torch.equal(left, predicted == y) and 5 < left.sum() < 51
     assert sum(more["parts"].values()) == 56 - left.sum() and list(tmp_path.iterdir()) == job.unfinished
-    alone, _, _ = evaluation.auto_attack(job, "apgd-ce", EPSILON)
+    alone, _, _ = evaluation.auto_attack(job, "apgd-ce", epsilon)
     assert alone.sum() == 56 - more["parts"]["apgd-ce"]
 
 
@@ -752,18 +790,19 @@ def test_another_block_does_not_go_on_with_what_an_autoattack_found(tmp_path, sh
     assert len(checks) == 2 * whole
 
 
-def test_what_leaves_the_ball_breaks_nothing(tmp_path):
-    job = job_of(mixed(), tmp_path)
+@pytest.mark.parametrize("norm, size", [("l_inf", EPSILON / 255), ("l_2", 60 / 255)])
+def test_what_leaves_the_ball_breaks_nothing(norm, size, tmp_path):
+    job = job_of(mixed(), tmp_path, pixels=torch.randint(64, 192, (60, 32, 32, 3), dtype=torch.uint8))
     x, y = job.images.batch(slice(1, 15))
-    size = EPSILON / 255
     for far, counted in ((1.0, True), (1.01, False)):
         def perturb(x, y, far=far):
             delta = x.detach().requires_grad_()
             grad, = torch.autograd.grad(F.cross_entropy(job.opened.model(delta), y), delta)
-            return (x + far * size * grad.sign()).clamp(0, 1)
+            length = grad.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+            return (x + far * size * (grad.sign() if norm == "l_inf" else grad / length)).clamp(0, 1)
 
         attack = AutoAttack(job.opened.model, job.images, ("square",), size, 0, 8, job.precision,
-                            tmp_path / "x.json", {})
+                            tmp_path / "x.json", {}, norm=norm)
         attack.perturb["square"] = perturb
         assert attack.breaks("square", x, y).any() == counted
 
@@ -1034,6 +1073,22 @@ def test_results_are_those_of_robustbench_and_torchattacks(tmp_path):
         hook.remove()
         robust = torch.stack(right).all(dim=0) & job.robust["clean", 0.0]
         assert torch.equal(job.robust[f"pgd-{steps}-1", EPSILON], robust) and 10 < robust.sum() < 102
+
+
+def test_counts_in_l2_are_those_of_torchattacks(tmp_path):
+    """With starts of its own, and judged at every point."""
+    import torchattacks
+
+    job = job_of(Double(mixed()), tmp_path, 300, 100)
+    job.opened.args.norm = "l_2"
+    model, (x, y) = job.opened.model, job.images.batch(slice(None))
+    ours = evaluation.measure_pgd(job, "pgd-50-1", 32).robust.bool()
+    right = []
+    hook = model.register_forward_hook(lambda model, inputs, logits: right.append(logits.argmax(dim=1) == y))
+    model(torchattacks.PGDL2(model, 32 / 255, 8 / 255, 50)(x, y))
+    hook.remove()
+    theirs = torch.stack(right).all(dim=0)
+    assert abs(int(ours.sum()) - int(theirs.sum())) <= 3 and 75 < ours.sum() < 225
 
 
 # The final evaluation

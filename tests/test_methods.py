@@ -72,8 +72,24 @@ def nonuniform_ce(logits, y, a):
     return total / len(y)
 
 
+def unit(g):
+    """Each image's gradient, of norm 1."""
+    return torch.stack([one / one.square().sum().sqrt() for one in g])
+
+
+def l2_ball(delta, x, epsilon):
+    return pixels(torch.stack([one * min(1, epsilon / one.square().sum().sqrt().item()) for one in delta]), x)
+
+
 def uniform(x, size):
     return torch.empty_like(x).uniform_(-size, size)
+
+
+def random_start(x, epsilon, norm):
+    if norm == "l_inf":
+        return pixels(uniform(x, epsilon), x)
+    delta, radii = torch.randn_like(x), epsilon * torch.rand(len(x), dtype=x.dtype)
+    return pixels(unit(delta) * radii.view(-1, 1, 1, 1), x)
 
 
 def corners(x, size):
@@ -99,9 +115,11 @@ def none(net, x, y, epsilon, at):
     return x * 0
 
 
-def fgsm(net, x, y, epsilon, at, alpha, init="random", smoothing=0.0):
-    eta = x * 0 if init == "zero" else pixels(uniform(x, epsilon), x)
+def fgsm(net, x, y, epsilon, at, alpha, init="random", smoothing=0.0, norm="l_inf"):
+    eta = x * 0 if init == "zero" else random_start(x, epsilon, norm)
     at.gradient, at.logits = slope(net, x, y, eta, smoothing)
+    if norm == "l_2":
+        return l2_ball(eta + alpha * unit(at.gradient), x, epsilon)
     return ball(eta + alpha * at.gradient.sign(), x, epsilon)
 
 
@@ -111,29 +129,34 @@ def nfgsm(net, x, y, epsilon, at, alpha, k=2, smoothing=0.0):
     return pixels(eta + alpha * at.gradient.sign(), x)
 
 
-def pgd(net, x, y, epsilon, at, alpha, steps):
+def pgd(net, x, y, epsilon, at, alpha, steps, norm="l_inf"):
     """The first pass is the one that objectives compare with."""
-    delta, found = pixels(uniform(x, epsilon), x), []
+    delta, found = random_start(x, epsilon, norm), []
     for _ in range(steps):
         found.append(slope(net, x, y, delta))
-        delta = ball(delta + alpha * found[-1][0].sign(), x, epsilon)
+        g = found[-1][0]
+        delta = l2_ball(delta + alpha * unit(g), x, epsilon) if norm == "l_2" else ball(
+            delta + alpha * g.sign(), x, epsilon)
     at.gradient, at.logits = found[0]
     return delta
 
 
-def sora(net, x, y, epsilon, at):
+def sora(net, x, y, epsilon, at, norm="l_inf"):
     v = at.kept.setdefault("v", 0.99)
-    eta = pixels(uniform(x, epsilon), x)
+    eta = random_start(x, epsilon, norm)
     g, _ = slope(net, x, y, eta)
     a = 2 * epsilon * (min(1, 0.02 / (1 - v)) if v < 1 else 1)
 
     def after(g_after):
-        ratios = [(one.sign() * other).sum().item() / max(one.abs().sum().item(), 1e-12)
-                  for one, other in zip(g, g_after)]
+        if norm == "l_2":
+            ratios = [((one * other).sum() / one.square().sum()).item() for one, other in zip(g, g_after)]
+        else:
+            ratios = [(one.sign() * other).sum().item() / max(one.abs().sum().item(), 1e-12)
+                      for one, other in zip(g, g_after)]
         at.kept["v"] = 0.95 * v + 0.05 * min(max(sum(ratios) / len(ratios), -1), 1)
 
     at.after = after
-    return pixels(eta + a * torch.rand_like(x) * g.sign(), x)
+    return pixels(eta + a * torch.rand_like(x) * (unit(g) if norm == "l_2" else g.sign()), x)
 
 
 def ckpt(net, x, y, epsilon, at, alpha, count=3, mode="eval", smoothing=0.0):
@@ -366,6 +389,9 @@ PAIRS = {
     "nfgsm": ("nfgsm", dict(alpha=EPSILON), "ce", {}, 1e-9),
     "nfgsm, k = 4": ("nfgsm", dict(alpha=1.25 * EPSILON, k=4), "ce", {}, 1e-9),
     "sora": ("sora", {}, "ce", {}, 1e-9),
+    **{f"{name} in l_2": (name, dict(norm="l_2", **its), "ce", {}, 1e-9) for name, its in (
+        ("fgsm", dict(alpha=1.25 * EPSILON)), ("pgd", dict(alpha=EPSILON / 4, steps=3)), ("sora", {}))},
+    "fgsm in l_2 from zero": ("fgsm", dict(norm="l_2", alpha=EPSILON, init="zero"), "ce", {}, 1e-9),
     "ckpt": ("ckpt", FAR, "ce", {}, 1e-9),
     "ckpt in 5 parts": ("ckpt", dict(alpha=1.25 * EPSILON, count=5), "ce", {}, 1e-9),
     "ckpt in train mode": ("ckpt", dict(alpha=1.25 * EPSILON, mode="train"), "ce", {}, 1e-9),
@@ -447,6 +473,7 @@ def test_steps_are_the_formulas(name):
         gradients = {name: torch.randn_like(p) for name, p in net.named_parameters()}
         for parameter, gradient in gradients.items():
             net.get_parameter(parameter).grad = gradient.clone()
+        factor *= 3.9 if its.get("norm") == "l_2" else 1
         epsilon, keywords = factor * EPSILON, {**its, "alpha": factor * its["alpha"]} if "alpha" in its else its
         torch.manual_seed(100 + number)
         delta = getattr(attacks, attack)(net, x, y, epsilon, step=step, **keywords)
@@ -833,6 +860,8 @@ TRAINED = {
     "r-lap": (r_lap, dict(alpha=10 / 255, beta=0.002), ce, {}),
     "liet": (liet, dict(alpha=EPSILON, smoothing=0.6, noise=(0.1, 0.5), every=20), liet_loss,
              dict(smoothing=0.6, weight=100)),
+    "sora --norm=l_2": (sora, dict(norm="l_2"), ce, {}),
+    "fgsm-rs --norm=l_2": (fgsm, dict(alpha=10 / 255, norm="l_2"), ce, {}),
     "none": (none, {}, ce, {}),
 }
 
@@ -841,8 +870,9 @@ TRAINED = {
 def test_training_is_the_update_written_out_by_hand(name, tmp_path, tiny):
     """Three epochs of a run of four, with the published numbers: the weights, BatchNorm's statistics, what is kept."""
     samples = 80  # the last batch is a short one
-    run = small_run(tmp_path, "--attack=none" if name == "none" else f"--method={name}", f"--train-samples={samples}",
-                    "--epochs=4", "--free-replays=2", "--pgi-reset=2", "--eps-warmup=0")
+    method = ["--attack=none"] if name == "none" else f"--method={name}".split()
+    run = small_run(tmp_path, *method, f"--train-samples={samples}", "--epochs=4", "--free-replays=2", "--pgi-reset=2",
+                    "--eps-warmup=0")
     net, steps = copy.deepcopy(run.state.model).train(), math.ceil(samples / 32)
     attack, its, objective, more = TRAINED[name]
     at = memory(samples, 10)
@@ -1222,6 +1252,8 @@ def test_liets_numbers_are_the_published_ones(dataset, epsilon, smoothing, weigh
       for attack in ("none", "free", "kl", "nuclear", "n_lap", "r_lap")
       for objective in ("gradalign", "aaer", "logits", "liet")),
     ("--attack=multigrad --multi-parallel --objective=aaer", "--multi-parallel"),
+    *((f"--norm=l_2 {flags}", "--norm l_2 is for --attack fgsm/pgd/none/sora with --objective ce: ") for flags in (
+        "", "--method=zerograd", "--method=n-fgsm", "--method=gradalign", "--method=trades")),
     ("--method=sora --objective=elle", "--objective ce"),
     ("--method=sora --label-smoothing=0.1", "--label-smoothing 0"),
     ("--method=sora --amp --amp-impl=apex", "--amp-impl native"),

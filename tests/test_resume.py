@@ -676,7 +676,8 @@ def test_another_final_evaluation_leaves_the_first_one_to_be_read(tmp_path, call
         assert (folder / "output.log").read_text().count("PGD") == 1
 
 
-NEW_FLAGS = ("momentum", "momentum_low", "weight_decay", "pad_mode", "rotate", "attack_smoothing", "ckpt_mode")
+NEW_FLAGS = ("momentum", "momentum_low", "weight_decay", "pad_mode", "rotate", "attack_smoothing", "ckpt_mode",
+             "depth", "no_final_norm", "norm")
 
 
 def flags_of_an_older_version(dataset, *flags: str) -> dict:

@@ -56,6 +56,19 @@ def test_an_evaluation_finds_what_can_be_worked_out_by_hand(batch_size, restarts
     assert metrics["attack_mean"] == pytest.approx(255 * found.magnitude[right].mean().item(), rel=1e-9)
 
 
+def test_the_magnitude_in_l2_is_the_norm():
+    """Toward one half, all pixels move alike; a step of the radius from zero ends on the ball, whose radius may be
+    above 1."""
+    pixels = torch.tensor([120, 122, 127]).view(3, 1, 1, 1).expand(3, 32, 32, 3).byte()
+    images = Images(pixels, torch.zeros(3, dtype=torch.long))
+    for epsilon, robust in ((0.5, [True, True, False]), (1.5, [True, False, False])):  # 2.3 and 6.9 of 255 a pixel
+        found = evaluated(Brightness(), images, PGD(epsilon, epsilon, 1, 1, init="zero", norm="l_2"), 3, FLOAT32)
+        assert found.robust.bool().tolist() == robust and found.magnitude.tolist() == pytest.approx([epsilon] * 3)
+    assert evaluate(Brightness(), *images.batch(slice(None)), PGD(1.5, 1.5, 1, 1, norm="l_2")).right.all()
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        evaluate(Brightness(), *images.batch(slice(None)), PGD(1.5, 1.5, 1, 1))
+
+
 def test_an_image_broken_by_any_restart_is_never_robust():
     images, model, restarts = wavy_images(), Wavy(), 6
     x, y = images.batch(slice(None))
@@ -69,10 +82,12 @@ def test_an_image_broken_by_any_restart_is_never_robust():
         assert torch.equal(found.robust.bool(), robust) and torch.equal(found.right.bool(), held)
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, 40])
-def test_the_shrinking_batch_finds_what_the_plain_attack_finds(batch_size):
-    images, model, attack = wavy_images(), Wavy(), PGD(0.004, 0.001, 5, 3)
-    robust, loss = plain_evaluation(model, images, attack.epsilon, attack.alpha, attack.steps, attack.restarts, 0)
+@pytest.mark.parametrize("batch_size, attack", [
+    *((batch_size, PGD(0.004, 0.001, 5, 3)) for batch_size in (1, 7, 40)), (7, PGD(0.2, 0.05, 5, 3, norm="l_2"))])
+def test_the_shrinking_batch_finds_what_the_plain_attack_finds(batch_size, attack):
+    images, model = wavy_images(), Wavy()
+    robust, loss = plain_evaluation(model, images, attack.epsilon, attack.alpha, attack.steps, attack.restarts, 0,
+                                    norm=attack.norm)
     assert 5 < robust.sum() < 35
     found = evaluated(model, images, attack, batch_size, FLOAT32)
     assert torch.equal(found.robust.bool(), robust)

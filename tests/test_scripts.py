@@ -481,6 +481,9 @@ train.main(options.CIFAR10, options.parse(options.CIFAR10))
     ("--method=pgi", None),
     ("--attack=fgsm --pgd-alpha=1", None), ("--attack=pgd --fgsm-alpha=1", "--fgsm-alpha has no effect"),
     ("--method=gradalign --gradalign-lambda=0.3", None), ("--gradalign-lambda=0.3", "--gradalign-lambda has no effect"),
+    ("--attack=fgsm --norm=l_2", "--epsilon=8 is a small radius for --norm=l_2, where 128 is usual"),
+    ("--attack=none --norm=l_2 --epsilon=128", None), ("--norm=l_inf", None),
+    ("--attack=fgsm --norm=l_2 --epsilon=0.5", "--epsilon=0.5 means 0.5/255: did you mean 128?"),
     ("--epsilon=0.031", "--epsilon=0.031 means 0.031/255: did you mean 7.9"), ("--epsilon=8/255", None)])
 def test_what_has_no_effect_or_another_meaning_is_told(flags, told, tmp_path, call, small_dummy):
     status, output, _ = call("train_cifar.py", *SMALL, "--epochs=1", *flags.split(), "--fname", tmp_path / "run")

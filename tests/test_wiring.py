@@ -129,7 +129,7 @@ SIZES = ["--epsilon=4", "--fgsm-alpha=0.75", "--pgd-alpha=1.5", "--pgd-iters=3",
          "--attack-smoothing=0.2"]
 RIVAL_ATTACKS = {
     "none": ([], {}), "nfgsm": (["--noise-k=1.5"], dict(alpha=3 / 255, k=1.5, smoothing=0.2)),
-    "sora": (["--label-smoothing=0"], {}),
+    "sora": (["--label-smoothing=0", "--norm=l_2"], dict(norm="l_2")),
     "ckpt": (["--ckpt-count=5", "--ckpt-mode=train"], dict(alpha=3 / 255, count=5, mode="train", smoothing=0.2)),
     "free": ([], {}),
     "pgi": (["--pgi-reset=7"], dict(alpha=3 / 255, reset=7, smoothing=0.3)),
