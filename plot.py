@@ -3,9 +3,11 @@
     python plot.py runs/zerograd_q*                        # the table
     python plot.py runs/zerograd_q* --out=zerograd.png     # the figure as well: .png, .pdf or .svg
     python plot.py runs/* --y=test_robust_acc,test_acc --out=curves.pdf
+    python plot.py runs/* --latex=table.tex --csv=table.csv
 
 A run is named by the flags in which it differs from the others. Runs that differ in the seed alone become one: the
-mean, and from the lowest to the highest as a band. Epochs count from 1 here, from 0 in a run's files.
+mean, and from the lowest to the highest as a band; --by-seed keeps them apart. Epochs count from 1 here, from 0 in a
+run's files.
 """
 from singlestep.figures import main
 

@@ -48,6 +48,8 @@ def collect(experiment: Experiment, folder: Path, jobs: int) -> Result:
     starts = json.loads(text("args.json"))["starts"]
     final = None if "--final-iters=0" in experiment.command else json.loads(text("final.json"))
     evaluations = {"evaluations": json.loads(text("evaluation.json"))} if experiment.attacks else {}
+    for row in [row for record in evaluations.get("evaluations", ()) for row in record["attacks"]]:
+        row.pop("robust_images", None)  # long
     return {"name": experiment.name, "command": _command(experiment), "jobs": jobs,
             "starts": [{key: start[key] for key in MACHINE} for start in starts], "final": final, **evaluations,
             "epochs": [json.loads(line) for line in text("metrics.jsonl").splitlines()]}

@@ -1,17 +1,19 @@
 """evaluate.py and --eval: attack networks, print a table, add a record to evaluation.json."""
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import options
+from . import figures, options, tables
 from .autoattack import AutoAttack, library, parts_for
 from .checkpoints import Opened, fingerprint, open_run
 from .data import Images, testing
@@ -39,6 +41,8 @@ SURPRISE = 0.002  # share of images that Square breaks and APGD does not: the th
 # Measured: at most 0.21 on 13 correct networks (the maximum just before a collapse), at least 0.48 on wrong ones.
 MISMATCH = 0.33
 
+WORST = "worst case"  # in place of an attack: over all attacks
+
 LONG = 120  # seconds; an attack that may take longer is announced
 
 HEADER = """\
@@ -52,8 +56,9 @@ class Job:
 
     clean: the unperturbed result, once computed; rows: table rows; robust: (attack, epsilon) -> whether each image is
     robust, bool (N,); warnings: about the network; unfinished: files of interrupted attacks, to remove once their rows
-    are kept; record: what evaluation.json holds of this evaluation; failure: why it does not hold all rows; pace:
-    seconds of a forward pass for an image, once measured.
+    are kept; record: what evaluation.json holds of this evaluation; is_new: whether an attack was run, so that there is
+    a record to keep; failure: why evaluation.json does not hold all rows; pace: seconds of a forward pass for an
+    image, once measured.
     """
 
     opened: Opened
@@ -68,8 +73,18 @@ class Job:
     warnings: list[str] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+    is_new: bool = False
     failure: OSError | None = None
     pace: float = 0.0
+
+
+class Evaluated(NamedTuple):
+    """The results of one network. folder: the path by which it was opened; flags: of its run, empty if there is none;
+    rows: of its table."""
+
+    folder: Path
+    flags: dict[str, Any]
+    rows: list[dict[str, Any]]
 
 
 def main(args) -> None:
@@ -84,20 +99,27 @@ def main(args) -> None:
         epsilon = args.epsilons[0] if args.epsilons and len(args.epsilons) == 1 else None
         names = ("data_set", "norm", "seed", *options.RUNS)
         flags = {name: getattr(args, name) for name in names} | {"epsilon": epsilon}
-        networks = [partial(read, path, args.which, flags, args.attacks, args.out) for path in args.runs]
+        test_images = read_once()
+        networks = {path: partial(read, path, args.which, flags, args.attacks, args.out, test_images)
+                    for path in args.runs}
 
         def check() -> None:
-            for each in networks[1:]:  # the first one is about to be opened
+            for each in [*networks.values()][1:]:  # the first one is about to be opened
                 each()
 
         world.from_main(check)
-        for each in networks:
-            evaluate_network(each, args, device, Stop(signals, world))
+        found = [evaluate_network(path, each, args, device, Stop(signals, world)) for path, each in networks.items()]
+        if world.is_main:
+            table, caption = comparison(found, args.by_seed)
+            if len(found) > 1:
+                say(f"\n{tables.aligned(table)}\n# {caption}")
+            tables.write(table, caption, args)
         world.leave()
 
 
-def evaluate_network(network: Callable[[], tuple[Opened, Images]], args, device: torch.device, stop: Stop) -> None:
-    """Evaluate a network under evaluate.py's attacks. `network` reads it and its test images."""
+def evaluate_network(path: str, network: Callable[[], tuple[Opened, Images]], args, device: torch.device,
+                     stop: Stop) -> Evaluated:
+    """Evaluate a network under evaluate.py's attacks. `network` reads the network at `path` and its test images."""
     job = open_job(network, device, Precision(args, device), stop, Screen(stop.world.is_main))
     job.batch_size = args.batch_size or job.batch_size
     job.images = job.images[:args.samples]
@@ -110,24 +132,58 @@ def evaluate_network(network: Callable[[], tuple[Opened, Images]], args, device:
             job.screen.say(f"# {hint}")
     for attack, epsilon in attacks:
         if attack not in options.AUTOATTACK:
-            pgd = form_of_pgd(attack, epsilon)
-            for hint in options.reach_hints(f"{attack}, epsilon {epsilon:g}", pgd.steps, 255 * pgd.alpha, epsilon):
+            pgd = form_of_pgd(attack, epsilon, None, 0)
+            for hint in options.reach_hints(titled(attack, epsilon), pgd.steps, 255 * pgd.alpha, epsilon):
                 job.screen.say(f"# {hint}")
     for hint in precision_hints(args, device):
         job.screen.say(f"# {hint}")
     job.warnings = mismatch(job)
     for warning in job.warnings:
         job.screen.warn(warning)
+    rows = {} if args.again else stop.world.from_main(lambda: known_rows(job))
+    known = [name for name in attacks if name in rows]
+    if known:
+        job.screen.say(f"# not run, since evaluation.json holds the results (--again runs them): "
+                       f"{'; '.join(titled(*name) for name in known)}")
     try:
         with advice_on_failure(stop.signals, f"lower --batch-size (now {job.batch_size})"):
             for attack, epsilon in attacks:
-                measure(job, attack, epsilon)
+                if (attack, epsilon) in known:
+                    job.robust[attack, epsilon] = unpacked(rows[attack, epsilon])
+                    add(job, rows[attack, epsilon], measured=False)
+                else:
+                    measure(job, attack, epsilon)
         for found in worst(job, epsilons):
-            add(job, found)
+            add(job, found, measured=False)
     finally:
         warn(job)
     if job.failure:
         raise job.failure
+    return Evaluated(Path(path), figures.defaults(job.opened.run) if job.opened.run else {}, job.rows)
+
+
+def comparison(networks: list[Evaluated], by_seed: bool = False) -> tuple[tables.Table, str]:
+    """Return a table of the networks, a column for each attack and epsilon, and what it shows. Networks whose runs
+    differ only in the seed are one row, unless `by_seed`."""
+    runs, files = [each for each in networks if each.flags], [each for each in networks if not each.flags]
+    groups = {**(figures.named(runs, by_seed) if runs else {}), **{str(each.folder): [each] for each in files}}
+    cells = {(row["attack"], row["epsilon"]): titled(row["attack"], row["epsilon"]) for each in networks
+             for row in each.rows}
+    attacks = list(dict.fromkeys(attack for attack, _ in cells))
+    columns = sorted(cells, key=lambda cell: (cell[0] == WORST, attacks.index(cell[0]), cell[1]))
+    table: tables.Table = [["network", "images", *(cells[column] for column in columns)]]
+    for title, group in groups.items():
+        rows = [{(row["attack"], row["epsilon"]): row for row in each.rows} for each in group]
+        table.append([figures.titled(title, group), figures.span([each.rows[0]["n"] for each in group]),
+                      *(accuracy([row[column] for row in rows if column in row]) for column in columns)])
+    several = " or mean ± deviation over the seeds" if any(len(group) > 1 for group in groups.values()) else ""
+    return table, f"accuracy in % with its 95% interval{several}; epsilon in 1/255"
+
+
+def accuracy(rows: list[dict[str, Any]]) -> tables.Accuracy:
+    """The cell of an attack on the networks of one row."""
+    interval = (100 * rows[0]["low"], 100 * rows[0]["high"]) if len(rows) == 1 else None
+    return tables.Accuracy([100 * row["accuracy"] for row in rows], 2, interval)
 
 
 def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> None:
@@ -185,8 +241,21 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
     world.leave()
 
 
-def read(path: str | Path, which: str, flags: dict[str, Any], attacks: tuple[str, ...] = (),
-         out: str | None = None) -> tuple[Opened, Images]:
+def read_once() -> Callable[[DataSet, str, bool], Images]:
+    """Return `data.testing`, which then reads the test images of networks on the same data set once."""
+    found: dict[str, Images] = {}
+
+    def test_images(dataset: DataSet, data_dir: str, synthetic: bool) -> Images:
+        key = json.dumps([dataset.statement(), data_dir, synthetic])
+        if key not in found:
+            found[key] = testing(dataset, data_dir, synthetic)
+        return found[key]
+
+    return test_images
+
+
+def read(path: str | Path, which: str, flags: dict[str, Any], attacks: tuple[str, ...] = (), out: str | None = None,
+         test_images: Callable[[DataSet, str, bool], Images] = testing) -> tuple[Opened, Images]:
     """Open the network at `path` and its test images, and check what the attacks and the record need.
 
     The returned `folder` is where evaluation.json goes: `out`, or else the network's; Folder(None) if that is not
@@ -204,7 +273,7 @@ def read(path: str | Path, which: str, flags: dict[str, Any], attacks: tuple[str
     for attack in attacks:
         if attack in options.AUTOATTACK:
             opened.notes.extend(parts_for(attack, opened.dataset.classes)[1])
-    images = testing(opened.dataset, opened.args.data_dir, opened.args.dummy)
+    images = test_images(opened.dataset, opened.args.data_dir, opened.args.dummy)
     # A function of the user's may be one that cannot be sent to other processes.
     dataset = replace(opened.dataset, source=opened.dataset.statement()["source"], peak=options.half)
     return opened._replace(folder=folder, dataset=dataset), images
@@ -228,10 +297,12 @@ def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device,
     return Job(opened, images, at_once, precision, stop, screen)
 
 
-def add(job: Job, found: dict[str, Any]) -> None:
-    """Add a row: keep it in evaluation.json, and print it."""
+def add(job: Job, found: dict[str, Any], measured: bool = True) -> None:
+    """Add a row: keep it in evaluation.json, if that does not hold all rows already, and print it."""
     job.rows.append(found)
-    keep(job, {})
+    job.is_new |= measured
+    if job.is_new:
+        keep(job, {})
     if job.screen.shown:
         title = job.opened.source + (f", norm {job.opened.args.norm}" if job.opened.args.norm != "l_inf" else "")
         head = f"\n{title}\n\n{HEADER}\n" if len(job.rows) == 1 else ""
@@ -260,11 +331,48 @@ def keep(job: Job, found: dict[str, Any]) -> None:
 def about(job: Job) -> dict[str, Any]:
     """The part of a record that is known before any attack."""
     opened = job.opened
-    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "file": opened.source,
-            "network": fingerprint(opened.model), **parameters(opened), "seed": opened.args.seed,
-            "samples": len(job.images), "batch_size": job.batch_size,
-            "precision": job.precision.name, "notes": opened.notes,
+    return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "file": opened.source, **conditions(job),
+            "batch_size": job.batch_size, "notes": opened.notes,
             **describe(job.images.labels.device, job.stop.world.size)}
+
+
+def conditions(job: Job) -> dict[str, Any]:
+    """What a record says of the network, its images and their random starts: with these equal, an attack has the same
+    result."""
+    return {"network": fingerprint(job.opened.model), **parameters(job.opened), "seed": job.opened.args.seed,
+            "samples": len(job.images), "precision": job.precision.name}
+
+
+def known_rows(job: Job) -> dict[tuple[str, float], dict[str, Any]]:
+    """The rows in evaluation.json of attacks on this network, (attack, epsilon) -> row, the newest ones.
+
+    Records of older versions do not say which images are robust, so that their rows are of no use for the worst case.
+    """
+    known, same = {}, json.loads(json.dumps(conditions(job)))
+    for record in folders.evaluations(job.opened.folder):
+        if all(record.get(name) == value for name, value in same.items()):
+            for row in record.get("attacks", ()):
+                of_network = row["n"] == len(job.images) and row.get("file") in (None, record["file"])
+                if "robust_images" in row and of_network and row["step"] == step_of(row["attack"], row["epsilon"]):
+                    known[row["attack"], row["epsilon"]] = row
+    return known
+
+
+def step_of(attack: str, epsilon: float) -> float | None:
+    """The step of evaluate.py's attack in 1/255; None if it has none."""
+    pgd = None if attack in options.AUTOATTACK else form_of_pgd(attack, epsilon, None, 0)
+    return 255 * pgd.alpha if pgd and pgd.restarts else None
+
+
+def packed(robust: Tensor) -> str:
+    """Whether each image is robust, bool (N,), as hexadecimal digits: eight images in two, the first one highest."""
+    return np.packbits(robust.cpu().numpy()).tobytes().hex()
+
+
+def unpacked(row: dict[str, Any]) -> Tensor:
+    """Whether each image is robust, bool (N,), from a row of evaluation.json."""
+    whole = np.frombuffer(bytes.fromhex(row["robust_images"]), dtype=np.uint8)
+    return torch.from_numpy(np.unpackbits(whole, count=row["n"]).astype(bool))
 
 
 def warn(job: Job) -> None:
@@ -291,25 +399,30 @@ def measure(job: Job, attack: str, epsilon: float) -> None:
         attacked(job, "clean", form_of_pgd("clean", 0.0))  # which refuses outputs that are not finite
     robust, seconds, more = auto_attack(job, attack, epsilon)
     job.robust[attack, epsilon] = robust
-    add(job, {**row(attack, epsilon, int(robust.sum()), len(robust), seconds), **more})
+    add(job, {**row(attack, epsilon, int(robust.sum()), len(robust), seconds), **more, "robust_images": packed(robust)})
 
 
 def measure_pgd(job: Job, attack: str, epsilon: float, alpha: float | None = None) -> Result:
     """Attack the images by a form of PGD, and add a row. epsilon, alpha: radius and step in 1/255, the step a quarter
     of the radius by default."""
     pgd = form_of_pgd(attack, epsilon, alpha, job.opened.args.seed, job.opened.args.norm)
-    title = f"{attack}, epsilon {epsilon:g}" if pgd.restarts else attack
+    title = titled(attack, epsilon)
     announce(job, title, epsilon, 3 * pgd.steps * pgd.restarts or 1)
     began = time.perf_counter()
     result = attacked(job, title, pgd)
     robust = result.robust.bool()
     job.robust[attack, epsilon] = robust
     found = {**row(attack, epsilon, int(robust.sum()), len(robust), time.perf_counter() - began),
-             "step": 255 * pgd.alpha if pgd.restarts else None, "file": job.opened.source}
+             "step": 255 * pgd.alpha if pgd.restarts else None, "file": job.opened.source,
+             "robust_images": packed(robust)}
     if pgd.restarts:
         found["no_gradient"] = result.metrics()["no_gradient"]
     add(job, found)
     return result
+
+
+def titled(attack: str, epsilon: float) -> str:
+    return attack if attack == "clean" else f"{attack}, epsilon {epsilon:g}"
 
 
 def announce(job: Job, title: str, epsilon: float, cost: float) -> None:
@@ -398,7 +511,7 @@ def worst(job: Job, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:
     for epsilon in epsilons:
         left = [flags.cpu() for (_, size), flags in job.robust.items() if size == epsilon]
         if len(left) > 1:
-            rows.append(row("worst case", epsilon, int(torch.stack(left).all(dim=0).sum()), len(left[0])))
+            rows.append(row(WORST, epsilon, int(torch.stack(left).all(dim=0).sum()), len(left[0])))
     return rows
 
 

@@ -9,19 +9,20 @@ import math
 import os
 import statistics
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 from unittest import mock
 
-from . import options
+from . import options, tables
 from .methods import ATTACKS, DEPENDENT, METHODS, OBJECTIVES
 from .options import FLAGS
 from .run.console import UsageError, one_line_errors, say
 from .run.folder import Folder, atomic_write, read_records
+from .tables import Accuracy
 
 PGD, FGSM, CLEAN = "test_robust_acc", "fgsm_acc", "test_acc"
 # Axis labels of metrics whose names in metrics.jsonl are not clear enough.
@@ -30,8 +31,21 @@ TITLES = {PGD: "accuracy under PGD, %", FGSM: "accuracy under FGSM, %", CLEAN: "
           "val_robust_acc": "accuracy under PGD on validation images, %", "lr": "learning rate",
           "abnormal": "abnormal training images, %", "defence_mean": "mean absolute perturbation, 1/255"}
 IN_PERCENT = ("_acc", "abnormal", "train_rise")
-NAMED = {name for name, each in FLAGS.items() if each.metadata["named"]}
+NAMED = {"data_set", *(name for name, each in FLAGS.items() if each.metadata["named"])}
 SYMBOLS = {"zero_qval": "q", "multi_samps": "samples", "multi_th": "agree"}
+
+
+class Flagged(Protocol):
+    """What has the flags of a run, and a path."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def flags(self) -> dict[str, Any]: ...
+
+
+AnyRun = TypeVar("AnyRun", bound=Flagged)
 
 
 @dataclass(frozen=True)
@@ -154,20 +168,23 @@ def _word(flag: str, value: Any) -> str:
     return f"{shown} = {text}" if flag in SYMBOLS else f"{shown}={text}"
 
 
-def named(runs: list[Run]) -> dict[str, list[Run]]:
-    """Group runs by name. Runs that differ only in the seed share a name; runs that differ in numbers are sorted."""
+def named(runs: list[AnyRun], by_seed: bool = False) -> dict[str, list[AnyRun]]:
+    """Group runs by name. Runs that differ only in the seed share a name, unless `by_seed`; runs that differ in numbers
+    are sorted."""
     among = differing([run.flags for run in runs])
     values = ordered([run.flags for run in runs], among)
     if values:
         runs = [run for _, run in sorted(zip(values, runs), key=lambda each: each[0])]
     by_method = len({method(run.flags)[0] for run in runs}) > 1
-    by_name: dict[str, list[Run]] = {}
+    by_name: dict[str, list[AnyRun]] = {}
     for run in runs:
         by_name.setdefault(name(run.flags, among, by_method), []).append(run)
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[AnyRun]] = {}
     for title, own in by_name.items():
         if len({run.flags["seed"] for run in own}) == len(own) and (title or len(own) > 1):
-            groups[title or method(own[0].flags)[0]] = own
+            title = title or method(own[0].flags)[0]
+            apart = by_seed and len(own) > 1
+            groups |= {f"{title}, seed={run.flags['seed']}": [run] for run in own} if apart else {title: own}
         else:  # the runs differ only in their folders
             paths = [run.folder.resolve() for run in own]
             unique = len({path.name for path in paths}) == len(own)
@@ -178,10 +195,7 @@ def named(runs: list[Run]) -> dict[str, list[Run]]:
 
 def mean(values: list[float], scale: float = 100) -> str:
     """Format the mean and, for two or more values, the sample standard deviation; "-" without values."""
-    if not values:
-        return "-"
-    deviation = f" ± {scale * statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{scale * statistics.mean(values):.1f}{deviation}"
+    return str(Accuracy([scale * value for value in values]))
 
 
 def span(values: list[int]) -> str:
@@ -208,32 +222,34 @@ def collapse(runs: Iterable[list[dict[str, Any]]]) -> str:
     return f"epoch {first[0]}{'' if states[0][-1] else ', then sound'}" if first else "no"
 
 
-def row(title: str, runs: list[Run]) -> list[str]:
+def row(title: str, runs: list[Run]) -> list[Any]:
     """Return the cells of one row of the table, for runs that differ only in the seed."""
+    def accuracy(values: list[float], note: str = "") -> Accuracy:
+        return Accuracy([100 * value for value in values], note=note)
+
     last = [run.epochs[-1] for run in runs]
-    shown = [mean([record[key] for record in last if record.get(key) is not None]) for key in (CLEAN, FGSM, PGD)]
+    shown = [accuracy([record[key] for record in last if record.get(key) is not None]) for key in (CLEAN, FGSM, PGD)]
     peaks = [best(run.epochs) for run in runs]
-    highest = mean([run.epochs[peak - 1][PGD] for run, peak in zip(runs, peaks)])
+    highest = accuracy([run.epochs[peak - 1][PGD] for run, peak in zip(runs, peaks)], f"@ {span(peaks)}")
     finals = [run.final for run in runs if run.final]
-    final = [mean([each["robust_acc"] for each in finals]),
-             *sorted({f"PGD-{each['iters']}-{each['restarts']}" for each in finals}),
+    notes = [*sorted({f"PGD-{each['iters']}-{each['restarts']}" for each in finals}),
              *([f"({len(finals)} of {len(runs)} runs)"] if 0 < len(finals) < len(runs) else [])]
     done, wanted = span([len(run.epochs) for run in runs]), span([run.flags["epochs"] for run in runs])
-    return [title + (f" ({len(runs)} seeds)" if len(runs) > 1 else ""),
-            done if done == wanted else f"{done} of {wanted}", *shown, f"{highest} @ {span(peaks)}",
-            collapse(run.epochs for run in runs), " ".join(final)]
+    return [titled(title, runs), done if done == wanted else f"{done} of {wanted}", *shown, highest,
+            collapse(run.epochs for run in runs), accuracy([each["robust_acc"] for each in finals], " ".join(notes))]
 
 
-def table(groups: dict[str, list[Run]]) -> str:
-    """Format a table of the runs' results in aligned columns; columns without values are omitted."""
+def titled(title: str, runs: Collection[Any]) -> str:
+    """The first cell of a row: the name, and how many runs it is about."""
+    return title + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
+
+
+def table(groups: dict[str, list[Run]]) -> tuple[tables.Table, str]:
+    """Return a table of the runs' results, and what it shows."""
     heads = ["run", "epochs", "clean", "FGSM", "PGD", "best PGD @ epoch", "collapse", "final evaluation"]
-    columns = [column for column in zip(heads, *(row(title, runs) for title, runs in groups.items()))
-               if set(column[1:]) != {"-"}]
-    widths = [max(map(len, column)) for column in columns]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in zip(*columns)]
     several = ", mean ± deviation" if any(len(runs) > 1 for runs in groups.values()) else ""
-    lines.append(f"# accuracy on test images in %, after the last epoch{several}; epochs count from 1")
-    return "\n".join(lines)
+    return ([heads, *(row(title, runs) for title, runs in groups.items())],
+            f"accuracy on test images in %, after the last epoch{several}; epochs count from 1")
 
 
 class Style(NamedTuple):
@@ -469,12 +485,15 @@ def main(description: str | None = None) -> None:
     p.add_argument("--y", default=PGD, metavar="NAME,...", help="metrics to draw over the epochs, by their names in "
                    "metrics.jsonl")
     p.add_argument("--out", type=options.figure_path, metavar="FILE", help="file of the figure: .png, .pdf or .svg")
+    options.add_table_flags(p.add_argument)
     args = p.parse_args()
     with one_line_errors():
         out = Path(args.out) if args.out else None
-        groups = named(read_runs(args.runs))
+        groups = named(read_runs(args.runs), args.by_seed)
         keys = keys_of(args.y, groups)
-        say(table(groups), needed=not out)
+        results, caption = table(groups)
+        say(f"{tables.aligned(results)}\n# {caption}", needed=not (out or args.csv or args.latex))
+        tables.write(results, caption, args)
         if not out:
             say("# to draw the curves of these runs, add --out=curves.png")
             return

@@ -221,6 +221,14 @@ def path(text: str) -> str:
     return os.path.expanduser(text)
 
 
+def new_file(text: str) -> str:
+    """An argparse type: the path of a file that can be written."""
+    file = Path(path(text))
+    if file.is_dir() or not os.access(file.parent, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"must be a file in a folder that can be written, not {text}")
+    return str(file)
+
+
 def figure_path(text: str) -> str:
     """An argparse type: the path of a figure, whose name ends with a format that plots can be in."""
     if not text.lower().endswith((".png", ".pdf", ".svg")):
@@ -591,6 +599,14 @@ def add_flags(p: Parser, names: Collection[str] = FLAGS) -> None:
                 add(option(each.name), type=settings.pop("parse"), **settings, **common)
 
 
+def add_table_flags(add: Callable[..., Any]) -> None:
+    """Add the flags of tables that compare runs. add: add_argument of a parser or of one of its groups."""
+    add("--by-seed", action="store_true", help="keep runs apart that differ only in the seed (default: their mean ± "
+        "deviation)")
+    add("--csv", type=new_file, metavar="FILE", help="also write the table to this file, as CSV")
+    add("--latex", type=new_file, metavar="FILE", help="also write the table to this file, for LaTeX")
+
+
 def parser(dataset: DataSet, description: str | None) -> Parser:
     """The command line of the script that trains on `dataset`."""
     p = Parser(description, add_help=False, usage="%(prog)s [flags]")
@@ -784,6 +800,8 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     add("--which", default="last", metavar="NAME", help="network of a run: last, best or healthy; of a file with "
         "several networks: its key there (default: %(default)s)")
     add("--out", type=path, metavar="FOLDER", help="folder of evaluation.json (default: the run's, or the file's)")
+    add("--again", action="store_true", help="run attacks again whose results evaluation.json holds")
+    add_table_flags(p.add_argument_group("table that compares the networks").add_argument)
     add = p.add_argument_group("data and model (default: the run's)").add_argument
     add("--data-set", choices=DATA_SETS, help="data set on which the network was trained")
     add_flags(p, RUNS)

@@ -462,7 +462,7 @@ def test_a_network_in_a_folder_that_cannot_be_written_is_measured(run, judged, c
     status, output, error = call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run)
     assert (status, error) == (0, "") and "no record is kept" in output and len(rows_of(output)) == 4
     for _ in range(2):
-        status, output, _ = judged(*flags, "--out", tmp_path / "new" / "folder")
+        status, output, _ = judged(*flags, "--again", "--out", tmp_path / "new" / "folder")
         assert status == 0 and "no record is kept" not in output
     assert [path.name for path in (tmp_path / "new" / "folder").glob("[!.]*")] == ["evaluation.json"]
     assert len(json.loads((tmp_path / "new" / "folder" / "evaluation.json").read_text())) == 2
@@ -531,7 +531,7 @@ def test_an_attack_that_may_take_minutes_is_announced(run, judged, short, monkey
         f"# pgd-5-20-2, epsilon 4: may take {duration(300 * pgd)}",
         f"# apgd-ce, epsilon 4: may take {duration(300 * pgd)}"]
     monkeypatch.setattr(evaluation, "pace", lambda job: 1e-4)
-    assert "may take" not in judged(*flags)[1]
+    assert "may take" not in judged(*flags, "--again")[1]
 
 
 def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
@@ -661,6 +661,112 @@ def test_the_final_evaluation_is_of_the_best_model_if_asked(more, name, run, cal
         constant = (labels == 3).double().mean().item()
         assert final["model"] == model and constant > 0
         assert (final["clean_acc"] == final["robust_acc"] == constant) == (model == "best")
+
+
+# Several networks
+
+
+def test_what_evaluation_json_holds_is_not_measured_again(run, judged, short, monkeypatch, capsys):
+    flags = [run, "--device=cpu", "--samples=24", "--attacks=clean,fgsm,pgd-2-2,apgd-ce", "--epsilons=4,8"]
+    _, first, _ = judged(*flags)
+    file = run / "evaluation.json"
+    before = file.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "attack_steps", None), patch.setattr(evaluation, "AutoAttack", None)
+        status, output, _ = judged(*flags)
+        assert status == 0 and rows_of(output) == rows_of(first) and len(rows_of(first)) == 9
+        assert "holds the results (--again runs them): clean; fgsm, epsilon 4; fgsm, epsilon 8; pgd-2-2, eps" in output
+        assert judged(run, "--device=cpu", "--samples=24", "--attacks=fgsm", "--epsilons=8")[0] == 0
+        saved = torch.load(run / "state.pth", weights_only=True)
+        shutil.copytree(run, run.parent / "other")
+        saved["model"]["linear.bias"] += 1
+        torch.save(saved, run.parent / "other/state.pth")
+        for other in ([run, "--again"], [run, "--seed=9"], [run, "--samples=23"], [run, "--epsilons=5"],
+                      [run, "--attacks=clean,pgd-2-3"], [run, "--mean=0.5,0.5,0.5"], [run, "--amp"],
+                      [run.parent / "other"]):
+            with pytest.raises(TypeError, match="'NoneType' object is not callable"):
+                judged(other[0], *flags[1:], *other[1:])
+    assert file.read_bytes() == before and capsys.readouterr()
+    seen = []
+    steps = evaluation.attack_steps
+    monkeypatch.setattr(evaluation, "attack_steps", lambda model, images, attack, *rest: (
+        seen.append(attack.loss), steps(model, images, attack, *rest))[1])
+    _, output, _ = judged(*flags[:-2], "--attacks=clean,fgsm,cw", "--epsilons=8")
+    assert seen == ["cw"] and [row[0] for row in rows_of(output)] == ["clean", "fgsm", "cw", "worst case"]
+    _, again, _ = judged(*flags[:-2], "--attacks=clean,fgsm,cw", "--epsilons=8", "--again")
+    assert [row[:-1] for row in rows_of(output)] == [row[:-1] for row in rows_of(again)]  # but for the seconds
+    assert len(json.loads(file.read_text())) == 3
+
+
+def test_a_row_of_another_step_or_another_network_of_the_record_is_not_taken(run, judged, call, monkeypatch):
+    """--eval takes --pgd-alpha as its step, and its final evaluation may be of the best model."""
+    flags = ["--eval", "--resume=auto", "--device=cpu", "--pgd-alpha=3", "--last-samples=48", "--test-samples=48"]
+    assert call("train_cifar.py", *flags, "--fname", run)[0] == 0
+    record, = json.loads((run / "evaluation.json").read_text())
+    record["attacks"][1]["file"] = "model_best.pth"
+    (run / "evaluation.json").write_text(json.dumps([record]))
+    _, output, _ = judged(run, "--device=cpu", "--samples=48", "--attacks=clean,fgsm,pgd-2-1")
+    assert "holds the results (--again runs them): clean\n" in output
+
+
+@pytest.mark.parametrize("n", [1, 8, 13])
+def test_which_images_are_robust_is_kept_in_few_digits(n):
+    robust = torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5
+    text = evaluation.packed(robust)
+    assert torch.equal(evaluation.unpacked({"robust_images": text, "n": n}), robust) and len(text) == 2 * -(-n // 8)
+    assert evaluation.packed(torch.tensor([True] + 7 * [False] + [True])) == "8080"
+
+
+def evaluated_as(name: str, counts: dict, **flags) -> evaluation.Evaluated:
+    """The results of a network: (attack, epsilon) -> how many of 200 images stay."""
+    rows = [evaluation.row(attack, epsilon, count, 200) for (attack, epsilon), count in counts.items()]
+    run = options.arguments(options.CIFAR10, flags).flags() if flags else {}
+    return evaluation.Evaluated(Path(name), run, rows)
+
+
+def test_networks_are_compared_in_one_table_a_row_for_runs_that_differ_in_the_seed():
+    keys = ("clean", 0.0), ("fgsm", 4.0), ("fgsm", 8.0), ("pgd-10-1", 4.0), ("pgd-10-1", 8.0), ("worst case", 8.0)
+    networks = [evaluated_as(f"n{seed}", dict(zip(keys, (100 + seed, 90, 80, 70, 60, 50))), method="n-fgsm", seed=seed)
+                for seed in (0, 2, 4)]
+    networks += [evaluated_as("p", dict(zip(keys[:3], (20, 10, 4))), method="pgd"),
+                 evaluated_as("a/published.pt", {("clean", 0.0): 199, ("pgd-10-1", 16.0): 1})]
+    (head, *rows), caption = evaluation.comparison(networks)
+    assert head == ["network", "images", "clean", "fgsm, epsilon 4", "fgsm, epsilon 8", "pgd-10-1, epsilon 4",
+                    "pgd-10-1, epsilon 8", "pgd-10-1, epsilon 16", "worst case, epsilon 8"]
+    low, high = (100 * evaluation.row("clean", 0, 20, 200)[name] for name in ("low", "high"))
+    assert [[str(cell) for cell in row[:4]] for row in rows] == [
+        ["n-fgsm (3 seeds)", "200", "51.00 ± 1.00", "45.00 ± 0.00"],
+        ["pgd", "200", f"10.00 ({low:.2f}-{high:.2f})", str(rows[1][3])],
+        ["a/published.pt", "200", str(rows[2][2]), "-"]]
+    assert str(rows[1][5]) == "-" and str(rows[2][7]).startswith("0.50 (") and "mean ± deviation" in caption
+    (_, *apart), caption = evaluation.comparison(networks, by_seed=True)
+    assert [row[0] for row in apart] == ["n-fgsm, seed=0", "n-fgsm, seed=2", "n-fgsm, seed=4", "pgd", "a/published.pt"]
+    assert "deviation" not in caption and str(apart[1][2]).startswith("51.00 (")
+
+
+def test_evaluate_ends_with_the_table_and_reads_the_test_set_once(run, judged, monkeypatch, tmp_path):
+    for seed in (1, 2):
+        shutil.copytree(run, tmp_path / f"{seed}")
+        edit(tmp_path / f"{seed}", args={"seed": seed})
+    torch.save(torch.load(run / "model_1.pth", weights_only=True), tmp_path / "published.pt")
+    read, testing = [], evaluation.testing
+    monkeypatch.setattr(evaluation, "testing", lambda *which: (read.append(which), testing(*which))[1])
+    flags = [run, tmp_path / "1", tmp_path / "2", tmp_path / "published.pt", run, "--device=cpu", "--samples=24",
+             "--attacks=clean,fgsm", "--epsilons=8", "--data-set=cifar10", "--dummy", "--base-width=4"]
+    tables = [f"--csv={tmp_path / 'x.csv'}", f"--latex={tmp_path / 'x.tex'}"]
+    status, output, error = judged(*flags, *tables)
+    assert (status, error, len(read)) == (0, "", 1)
+    head, seeds, published, caption = output.splitlines()[-4:]
+    assert head.split()[:3] == ["network", "images", "clean"] and re.search(r"\(3 seeds\) +24 ", seeds)
+    assert seeds.count(" ± 0.00") == 2 and caption.startswith("# accuracy in %")
+    assert published.startswith(str(tmp_path / "published.pt")) and published.count("(") == 2
+    clean = [row for row in rows_of(output) if row[0] == "clean"]
+    assert len(clean) == 4 and clean[0][4].rstrip("%") in seeds  # the run that is named twice is measured once
+    lines = [line.split(",") for line in (tmp_path / "x.csv").read_text().replace(", ", " ").splitlines()]
+    assert lines[0][:5] == ["network", "images", "clean", "clean deviation", "clean low"] and len(lines) == 3
+    assert lines[1][2:4] == [clean[0][4].rstrip("%"), "0.00"] and lines[1][4] == "" != lines[2][4]
+    assert r"(3 seeds) & 24 & " in (tmp_path / "x.tex").read_text()
+    one_line(judged(*flags, f"--csv={tmp_path / 'none' / 'x.csv'}"), "--csv: must be a file in a folder")
 
 
 # AutoAttack
@@ -1007,7 +1113,7 @@ def test_the_batch_size_changes_no_count(attack, tmp_path):
 
 
 def test_one_process_and_two_find_the_same_counts_in_batches_of_any_size(run, judged):
-    flags = [run, "--device=cpu", "--samples=40", "--attacks=clean,fgsm,pgd-3-2", "--epsilons=4"]
+    flags = [run, "--device=cpu", "--samples=40", "--attacks=clean,fgsm,pgd-3-2", "--epsilons=4", "--again"]
     for batch_size in (1, 37, 512):
         assert judged(*flags, f"--batch-size={batch_size}")[0] == 0
     done = together("evaluate.py", *flags, "--batch-size=37")

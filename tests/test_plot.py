@@ -1,4 +1,5 @@
 """plot.py: what it says and draws of runs whose files are known, and of folders that are none."""
+import csv
 import json
 import os
 import subprocess
@@ -8,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from helpers import DATASETS, ROOT, script
+from helpers import DATASETS, ROOT, one_line, script
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -76,7 +77,7 @@ def test_runs_that_differ_in_the_seed_alone_become_a_band(tmp_path):
     write_run(tmp_path / "pgd", "--attack=pgd", pgd=(0.4, 0.5))
     groups = groups_of(*sorted(tmp_path.iterdir()))
     assert {name: len(runs) for name, runs in groups.items()} == {"multigrad": 3, "pgd": 1}
-    row = figures.row("multigrad", groups["multigrad"])
+    row = [str(cell) for cell in figures.row("multigrad", groups["multigrad"])]
     assert row == ["multigrad (3 seeds)", "2", "40.0 ± 20.0", "46.7 ± 37.9", "20.0 ± 10.0", "40.0 ± 0.0 @ 1",
                    "1 of 3, epoch 2", "20.0 ± 10.0 PGD-50-10"]
     axes, = figures.draw(groups, [figures.PGD]).axes
@@ -87,6 +88,31 @@ def test_runs_that_differ_in_the_seed_alone_become_a_band(tmp_path):
     assert (low, high) == pytest.approx((10, 40))
     cross, = [line for line in axes.lines if line.get_marker() == "x"]
     assert (cross.get_xdata()[0], cross.get_ydata()[0]) == (2, pytest.approx(10))
+
+
+def test_tables_for_other_programs_and_seeds_apart(tmp_path, call_plot):
+    for seed, last in enumerate((0.1, 0.3)):
+        write_run(tmp_path / f"m{seed}", "--attack=multigrad", f"--seed={seed}", pgd=(0.4, last))
+    files = tmp_path / "x.csv", tmp_path / "x.tex"
+    flags = [tmp_path / "m0", tmp_path / "m1", f"--csv={files[0]}", f"--latex={files[1]}"]
+    assert call_plot(*flags)[0] == 0
+    rows = [dict(row) for row in csv.DictReader(files[0].open())]
+    assert [(row["run"], row["PGD"], row["PGD deviation"], row["best PGD @ epoch note"]) for row in rows] == [
+        ("multigrad (2 seeds)", "20.0", "14.1", "@ 1")]
+    assert r"multigrad (2 seeds) & 2 & 40.0 $\pm$ 28.3 &" in files[1].read_text()
+    status, output, _ = call_plot(*flags, "--by-seed")
+    assert status == 0 and [line.split("  ")[0] for line in output.splitlines()[1:3]] == ["multigrad, seed=0",
+                                                                                          "multigrad, seed=1"]
+    assert [row["PGD"] for row in csv.DictReader(files[0].open())] == ["10.0", "30.0"]
+    one_line(call_plot(*flags, f"--latex={tmp_path}"), "--latex: must be a file")
+
+
+def test_runs_on_two_data_sets_are_two_rows(tmp_path):
+    for seed, name in enumerate(("CIFAR-10", "SVHN")):
+        run = write_run(tmp_path / name, "--method=pgd", f"--seed={seed}")
+        saved = json.loads((run / "args.json").read_text())
+        (run / "args.json").write_text(json.dumps({**saved, "data_set": name}))
+    assert list(groups_of(tmp_path / "CIFAR-10", tmp_path / "SVHN")) == ["data-set=CIFAR-10", "data-set=SVHN"]
 
 
 @pytest.mark.parametrize("left, right, names", [
