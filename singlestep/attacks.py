@@ -94,12 +94,12 @@ class Step:
         return min(self.done / 0.9, 1.0)
 
     def reserve(self, name: str, x: Tensor, *shape: int) -> None:
-        """Make `kept[name]` a tensor of zeros, (images, *shape), if it is not yet one for as many images.
+        """Make `kept[name]` a tensor of zeros, (images, *shape), if it is not yet one of that shape.
 
-        It is in half precision, but in float64 for images in float64.
+        It is in half precision, but in that of x for images in float64 and for one number an image.
         """
-        if name not in self.kept or len(self.kept[name]) != self.images:
-            dtype = torch.float64 if x.dtype is torch.float64 else torch.float16
+        if name not in self.kept or self.kept[name].shape != (self.images, *shape):
+            dtype = torch.float16 if shape and x.dtype is torch.float32 else x.dtype
             self.kept[name] = torch.zeros(self.images, *shape, dtype=dtype, device=x.device)
 
     def store(self, name: str, rows: Tensor, whole: Tensor) -> None:
@@ -525,6 +525,57 @@ def lap_gradient(model: nn.Module, x: Tensor, y: Tensor, eta: Tensor, beta: floa
             weight.add_(size * (direction if up else -direction))
     torch.clear_autocast_cache()  # of the weights before they moved
     return grad / scale
+
+
+@checked
+def atas(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, c: float = 0.01, warmup: int = 5,
+         reset: int = 10) -> Tensor:
+    """ATAS (Huang et al., arXiv 2206.02417): a step from a stored perturbation, shorter where gradients are large.
+
+    For each training image i, a perturbation D_i of the padded image and a number v_i, at first 0, are stored:
+
+        eta_i = box(D_i), cropped and flipped as the image
+        v_i <- (v_i + norm2(g_i)^2) / 2
+        a_i = 16/255 / (1 + sqrt(v_i) / c), clipped to [4/255, 14/255]
+        delta_i = box(eta_i + a_i sign(g_i)), which also becomes D_i, unflipped, where D_i was cropped
+
+    g is the gradient with the model in eval mode. norm2(g_i) is that of a mean over 128 images, for which c was
+    published. In the first `warmup` epochs, a_i = epsilon, and v stays. D is uniform in the ball at first, and drawn
+    anew in every reset-th epoch but the last. D is stored in half precision. Passes: 2.
+    """
+    height, width = x.shape[2:]
+    padded = (len(x), x.shape[1], height + 2 * step.padding, width + 2 * step.padding)
+    step.reserve("atas", x, *padded[1:])
+    step.reserve("atas v", x)
+    number = step.epoch + 1
+    if number == 1 or (number % reset == 0 and number < step.epochs):
+        d = torch.empty(padded, dtype=x.dtype, device=x.device).uniform_(-epsilon, epsilon)
+    else:
+        d = step.kept["atas"][step.index].to(x.dtype)
+    window = crop(x, step.drawn)
+    eta = box(d[window].permute(0, 3, 1, 2), x, epsilon)
+    with eval_mode(model):
+        grad, _ = gradient(model, x, eta, lambda logits: F.cross_entropy(logits, y))
+    a: float | Tensor = epsilon
+    if number > warmup:
+        v = (step.kept["atas v"][step.index] + (len(x) / 128 * _norm(grad).flatten()) ** 2) / 2
+        step.store("atas v", v, step.whole)
+        a = _per_image((16 / 255 / (1 + v.sqrt() / c)).clamp(4 / 255, 14 / 255))
+    delta = box(eta + a * grad.sign(), x, epsilon)
+    d[window] = delta.permute(0, 2, 3, 1)
+    step.store("atas", d, step.whole)
+    return delta
+
+
+def crop(x: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor | slice, ...]:
+    """Return the index of the crop that became each image of x, in the padded images before the flip.
+
+    Padded images (B, C, H', W') indexed by it are (B, H, W, C), flipped where the images are.
+    """
+    rows, cols = (torch.arange(size, device=x.device) for size in x.shape[2:])
+    top, left, flip = (drawn[name].view(-1, 1, 1) for name in ("top", "left", "flip"))
+    cols = torch.where(flip, len(cols) - 1 - cols, cols)
+    return torch.arange(len(x), device=x.device).view(-1, 1, 1), slice(None), top + rows.view(-1, 1), left + cols
 
 
 def pgd_step(delta: Tensor, grad: Tensor, x: Tensor, epsilon: float, alpha: float, norm: str = "l_inf") -> Tensor:

@@ -198,6 +198,14 @@ ATTACKS: dict[str, Attack] = {
         dict(alpha="fgsm_alpha", init="fgsm_init", beta="lap_beta", up="lap_up"), moves_weights=True,
         defaults=dict(fgsm_alpha=1.25), requires=dict(amp_impl="native"),
         starts_at="0 or U(±epsilon)", step="delta + alpha sign(g), and the weights as with `n_lap`"),
+    "atas": Attack(
+        dict(c="atas_c", warmup="atas_warmup", reset="atas_reset"), start=False, eval_mode=True, stored=1,
+        stored_padded=True, requires=dict(pad_mode="zero", rotate=0.0),
+        starts_at="D, stored for each padded image, cropped and flipped with it; at first and in every "
+                  "`--atas-reset`-th epoch but the last, D = U(±epsilon)",
+        step="delta + a sign(h), also stored in D; h: the gradient in eval mode; a = 16/255 / (1 + sqrt(v) / c), "
+             "clipped to [4/255, 14/255]; v: for each image, v = (v + (B norm2(h) / 128)^2) / 2; c: `--atas-c`; in the "
+             "first `--atas-warmup` epochs, a = epsilon and v = 0"),
 }
 
 OBJECTIVES: dict[str, Objective] = {
@@ -344,6 +352,13 @@ METHODS: dict[str, Method] = {
         dict(attack="r_lap", fgsm_alpha=1.25), "2", "arXiv 2405.16262",
         text="FGSM-RS that also moves the weights before each step, the first layers most",
         compared=RECORDED, differs="as n-lap"),
+    "atas": Method(
+        dict(attack="atas", pad_mode="zero", rotate=0.0), "2", "arXiv 2206.02417",
+        text="one step from a perturbation stored for each image, shorter where the image's gradient is large",
+        compared=RECORDED,
+        differs="D is stored in half precision. The norm of an image's gradient is multiplied by B / 128, so that the "
+                "batch size does not change the step; theirs carries 1 / B. Their test images are padded, too. 4/255, "
+                "14/255 and 16/255 are the same at every epsilon, as there"),
 }
 
 RECIPES: dict[str, Recipe] = {

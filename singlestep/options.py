@@ -390,6 +390,9 @@ class Args:
     free_replays: int = flag("attack", "steps per batch with free; an epoch keeps its number of steps, so it covers "
                              "fewer images", 8, number(int, 1))
     pgi_reset: int = flag("attack", "epochs between two resets of pgi's stored perturbations", 40, number(int, 1))
+    atas_c: float = flag("attack", "atas: c of the step 16/255 / (1 + sqrt(v) / c)", 0.01, number(float, 1e-9))
+    atas_warmup: int = flag("attack", "first epochs, in which atas takes steps of epsilon", 5, number(int, 0))
+    atas_reset: int = flag("attack", "epochs between two resets of atas's stored perturbations", 10, number(int, 1))
     lap_beta: float = flag("attack", "share of its norm by which LAP moves a layer's weights (default: as published "
                            "for --epsilon)", None, number(float, 0))
     lap_up: bool = flag("attack", "move LAP's weights up the loss, as its paper says; its code moves them down", False)
@@ -642,7 +645,8 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
     """The arguments of a run, from the given flags and, for the others, from `run` and the defaults.
 
     --method and --recipe set defaults and nothing else: a given flag wins over both, and a recipe over a method, except
-    for values that the method's attack or objective refuses. --like adds the flags of another run to those given.
+    for values that the method's attack or objective refuses. A flag without a default takes a required value. --like
+    adds the flags of another run to those given.
     Raises UsageError where a flag is wrong.
     """
     if given.get("like"):
@@ -656,7 +660,7 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
     required = {**ATTACKS[values["attack"]].requires, **OBJECTIVES[values["objective"]].requires}
     dropped = {name: value for name, value in of_recipe.items()
                if name not in given and required.get(name, value) != value}
-    values |= {name: required[name] for name in dropped}
+    values |= {name: value for name, value in required.items() if name in dropped or values[name] is None}
     args = Args(**values, data_set=dataset.name, statement=dataset.statement(), given=frozenset(given), dropped=dropped)
     for name, default in DEPENDENT.items():
         if getattr(args, name) is None:

@@ -101,7 +101,7 @@ def audited_steps(method: str, *flags: str, network=SmallNet) -> Counter:
     """Audit the first step of the first epoch, and in the second epoch the step on the second batch, a smaller one."""
     args = options.parse(options.CIFAR10, argv=[
         "--batch-size=4", "--epochs=9", "--lr-max=0.1", "--ema=0.9", "--eps-warmup=5", "--pgd-iters=2",
-        f"--method={method}", *flags])
+        "--atas-warmup=1", f"--method={method}", *flags])
     world = World(device=CUDA)
     with on_fake_cuda():
         with CUDA:  # new tensors are there

@@ -275,6 +275,39 @@ def r_lap(net, x, y, epsilon, at, alpha, beta, init="random", up=False):
     return ball(eta + alpha * lap(net, x, y, at, eta, beta, up).sign(), x, epsilon)
 
 
+def atas(net, x, y, epsilon, at, c=0.01, warmup=5, reset=10):
+    """Image by image; D and v are kept as they are and, for images in float32, D is rounded to half precision where it
+    is taken up again."""
+    height, width = x.shape[2:]
+    shape = [x.shape[1], height + 2 * at.padding, width + 2 * at.padding]
+    kept = at.kept.setdefault("padded", torch.zeros(at.images, *shape, dtype=x.dtype))
+    v = at.kept.setdefault("squares", torch.zeros(at.images, dtype=x.dtype))
+    number = at.epoch + 1
+    if number == 1 or (number < at.epochs and number % reset == 0):
+        d = torch.empty(len(x), *shape, dtype=x.dtype).uniform_(-epsilon, epsilon)
+    else:
+        d = kept[at.index].half().float() if x.dtype == torch.float32 else kept[at.index]
+    windows = [one[:, top:top + height, left:left + width]
+               for one, top, left in zip(d, at.drawn["top"], at.drawn["left"])]
+    eta = ball(torch.stack([w.flip(2) if flip else w for w, flip in zip(windows, at.drawn["flip"])]), x, epsilon)
+    net.eval()
+    g, _ = slope(net, x, y, eta)
+    net.train()
+    steps = []
+    for i, one in zip(at.index, g):
+        if number <= warmup:
+            steps.append(epsilon)
+            continue
+        v[i] = 0.5 * v[i] + 0.5 * (len(x) / 128 * one.norm()) ** 2
+        steps.append(min(max(16 / 255 / (1 + math.sqrt(v[i]) / c), 4 / 255), 14 / 255))
+    at.steps += steps
+    delta = ball(eta + torch.tensor(steps, dtype=x.dtype).view(-1, 1, 1, 1) * g.sign(), x, epsilon)
+    for window, one, flip in zip(windows, delta, at.drawn["flip"]):
+        window.copy_(one.flip(2) if flip else one)
+    kept[at.index] = d
+    return delta
+
+
 # What is minimized there
 
 
@@ -377,7 +410,8 @@ def pool(n: int = 6, seed: int = 0):
     return net, x, y
 
 
-ATTACKS = {f.__name__: f for f in (none, fgsm, nfgsm, pgd, sora, ckpt, free, pgi, liet, kl, nuclear, n_lap, r_lap)}
+ATTACKS = {f.__name__: f for f in (none, fgsm, nfgsm, pgd, sora, ckpt, free, pgi, liet, kl, nuclear, n_lap, r_lap,
+                                 atas)}
 OBJECTIVES = {**{f.__name__: f for f in (ce, gradalign, elle, aaer, trades, logits)}, "nuclear": nuclear_norm,
               "liet": liet_loss}
 
@@ -415,6 +449,8 @@ PAIRS = {
     "n-lap, k = 4, up": ("n_lap", dict(alpha=EPSILON, beta=0.2, k=4, up=True), "ce", dict(smoothing=0.3), 1e-9),
     "r-lap, trades": ("r_lap", dict(alpha=1.25 * EPSILON, beta=0.05), "trades", dict(beta=6.0), 1e-5),
     "r-lap, from zero, up": ("r_lap", dict(alpha=EPSILON, beta=0.2, init="zero", up=True), "ce", {}, 1e-9),
+    "atas": ("atas", dict(c=0.001, warmup=1, reset=2), "ce", {}, 1e-9),
+    "atas, trades": ("atas", dict(c=0.0005, warmup=0, reset=9), "trades", dict(beta=6.0), 1e-5),
     "gradalign": ("fgsm", ZERO, "gradalign", dict(weight=0.2), 1e-9),
     "nfgsm, gradalign": ("nfgsm", FAR, "gradalign", dict(weight=2.5), 1e-9),
     "elle": ("fgsm", ZERO, "elle", dict(weight=1000.0), 1e-9),
@@ -432,7 +468,7 @@ STEPS = [(0, 0, 0.0, [4, 0, 5, 1, 2, 3], 1), (0, 1, 0.0, [3, 5, 1, 0], 1), (1, 0
 
 def memory(images: int, classes: int = 4) -> SimpleNamespace:
     return SimpleNamespace(images=images, classes=classes, epochs=4, kept={}, after=None, logits=None, gradient=None,
-                           shares=[], kinds=[], terms=[], momentum={})
+                           shares=[], kinds=[], terms=[], momentum={}, steps=[], padding=0, drawn={})
 
 
 def assert_kept(found: dict, expected: dict, rtol: float = 1e-9) -> None:
@@ -447,11 +483,14 @@ def assert_kept(found: dict, expected: dict, rtol: float = 1e-9) -> None:
         close(found["pgi momentum"].double(), expected["M"].double(), rtol=2**-10, atol=1e-4)
     if "L" in expected:
         assert torch.equal(found["liet"], expected["L"])
+    if "padded" in expected:
+        close(found["atas"].double(), expected["padded"].double(), rtol=2**-10, atol=1e-7)
+        close(found["atas v"], expected["squares"], rtol=rtol, atol=0)
     if "terms" in expected:
         terms = np.array(expected["terms"])
         close(found["elle"], torch.tensor([expected["lambda"], len(terms), terms.sum(), (terms**2).sum()],
                                           dtype=torch.float64), rtol=rtol, atol=0)
-    assert len(found) == len(expected.keys() & {"v", "delta", "D", "M", "L", "terms"})
+    assert len(found) == len(expected.keys() & {"v", "delta", "D", "M", "L", "padded", "squares", "terms"})
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -467,8 +506,9 @@ def test_steps_are_the_formulas(name):
         optimizer.state[parameter]["momentum_buffer"].copy_(at.momentum[i])
     for number, (epoch, batch, done, index, factor) in enumerate(STEPS):
         x, y, index = x_pool[index], y_pool[index], torch.tensor(index)
+        at.padding, at.drawn = 2, data.Augmentation(2, flip=True).draw(len(x))
         step = Step(net, len(x_pool), index, epoch, batch, done, kept, keeps_graph=methods.OBJECTIVES[objective].graph,
-                    epochs=at.epochs, optimizer=optimizer, classes=at.classes)
+                    epochs=at.epochs, optimizer=optimizer, classes=at.classes, drawn=at.drawn, padding=2)
         at.epoch, at.batch, at.done, at.index = epoch, batch, done, index
         gradients = {name: torch.randn_like(p) for name, p in net.named_parameters()}
         for parameter, gradient in gradients.items():
@@ -510,6 +550,8 @@ def test_steps_are_the_formulas(name):
         assert {0, 1 / c, 2 / c, 1} <= set(at.shares)
     if "terms" in at.kept:
         assert at.kept["jumps"].count(True) == 1 and at.kept["lambda"] == 0.99**2 * 4000
+    if attack == "atas":
+        assert (EPSILON if its["warmup"] else 4 / 255) in at.steps and len(set(at.steps)) > 9
     assert at.kept.get("v", 0) < 0.98
 
 
@@ -814,7 +856,7 @@ def small_run(folder, *flags: str, dataset=options.SVHN) -> train.Run:
 PASSES = {"fgsm": "TT", "fgsm-rs": "TT", "zerograd": "TT", "multigrad": "TTTT", "pgd": "T" * 11, "n-fgsm": "TT",
           "n-aaer": "TT", "rs-aaer": "TT", "gradalign": "TTT", "elle": "TT3", "elle-a": "TT3", "free": "T",
           "ckpt": "EEET", "pgi": "TT", "nuat": "TETT", "trades": "E" * 11 + "TT", "sora": "TT", "n-lap": "TT",
-          "r-lap": "TT", "liet": "TT"}
+          "r-lap": "TT", "liet": "TT", "atas": "ET"}
 # The same in the first batch of an epoch, where it differs; C: of one image for each class, in eval mode.
 FIRST_PASSES = {"liet": "CTT"}
 
@@ -862,6 +904,7 @@ TRAINED = {
              dict(smoothing=0.6, weight=100)),
     "sora --norm=l_2": (sora, dict(norm="l_2"), ce, {}),
     "fgsm-rs --norm=l_2": (fgsm, dict(alpha=10 / 255, norm="l_2"), ce, {}),
+    "atas": (atas, dict(warmup=1, reset=2), ce, {}),
     "none": (none, {}, ce, {}),
 }
 
@@ -870,21 +913,24 @@ TRAINED = {
 def test_training_is_the_update_written_out_by_hand(name, tmp_path, tiny):
     """Three epochs of a run of four, with the published numbers: the weights, BatchNorm's statistics, what is kept."""
     samples = 80  # the last batch is a short one
+    dataset = dataclasses.replace(options.SVHN, augmentation=dict(padding=2, flip=True) if name == "atas" else {})
     method = ["--attack=none"] if name == "none" else f"--method={name}".split()
     run = small_run(tmp_path, *method, f"--train-samples={samples}", "--epochs=4", "--free-replays=2", "--pgi-reset=2",
-                    "--eps-warmup=0")
+                    "--eps-warmup=0", "--atas-warmup=1", "--atas-reset=2", dataset=dataset)
     net, steps = copy.deepcopy(run.state.model).train(), math.ceil(samples / 32)
     attack, its, objective, more = TRAINED[name]
     at = memory(samples, 10)
+    at.padding = run.augmentation.padding
     for epoch in range(3):
         run.state.begin_epoch(epoch)
         train.train_epoch(run)
         seed_everything(train.ORDER, 0, epoch)
-        order = torch.randperm(samples)
+        order, drawn = torch.randperm(samples), run.augmentation.draw(samples)
         for number in range(steps):
             at.epoch, at.batch, at.done = epoch, number // 2 if name == "free" else number, epoch / 4
-            at.index = order[at.batch * 32:(at.batch + 1) * 32]
-            x, y = run.train.batch(at.index)
+            batch = slice(at.batch * 32, (at.batch + 1) * 32)
+            at.index, at.drawn = order[batch], {key: values[batch] for key, values in drawn.items()}
+            x, y = run.train.batch(at.index, run.augmentation, at.drawn)
             seed_everything(train.STEP, 0, epoch, number, 0)
             delta = attack(net, x, y, EPSILON, at, **its).requires_grad_()
             *gradients, g = torch.autograd.grad(objective(net, x, y, delta, EPSILON, at, **more),
@@ -906,7 +952,7 @@ def test_every_attack_goes_with_every_objective_that_is_not_refused(attack, tmp_
     for objective in methods.OBJECTIVES:
         flags = [f"--attack={attack}", f"--objective={objective}", "--pgd-iters=2", "--multi-samps=2"]
         compares = objective in ("gradalign", "aaer", "logits", "liet")
-        without_start = attack in ("none", "free", "kl", "nuclear", "n_lap", "r_lap") and compares
+        without_start = attack in ("none", "free", "kl", "nuclear", "n_lap", "r_lap", "atas") and compares
         if without_start or (attack == "sora" and objective != "ce"):
             refused(call("train_svhn.py", *flags, "--fname", tmp_path / "never"), "--objective")
             continue
@@ -924,7 +970,7 @@ def refused(result, *named: str) -> None:
         assert part in error, error
 
 
-@pytest.mark.parametrize("method", ["sora", "free", "pgi", "elle-a", "gradalign", "liet"])
+@pytest.mark.parametrize("method", ["sora", "free", "pgi", "elle-a", "gradalign", "liet", "n-lap", "atas"])
 def test_a_step_that_overflows_in_float16_spoils_nothing_that_is_kept(method, tmp_path, small_dummy):
     """The first steps in float16 are scaled too far and skipped; their gradients are infinite."""
     run = small_run(tmp_path, f"--method={method}", "--amp", "--amp-dtype=float16", "--free-replays=2")
@@ -978,7 +1024,8 @@ def test_laps_weights_move_under_a_compiled_network_as_under_an_eager_one(tmp_pa
 
 
 THREE = [*SMALL, "--epochs=3", "--chkpt-iters=1", "--lr-max=0.1", "--test-iters=1", "--final-iters=1",
-         "--final-restarts=1", "--final-samples=16", "--free-replays=2", "--pgi-reset=2", "--pgd-iters=2"]
+         "--final-restarts=1", "--final-samples=16", "--free-replays=2", "--pgi-reset=2", "--pgd-iters=2",
+         "--atas-warmup=1", "--atas-reset=2"]
 
 
 @pytest.mark.parametrize("more", ["", "--ema=0.9 --eps-warmup=1.5 --lr-schedule=onecycle"])
@@ -1001,7 +1048,7 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_an_unbroken_one(method, more, 
     assert_same_run(tmp_path / "part", whole)
     kept = torch.load(whole / "state.pth", weights_only=True)["opt"]["run"]["kept"]
     assert kept.keys() == {"sora": {"sora"}, "free": {"free"}, "pgi": {"pgi", "pgi momentum"}, "elle-a": {"elle"},
-                           "liet": {"liet"}}.get(method, set())
+                           "liet": {"liet"}, "atas": {"atas", "atas v"}}.get(method, set())
     assert all(values.any() for values in kept.values())
 
 
@@ -1035,6 +1082,16 @@ def test_pgi_goes_on_with_more_images(tmp_path, call, tiny):
         assert len(kept["pgi"]) == len(kept["pgi momentum"]) == samples
 
 
+@pytest.mark.parametrize("method, megabytes", [("pgi", 614), ("atas", 480)])
+def test_a_run_says_how_much_its_perturbations_take(method, megabytes, tmp_path, tiny):
+    """Of the 50,000 images of CIFAR, with ATAS padded by 4 on each side."""
+    run = small_run(tmp_path, "--method", method, dataset=options.CIFAR10)
+    pixels, labels = torch.zeros(1, dtype=torch.uint8).expand(50000, 32, 32, 3), torch.zeros(1).expand(50000)
+    run = dataclasses.replace(run, train=data.Images(pixels, labels))
+    lines = [*train.notes(run, train.Plan(None, [], (run.train, run.held_out, run.test), False, None))]
+    assert f"--attack {method} stores {megabytes} MB of perturbations, in half precision, on cpu" in lines
+
+
 # The command line
 
 
@@ -1065,6 +1122,7 @@ PUBLISHED = {
     "r-lap": "--attack=r_lap --fgsm-alpha=1.25 --fgsm-init=random --lap-beta=0.002",
     "liet": "--attack=liet --fgsm-alpha=1 --liet-noise=0.1,0.5 --liet-every=20 --objective=liet --liet-smoothing=0.6 "
             "--liet-lambda=100",
+    "atas": "--attack=atas --pad-mode=zero --rotate=0 --atas-c=0.01 --atas-warmup=5 --atas-reset=10",
 }
 
 
@@ -1081,7 +1139,8 @@ def test_a_method_is_its_flags_and_gives_way_to_any_flag_beside_it(method, scrip
         assert {**found, "method": None} == {**expected, "method": None} and found["method"] == method
     others = {"attack": "multigrad", "fgsm_init": "random", "fgsm_alpha": 3.5, "objective": "ce", "elle_adaptive": True,
               "label_smoothing": 0.25}
-    for flag in methods.METHODS[method].flags:
+    required = methods.ATTACKS[methods.METHODS[method].flags["attack"]].requires
+    for flag in methods.METHODS[method].flags.keys() - required:
         value = others[flag]
         beside = [f"--{flag.replace('_', '-')}" + ("" if value is True else f"={value}")]
         for order in (["--method", method, *beside], [*beside, "--method", method]):
@@ -1249,7 +1308,7 @@ def test_liets_numbers_are_the_published_ones(dataset, epsilon, smoothing, weigh
 
 @pytest.mark.parametrize("flags, named", [
     *((f"--attack={attack} --objective={objective}", f"--objective {objective}")
-      for attack in ("none", "free", "kl", "nuclear", "n_lap", "r_lap")
+      for attack in ("none", "free", "kl", "nuclear", "n_lap", "r_lap", "atas")
       for objective in ("gradalign", "aaer", "logits", "liet")),
     ("--attack=multigrad --multi-parallel --objective=aaer", "--multi-parallel"),
     *((f"--norm=l_2 {flags}", "--norm l_2 is for --attack fgsm/pgd/none/sora with --objective ce: ") for flags in (
@@ -1260,6 +1319,8 @@ def test_liets_numbers_are_the_published_ones(dataset, epsilon, smoothing, weigh
     ("--method=n-lap --amp --amp-impl=apex", "--amp-impl native"), ("--lap-beta=-1", "--lap-beta"),
     ("--method=liet --label-smoothing=0.1", "--label-smoothing 0"), ("--liet-noise=0.5,0.1", "--liet-noise"),
     ("--liet-noise=0.5", "--liet-noise"), ("--liet-noise=0,nan", "--liet-noise"), ("--liet-every=0", "--liet-every"),
+    ("--method=atas --pad-mode=reflect", "--pad-mode zero"), ("--attack=atas --rotate=15", "--rotate 0"),
+    ("--atas-c=0", "--atas-c"), ("--atas-reset=0", "--atas-reset"),
     ("--method=nonsense", "--method"), ("--recipe=nonsense", "--recipe"), ("--attack=nonsense", "--attack"),
     ("--objective=nonsense", "--objective"), ("--aaer-lambdas=1,2", "--aaer-lambdas"), ("--ema=1.5", "--ema"),
     ("--ckpt-count=1", "--ckpt-count"), ("--free-replays=0", "--free-replays"), ("--pgi-reset=0", "--pgi-reset"),
@@ -1557,8 +1618,8 @@ for mode in ("eval", "train"):
     train.new_network = lambda dataset, args: Steady() if mode == "eval" else SmallNet(3, 10)
     for method in methods:
         args = options.parse(dataset, argv=[*SMALL, *"--train-samples=27 --batch-size=12 --epochs=3 --free-replays=2 "
-                             "--pgi-reset=3 --pgd-iters=3 --lr-schedule=onedrop --lr-max=0.05 --epsilon=24".split(),
-                             "--method", method, "--fname", folder])
+                             "--pgi-reset=3 --pgd-iters=3 --lr-schedule=onedrop --lr-max=0.05 --epsilon=24 "
+                             "--atas-warmup=0 --atas-reset=2".split(), "--method", method, "--fname", folder])
         state, layout = train.build(dataset, args, CPU, world)
         images = [each.to(CPU, layout) for each in data.load(dataset, args)]
         run = train.assemble(dataset, args, state, Folder(folder), world, StopSignals(), images)

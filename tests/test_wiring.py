@@ -139,6 +139,7 @@ RIVAL_ATTACKS = {
     "nuclear": (["--nuclear-lambda=2.5"], dict(alpha=3 / 255, weight=2.5, smoothing=0.2)),
     "n_lap": (["--noise-k=1.5", "--lap-beta=0.2", "--lap-up"], dict(alpha=3 / 255, k=1.5, beta=0.2, up=True)),
     "r_lap": (["--fgsm-init=zero"], dict(alpha=3 / 255, init="zero", beta=0.03, up=False)),
+    "atas": (["--atas-c=0.2", "--atas-warmup=3", "--atas-reset=4"], dict(c=0.2, warmup=3, reset=4)),
 }
 RIVAL_OBJECTIVES = {
     "gradalign": (["--gradalign-lambda=0.6"], dict(weight=0.6)),
