@@ -232,26 +232,6 @@ def test_the_sweep_ends_in_the_table_where_there_is_no_matplotlib(tmp_path):
     assert (tmp_path / "calls").read_text().splitlines()[-1] == "plot.py runs/zerograd_q0.5"
 
 
-def test_an_array_task_beyond_the_values_says_how_many_there_are(tmp_path):
-    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_ARRAY_TASK_ID": "2", "QS": "0.1 0.3"}
-    done = subprocess.run(["bash", ROOT / "experiments/sweep_qval.slurm"], env={**os.environ, **slurm}, text=True,
-                          capture_output=True)
-    assert done.returncode == 2 and done.stderr == "QS has 2 values: sbatch --array=0-1\n"
-
-
-@pytest.mark.parametrize("status", (0, 1, 143))
-def test_only_the_array_task_that_was_stopped_is_put_into_the_queue_again(tmp_path, status):
-    stub(tmp_path, "srun", status)
-    stub(tmp_path, "scontrol", 0)
-    slurm = {"SLURM_SUBMIT_DIR": str(ROOT), "SLURM_JOB_ID": "36", "SLURM_ARRAY_JOB_ID": "36",
-             "SLURM_ARRAY_TASK_ID": "5", "SLURM_CPUS_PER_TASK": "4"}
-    done = subprocess.run(["bash", ROOT / "experiments/sweep_qval.slurm", "--data-dir=d"],
-                          env={**os.environ, **slurm, "PATH": f"{tmp_path}:{os.environ['PATH']}"})
-    first, *others = (tmp_path / "calls").read_text().splitlines()
-    assert done.returncode == status and "--zero-qval=0.9 " in first and first.endswith("--data-dir=d")
-    assert others == (["scontrol requeue 36_5"] if status == 143 else [])
-
-
 @pytest.fixture
 def run_main(call_main, monkeypatch):
     """A script of experiments/ within this process, without GPUs: run_main(module, *flags)."""
