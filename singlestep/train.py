@@ -353,7 +353,8 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
     if plan.earlier:
         yield f"files of an earlier run are now in {plan.earlier}"
     if device.type == "cpu" and args.base_width >= 64 and args.model != "WideResNet" and not args.dummy:
-        yield "on a CPU, this network takes hours; --base-width=16 is some ten times as fast"
+        yield ("on a CPU, this network takes hours; --base-width=16 is some ten times as fast, and --last-samples=1000 "
+               "shortens the last evaluation")
     yield from precision_hints(args, device)
     for name, value in args.dropped.items():
         yield f"{options.option(name)}={value} of --recipe {args.recipe} is dropped: the method needs another value"

@@ -124,6 +124,17 @@ def test_the_lists_of_dependencies_agree():
     assert all(set(extras[extra]) <= development for extra in packages)
 
 
+def test_the_constraints_have_a_tested_version_of_every_dependency():
+    lines = [(ROOT / name).read_text().splitlines() for name in ("constraints.txt", "requirements.txt",
+                                                                 "requirements-dev.txt")]
+    tested = dict(line.split("==") for line in lines[0] if not line.startswith("#"))
+    needed = [re.match(r"([\w-]+)(?:>=([\d.]+))?", line) for line in (*lines[1], *lines[2]) if line[:1].isalpha()]
+    assert {each[1] for each in needed} | {"robustbench", "torchattacks"} == tested.keys()
+    for name, least in (each.groups() for each in needed):
+        numbers = [[int(part) for part in version.split(".")] for version in (tested[name], least or "0")]
+        assert numbers[0] >= numbers[1], name
+
+
 def test_the_package_and_its_command_line_need_no_pytorch():
     loaded = python("-c", "import sys, singlestep, singlestep.methods, singlestep.options; print(sorted(sys.modules))",
                     cwd=ROOT)

@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from singlestep.data import Augmentation, Images
 from singlestep.robustness import PGD, evaluate
 from singlestep.run.console import Failure, Progress, Screen, Stopped, StopSignals, UsageError
 from singlestep.run.device import Compiled, Padded, bytes_per_image, choose_device, evaluation_batch, seed_everything
-from singlestep.run.distributed import CPU, World
+from singlestep.run.distributed import ALONE, CPU, World
 from singlestep.run.folder import Folder
 from singlestep.run.state import State
 
@@ -535,3 +536,10 @@ def test_a_state_within_a_step_is_not_saved(monkeypatch):
         with pytest.raises(Stopped), train.saved_if_stopped("run"):
             raise Stopped(signal.SIGTERM, midway=midway)
     assert saved == ["run"]
+
+
+def test_a_wide_network_on_a_cpu_is_told_what_is_faster():
+    for flags, there in (([], True), (["--base-width=16"], False), (["--dummy"], False)):
+        run = SimpleNamespace(steps=1, args=options.parse(options.CIFAR10, argv=flags), world=ALONE)
+        notes = " ".join(train.notes(run, SimpleNamespace(found=None, earlier=None)))
+        assert ("--base-width=16 is some ten times as fast, and --last-samples=1000" in notes) == there
