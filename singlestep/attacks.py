@@ -55,6 +55,7 @@ class Step:
         drawn: the augmentation of x: "top" and "left" of the crop in the padded image, "flip", each (B,).
         padding: pixels by which the augmentation pads each side of an image before the crop.
         optimizer: SGD with its momentum buffers and one parameter group, for an attack that moves the weights.
+        rows: number of the perturbation, common to several images, that each image starts from, (B,).
         start: perturbation at which the attack ran its first forward pass; with keeps_graph, a leaf of its graph.
         logits, gradient: logits at x + start, and the gradient of the mean cross-entropy with respect to start.
         direction: sora's direction of steepest ascent at its start.
@@ -77,6 +78,7 @@ class Step:
     padding: int = 0
     optimizer: Any = None
     classes: int = 10
+    rows: Any = None
     start: Any = None
     logits: Any = None
     gradient: Any = None
@@ -423,6 +425,124 @@ def liet(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, s
     eta = box((2 * coin - 1).sign() * d, x, math.inf)
     grad, _ = first_gradient(model, x, eta, lambda logits: step.nonuniform_ce(logits, y, smoothing), step)
     return box(eta + alpha * grad.sign(), x, radius)
+
+
+@checked
+def uap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, step: Step, a: float,
+        smoothing: float = 0.0) -> Tensor:
+    """FGSM-UAP (Pan et al., AAAI 2024): FGSM from one perturbation for all images.
+
+    Passes with the objective `logits`: 2.7.
+
+        eta = box(u)
+        delta = box(eta + alpha sign(g))
+
+    g is the gradient at x + eta of the cross-entropy with label smoothing `smoothing`. u starts at a random corner of
+    the ball of radius a, and moves after each step (see `uap_update`).
+    """
+    return _from_universal(model, x, y, epsilon, alpha, step, a, smoothing, 1, torch.zeros_like(y))
+
+
+@checked
+def cuap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, step: Step, a: float,
+         smoothing: float = 0.0) -> Tensor:
+    """FGSM-CUAP (Pan et al., AAAI 2024): `uap` with a perturbation for each class, eta = box(u_y).
+
+    Passes with the objective `logits`: 2.7.
+    """
+    return _from_universal(model, x, y, epsilon, alpha, step, a, smoothing, step.classes, y)
+
+
+@checked
+def fuap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, step: Step, a: float, count: int = 50,
+         smoothing: float = 0.0) -> Tensor:
+    """FGSM-FUAP (Pan et al., AAAI 2024): `uap` with `count` perturbations, chosen by an image's features.
+
+    Passes with the objective `logits`: 3.
+
+    eta = box(v + u_j), v ~ U(-epsilon, epsilon), j the group of x + v (see `fuap_groups`).
+    """
+    v = start(x, epsilon)
+    groups = fuap_groups(features(model, x + v), y, step, count, smoothing)
+    return _from_universal(model, x, y, epsilon, alpha, step, a, smoothing, count, groups, v)
+
+
+def _from_universal(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, step: Step, a: float,
+                    smoothing: float, count: int, rows: Tensor, v: Tensor | float = 0.0) -> Tensor:
+    """Return delta after a step from eta = box(v + u_k), k = `rows`, (B,), for each image. u is kept in units of a."""
+    if "uap" not in step.kept or len(step.kept["uap"]) != count:
+        u = (2 * torch.rand(count, *x.shape[1:], dtype=x.dtype, device=x.device) - 1).sign()
+        step.kept["uap"], step.kept["uap momentum"] = step.same(u), torch.zeros_like(u)
+    step.rows = rows
+    eta = box(v + a * step.kept["uap"][rows], x, epsilon)
+    grad, _ = input_gradient(model, x, y, eta, step, smoothing)
+    return box(eta + alpha * grad.sign(), x, epsilon)
+
+
+def uap_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: float, decay: float) -> None:
+    """Update the perturbations u_k that images of the global batch started from (FGSM-UAP and its variants).
+
+        m_k <- decay m_k + mean(G_i) / norm1(G), the mean over the images i that started from u_k
+        u_k <- clip(u_k + a sign(m_k), -a, a)
+
+    G = g + `grad`, the gradient of the training loss with respect to eta: as in the authors' code, where both
+    accumulate in one tensor.
+    """
+    u, m = step.kept["uap"], step.kept["uap momentum"]
+    total = len(x) * (step.gradient + grad)  # of the sum over images, since the processes' shares can differ by one
+    norm = step.sum(total.abs().sum()).clamp(min=torch.finfo(x.dtype).tiny)
+    chosen = (step.rows == torch.arange(len(u), device=x.device).unsqueeze(1)).to(x.dtype)
+    count = step.sum(chosen.sum(dim=1)).view(-1, 1, 1, 1)
+    mean = step.sum(chosen @ total.flatten(1)).view_as(m) / count.clamp(min=1)
+    moves = (count > 0) & norm.isfinite()  # float16 may overflow; the optimizer step is then skipped, too
+    m.copy_(torch.where(moves, decay * m + mean / norm, m))
+    u.copy_(torch.where(moves, (u + m.sign()).clamp(-1, 1), u))
+
+
+def features(model: nn.Module, x: Tensor) -> Tensor:
+    """Return the input of the last nn.Linear at x, (B, features), in float32 or better, without a gradient."""
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    if not layers:
+        raise ValueError("fuap groups images by the input of the network's last nn.Linear: this network has none")
+    seen: list[Tensor] = []
+    with layers[-1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])), \
+            torch.compiler.set_stance("force_eager"), torch.no_grad(), frozen(model):  # compiled code has no hooks
+        model(x)
+    return seen[-1].to(torch.promote_types(seen[-1].dtype, torch.float32))
+
+
+def fuap_groups(phi: Tensor, y: Tensor, step: Step, count: int, smoothing: float) -> Tensor:
+    """Return the group of each image, (B,), from 0 to count - 1; then train the head that forms the groups.
+
+        s = A phi + b; group = argmax(s); loss = CE(C relu(s) + d, y)
+
+    The head takes one step of Adam (learning rate 0.001, betas 0.9 and 0.999, epsilon 1e-8) down its loss, the mean
+    over the global batch with label smoothing `smoothing`. It is initialized as nn.Linear is.
+
+    Args:
+        phi: features, (B, features).
+    """
+    shapes = (count, phi.shape[1]), (count,), (step.classes, count), (step.classes,)
+    sizes = [math.prod(shape) for shape in shapes]
+    if "fuap head" not in step.kept or len(step.kept["fuap head"]) != sum(sizes):
+        fans = phi.shape[1], phi.shape[1], count, count
+        bounds = torch.cat([phi.new_full((size,), fan**-0.5) for size, fan in zip(sizes, fans)])
+        drawn, = 2 * torch.rand(1, len(bounds), dtype=phi.dtype, device=phi.device) - 1
+        step.kept["fuap head"] = step.same(bounds * drawn)
+        step.kept["fuap moments"] = torch.zeros(2, len(bounds), dtype=phi.dtype, device=phi.device)
+        step.kept["fuap steps"] = torch.zeros((), dtype=torch.float64, device=phi.device)
+    weights, (first, second) = step.kept["fuap head"], step.kept["fuap moments"]
+    leaf = weights.clone().requires_grad_()
+    with torch.enable_grad(), torch.autocast(phi.device.type, enabled=False):
+        a, b, c, d = (part.view(shape) for part, shape in zip(leaf.split(sizes), shapes))
+        s = F.linear(phi, a, b)
+        loss = F.cross_entropy(F.linear(s.relu(), c, d), y, label_smoothing=smoothing)
+        grad, = torch.autograd.grad(loss * (len(y) / len(step.whole)), leaf)
+    grad, t = step.sum(grad), step.kept["fuap steps"].add_(1)
+    first.lerp_(grad, 0.1)
+    second.lerp_(grad.square(), 0.001)
+    weights -= 0.001 * (first / (1 - 0.9**t)) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+    return s.argmax(dim=1)
 
 
 @checked

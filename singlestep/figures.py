@@ -268,7 +268,8 @@ STYLES = {
     "pgi": Style("#332288", "<"), "nuat": Style("#661100", ">"), "gradalign": Style("#cc6677", "v"),
     "elle": Style("#7a5cc2", "8"), "elle-a": Style("#b199e8", "8", "--"), "trades": Style("#555555", "D", "--"),
     "n-lap": Style("#2a9d8f", "P", ":"), "r-lap": Style("#bc6c25", "s", ":"),
-    "liet": Style("#0b8f5a", "H"), "atas": Style("#3a86ff", ">"),
+    "liet": Style("#0b8f5a", "H"), "atas": Style("#3a86ff", ">"), "uap": Style("#3a7ca5", "p"),
+    "cuap": Style("#3a7ca5", "p", "--"), "fuap": Style("#3a7ca5", "p", ":"),
 }
 # Styles for runs that the styles of their methods do not distinguish: all pairs of a color and a marker.
 COLORS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#ee3377", "#555555")

@@ -20,10 +20,11 @@ class Attack:
 
     keywords: keyword of the function -> flag; start: the attack computes logits and gradient at its starting point,
     which an objective may use; eval_mode: it runs the network in eval mode; update: function of attacks.py, called
-    after backward with the loss's gradient at `update_at`, "delta" or "start"; replays: flag with the number of steps
-    per batch; moves_weights: it moves the weights after its start, with which no objective can then compare; stored:
-    perturbations that it stores for each training image, or, with `stored_padded`, for each padded one; norms: those of
-    its published forms; defaults: flag -> default with this attack; requires: flag -> required value.
+    after backward with the loss's gradient at `update_at`, "delta" or "start"; update_keywords: keyword of that
+    function -> flag; replays: flag with the number of steps per batch; moves_weights: it moves the weights after its
+    start, with which no objective can then compare; stored: perturbations that it stores for each training image, or,
+    with `stored_padded`, for each padded one; norms: those of its published forms; defaults: flag -> default with this
+    attack; requires: flag -> required value.
 
     Texts: starts_at: the starting point of delta; step: formula of the next delta, before the clip; clip: what the next
     delta is clipped to.
@@ -34,6 +35,7 @@ class Attack:
     eval_mode: bool = False
     update: str | None = None
     update_at: str = "delta"
+    update_keywords: dict[str, str] = field(default_factory=dict)
     moves_weights: bool = False
     stored: int = 0
     stored_padded: bool = False
@@ -48,7 +50,7 @@ class Attack:
     @property
     def flags(self) -> list[str]:
         """The flags that this attack reads, beside --epsilon."""
-        return [*self.keywords.values(), *([self.replays] if self.replays else [])]
+        return [*self.keywords.values(), *self.update_keywords.values(), *([self.replays] if self.replays else [])]
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,10 @@ class Recipe:
         return {**self.flags, **self.on.get(data_set, {}), **self.methods.get(method or "", {})}
 
 
+UAP: dict[str, Any] = dict(  # what FGSM-UAP and its variants have in common
+    update="uap_update", update_at="start", update_keywords=dict(decay="uap_decay"), defaults=dict(fgsm_alpha=1.0),
+    requires=dict(amp_impl="native"))
+
 ATTACKS: dict[str, Attack] = {
     "multigrad": Attack(
         dict(alpha="fgsm_alpha", samples="multi_samps", threshold="multi_th", parallel="multi_parallel",
@@ -176,6 +182,20 @@ ATTACKS: dict[str, Attack] = {
                   "U(`--liet-noise`); L_c = epsilon sign(gradient of nCE at a grey image for class c), in eval mode, "
                   "made anew every `--liet-every` batches; h = epsilon, above epsilon 8 twice that",
         step="delta + alpha sign(g), g with nCE, the objective's", clip="ball (up to epsilon 8), pixels"),
+    "uap": Attack(
+        dict(alpha="fgsm_alpha", a="uap_alpha", smoothing="label_smoothing"), **UAP,
+        starts_at="u, one for all images, at first ±a at random; a: `--uap-alpha`",
+        step="delta + alpha sign(g), g with smoothed labels; after the weights' step, m = `--uap-decay` m + mean(G) / "
+             "norm1(G), u = u + a sign(m), clipped to ±a; G: the sum of g and the gradient of the loss at x + eta"),
+    "cuap": Attack(
+        dict(alpha="fgsm_alpha", a="uap_alpha", smoothing="label_smoothing"), **UAP,
+        starts_at="u_y, one for each class",
+        step="as `uap`; u_k and m_k of the classes in the batch move, with the mean of G over their images"),
+    "fuap": Attack(
+        dict(alpha="fgsm_alpha", a="uap_alpha", count="fuap_rows", smoothing="label_smoothing"), **UAP,
+        starts_at="v + u_j, v ~ U(±epsilon), j one of `--fuap-rows` groups: the largest output of the first layer of "
+                  "two linear layers on the features of x + v, which learn to classify them",
+        step="as `cuap`, with j in place of y"),
     "kl": Attack(
         dict(alpha="pgd_alpha", steps="pgd_iters"), start=False, eval_mode=True,
         starts_at="0.001 N(0, 1)",
@@ -341,6 +361,21 @@ METHODS: dict[str, Method] = {
                 "on CIFAR-100, and makes L every 10 batches on CIFAR-10. The divergence is computed from logarithms of "
                 "probabilities; the authors' form has no finite gradient where a probability underflows at both "
                 "points. Their moving average of the weights belongs to their protocol, `--recipe=fastat`"),
+    "uap": Method(
+        dict(attack="uap", fgsm_alpha=1.0, objective="logits", label_smoothing=0.4), "2.7", "AAAI 2024",
+        text="FGSM-UAP: one step from a perturbation that is common to all images",
+        differs="none in the formulas; the authors' repository calls it fgsm_one_uap. As in their code, u moves along "
+                "the sum of two gradients, that of the step and that of the training loss. Their moving average of the "
+                "weights (`--ema=0.9995`) and their 110 epochs belong to their protocol, not to the method"),
+    "cuap": Method(
+        dict(attack="cuap", fgsm_alpha=1.0, objective="logits", label_smoothing=0.4), "2.7", "AAAI 2024",
+        text="FGSM-CUAP: one step from a perturbation for each class",
+        differs="as uap; fgsm_class_uap there"),
+    "fuap": Method(
+        dict(attack="fuap", fgsm_alpha=1.0, objective="logits", label_smoothing=0.4), "3", "AAAI 2024",
+        {"CIFAR-100": dict(fuap_rows=200), "Tiny-ImageNet": dict(fuap_rows=300)},
+        text="FGSM-FUAP: one step from noise and a perturbation for each group of similar features",
+        compared=RECORDED, differs="as uap; fgsm_uap there. LIET's paper reports its collapse at epsilon 16"),
     "n-lap": Method(
         dict(attack="n_lap", fgsm_alpha=1.0), "2", "arXiv 2405.16262",
         text="N-FGSM that also moves the weights before each step, the first layers most",

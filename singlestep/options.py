@@ -367,7 +367,7 @@ class Args:
     eps_warmup: float = flag("attack", "epochs over which --epsilon and the attack's step grow from 0", 0.0,
                              number(float, 0), metavar="EPOCHS")
     fgsm_alpha: float = flag("attack", "step of single-step attacks, in epsilons (default: 2; of nfgsm, pgi, nuclear, "
-                             "n_lap, liet 1; of ckpt, r_lap 1.25)", None, number(float, 0),
+                             "n_lap, liet, uap, cuap, fuap 1; of ckpt, r_lap 1.25)", None, number(float, 0),
                              convert=lambda value, args: value * args.epsilon / 255)
     attack_smoothing: float = flag("attack", "label smoothing of the attack's loss", 0.0, number(float, 0, 1))
     fgsm_init: str = flag("attack", "starting point of fgsm, zerograd and r_lap", "random", choices=("zero", "random"))
@@ -393,6 +393,11 @@ class Args:
     atas_c: float = flag("attack", "atas: c of the step 16/255 / (1 + sqrt(v) / c)", 0.01, number(float, 1e-9))
     atas_warmup: int = flag("attack", "first epochs, in which atas takes steps of epsilon", 5, number(int, 0))
     atas_reset: int = flag("attack", "epochs between two resets of atas's stored perturbations", 10, number(int, 1))
+    uap_alpha: float = flag("attack", "step and radius of FGSM-UAP's perturbations, in 1/255", 10.0, in_255ths,
+                            convert=lambda value, args: value / 255)
+    uap_decay: float = flag("attack", "decay of the momentum of FGSM-UAP's perturbations", 0.3, number(float, 0, 1))
+    fuap_rows: int = flag("attack", "perturbations of FGSM-FUAP, one for each group of similar features", 50,
+                          number(int, 1))
     lap_beta: float = flag("attack", "share of its norm by which LAP moves a layer's weights (default: as published "
                            "for --epsilon)", None, number(float, 0))
     lap_up: bool = flag("attack", "move LAP's weights up the loss, as its paper says; its code moves them down", False)

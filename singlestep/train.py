@@ -99,11 +99,13 @@ class Run:
         flag = ATTACKS[self.args.attack].replays
         return getattr(self.args, flag) if flag else 1
 
-    @property
+    @cached_property
     def update(self) -> Callable[..., None] | None:
-        """What the attack does with the gradient that the backward pass leaves in delta."""
-        name = ATTACKS[self.args.attack].update
-        return getattr(attacks, name) if name else None
+        """What the attack does with a gradient that the backward pass leaves."""
+        attack = ATTACKS[self.args.attack]
+        if not attack.update:
+            return None
+        return partial(getattr(attacks, attack.update), **self.args.keywords(attack.update_keywords))
 
     @cached_property
     def evaluation_batch(self) -> int:

@@ -142,3 +142,15 @@ def test_atass_steps(monkeypatch):
            lambda step, hyper: [step["redrawn.D"][step["index"]]] if "redrawn.D" in step else [],
            lambda kept: {"atas v": share**2 * kept["v"], **({"atas": kept["D"]} if "D" in kept else {})}, images=12,
            padding=2, first_epoch=1, lazily=True)
+
+
+def test_fuap(monkeypatch):
+    def kept(arrays):
+        """The product keeps u in units of a, and the head's weights as one vector; Adam's moments are 0 at first."""
+        head = torch.cat([arrays[f"{layer}.{name}"].flatten() for layer in ("h1", "h2") for name in ("weight", "bias")])
+        found = {"uap": arrays["u"].sign(), "uap momentum": arrays["m"], "fuap head": head}
+        if not arrays["m"].any():
+            found |= {"fuap moments": torch.zeros(2, len(head)).double(), "fuap steps": torch.zeros(()).double()}
+        return found
+
+    follow(monkeypatch, "fuap", "--method=fuap --fuap-rows=5", "- eta delta", lambda step, hyper: [step["noise"]], kept)

@@ -204,6 +204,61 @@ def pgi(net, x, y, epsilon, at, alpha, reset, smoothing=0.0):
     return ball(d + alpha * at.gradient.sign(), x, epsilon)
 
 
+def uap(net, x, y, epsilon, at, alpha, a, smoothing=0.0, decay=0.3):
+    return from_universal(net, x, y, epsilon, at, alpha, a, smoothing, decay, 1, [0] * len(x), 0)
+
+
+def cuap(net, x, y, epsilon, at, alpha, a, smoothing=0.0, decay=0.3):
+    return from_universal(net, x, y, epsilon, at, alpha, a, smoothing, decay, at.classes, y.tolist(), 0)
+
+
+def fuap(net, x, y, epsilon, at, alpha, a, count, smoothing=0.0, decay=0.3):
+    """The head and its optimizer are PyTorch's, their first weights drawn as the code draws them."""
+    v, seen = pixels(uniform(x, epsilon), x), []
+    linear = [module for module in net.modules() if isinstance(module, nn.Linear)][-1]
+    hook = linear.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].detach()))
+    net(x + v)
+    hook.remove()
+    features, = seen
+    if "head" not in at.kept:
+        first, second = (nn.utils.skip_init(nn.Linear, *shape, dtype=features.dtype)
+                         for shape in ((features.shape[1], count), (count, at.classes)))
+        head = nn.Sequential(first, nn.ReLU(), second)
+        drawn = 2 * torch.rand(1, sum(p.numel() for p in head.parameters()), dtype=features.dtype).flatten() - 1
+        for layer in (first, second):
+            for parameter in (layer.weight, layer.bias):
+                own, drawn = drawn[:parameter.numel()], drawn[parameter.numel():]
+                parameter.data = own.view_as(parameter) / math.sqrt(layer.in_features)
+        at.kept["head"], at.adam = head, torch.optim.Adam(head.parameters(), lr=1e-3)
+    head = at.kept["head"]
+    groups = [max(range(count), key=scores.__getitem__) for scores in head[0](features).tolist()]
+    at.adam.zero_grad()
+    with torch.enable_grad():
+        mean_ce(head(features), y, smoothing).backward()
+    at.adam.step()
+    return from_universal(net, x, y, epsilon, at, alpha, a, smoothing, decay, count, groups, v)
+
+
+def from_universal(net, x, y, epsilon, at, alpha, a, smoothing, decay, count, rows, v):
+    if "u" not in at.kept:
+        at.kept["u"] = a * torch.sign(2 * torch.rand(count, *x.shape[1:], dtype=x.dtype) - 1)
+        at.kept["m"] = torch.zeros_like(at.kept["u"])
+    u, m = at.kept["u"], at.kept["m"]
+    at.start = ball(v + u[rows], x, epsilon).requires_grad_()
+    at.logits = net(x + at.start)
+    g, = torch.autograd.grad(mean_ce(at.logits, y, smoothing), at.start, retain_graph=True)
+
+    def after(of_loss):
+        whole = g + of_loss
+        for k in set(rows):
+            own = [i for i, row in enumerate(rows) if row == k]
+            m[k] = decay * m[k] + sum(whole[i] for i in own) / len(own) / whole.abs().sum()
+            u[k] = torch.clamp(u[k] + a * m[k].sign(), -a, a)
+
+    at.after = after
+    return ball(at.start.detach() + alpha * g.sign(), x, epsilon)
+
+
 def liet(net, x, y, epsilon, at, alpha, smoothing, noise, every):
     """L is kept here in epsilons."""
     if at.batch % every == 0:
@@ -410,8 +465,8 @@ def pool(n: int = 6, seed: int = 0):
     return net, x, y
 
 
-ATTACKS = {f.__name__: f for f in (none, fgsm, nfgsm, pgd, sora, ckpt, free, pgi, liet, kl, nuclear, n_lap, r_lap,
-                                 atas)}
+ATTACKS = {f.__name__: f for f in (none, fgsm, nfgsm, pgd, sora, ckpt, free, pgi, liet, uap, cuap, fuap, kl, nuclear,
+                                   n_lap, r_lap, atas)}
 OBJECTIVES = {**{f.__name__: f for f in (ce, gradalign, elle, aaer, trades, logits)}, "nuclear": nuclear_norm,
               "liet": liet_loss}
 
@@ -437,6 +492,10 @@ PAIRS = {
              dict(smoothing=0.6, weight=100.0), 1e-9),
     "liet, new perturbations in every batch": (
         "liet", dict(alpha=1.25 * EPSILON, smoothing=0.4, noise=(0.0, 1.0), every=1), "ce", {}, 1e-9),
+    "uap": ("uap", dict(alpha=EPSILON, a=10 / 255, smoothing=0.4), "logits", dict(weight=10.0, smoothing=0.4), 1e-9),
+    "cuap": ("cuap", dict(alpha=0.5 * EPSILON, a=6 / 255), "logits", dict(weight=3.0), 1e-9),
+    "fuap": ("fuap", dict(alpha=EPSILON, a=10 / 255, count=5, smoothing=0.4), "logits",
+             dict(weight=10.0, smoothing=0.4), 1e-9),
     "pgd, logits": ("pgd", dict(alpha=EPSILON / 4, steps=3), "logits", dict(weight=10.0), 1e-9),
     "kl, trades": ("kl", dict(alpha=EPSILON / 4), "trades", dict(beta=6.0), 1e-5),
     "kl": ("kl", dict(alpha=EPSILON / 4, steps=3), "ce", {}, 1e-9),
@@ -468,7 +527,7 @@ STEPS = [(0, 0, 0.0, [4, 0, 5, 1, 2, 3], 1), (0, 1, 0.0, [3, 5, 1, 0], 1), (1, 0
 
 def memory(images: int, classes: int = 4) -> SimpleNamespace:
     return SimpleNamespace(images=images, classes=classes, epochs=4, kept={}, after=None, logits=None, gradient=None,
-                           shares=[], kinds=[], terms=[], momentum={}, steps=[], padding=0, drawn={})
+                           start=None, shares=[], kinds=[], terms=[], momentum={}, steps=[], padding=0, drawn={})
 
 
 def assert_kept(found: dict, expected: dict, rtol: float = 1e-9) -> None:
@@ -486,11 +545,18 @@ def assert_kept(found: dict, expected: dict, rtol: float = 1e-9) -> None:
     if "padded" in expected:
         close(found["atas"].double(), expected["padded"].double(), rtol=2**-10, atol=1e-7)
         close(found["atas v"], expected["squares"], rtol=rtol, atol=0)
+    if "u" in expected:
+        close(found["uap"].sign(), expected["u"].sign(), rtol=0, atol=0)
+        close(found["uap momentum"], expected["m"], rtol=1e-5, atol=1e-3 * rtol)
+    if "head" in expected:
+        close(found["fuap head"], nn.utils.parameters_to_vector(expected["head"].parameters()).detach(), rtol=rtol,
+              atol=rtol)
     if "terms" in expected:
         terms = np.array(expected["terms"])
         close(found["elle"], torch.tensor([expected["lambda"], len(terms), terms.sum(), (terms**2).sum()],
                                           dtype=torch.float64), rtol=rtol, atol=0)
-    assert len(found) == len(expected.keys() & {"v", "delta", "D", "M", "L", "padded", "squares", "terms"})
+    names = expected.keys() & {"v", "delta", "D", "M", "L", "u", "m", "head", "padded", "squares", "terms"}
+    assert len(found) == len(names) + 2 * ("head" in names)  # with its moments
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -521,12 +587,14 @@ def test_steps_are_the_formulas(name):
             assert torch.equal(net.get_parameter(parameter).grad, gradient)
         assert net.training and all(p.requires_grad for p in net.parameters()) and not delta.requires_grad
         loss, _ = getattr(objectives, objective)(net, x, y, delta.requires_grad_(), epsilon, step, **more)
-        found = torch.autograd.grad(loss, [*net.parameters(), delta], materialize_grads=True)
+        point = step.start if methods.ATTACKS[attack].update_at == "start" else delta
+        found = torch.autograd.grad(loss, [*net.parameters(), point], materialize_grads=True)
 
         torch.manual_seed(100 + number)
         expected_delta = ATTACKS[attack](other, x, y, epsilon, at, **keywords).requires_grad_()
         expected_loss = OBJECTIVES[objective](other, x, y, expected_delta, epsilon, at, **more)
-        expected = torch.autograd.grad(expected_loss, [*other.parameters(), expected_delta], materialize_grads=True)
+        point = expected_delta if at.start is None else at.start
+        expected = torch.autograd.grad(expected_loss, [*other.parameters(), point], materialize_grads=True)
         torch.testing.assert_close(delta, expected_delta, rtol=0, atol=1e-12)
         torch.testing.assert_close(loss.double(), expected_loss.double(), rtol=rtol, atol=0)
         scale = max(gradient.abs().max().item() for gradient in expected)  # that of a bias before BatchNorm is zero
@@ -535,7 +603,8 @@ def test_steps_are_the_formulas(name):
         update = methods.ATTACKS[attack].update
         assert bool(update) == bool(at.after)
         if update:
-            getattr(attacks, update)(step, x, delta.detach(), found[-1], epsilon)
+            more_keywords = {"decay": 0.3} if update == "uap_update" else {}
+            getattr(attacks, update)(step, x, delta.detach(), found[-1], epsilon, **more_keywords)
             at.after(expected[-1])
         for one, two in zip(net.buffers(), other.buffers()):
             torch.testing.assert_close(one, two, rtol=rtol, atol=0)
@@ -727,6 +796,39 @@ def test_liets_classes_coin_and_share_of_noise_are_rank_0s_in_all_processes():
         assert shares[1] == pytest.approx(shares[0], abs=0.1)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fuaps_features_are_the_input_of_the_last_layer(compiled):
+    """Also of a compiled network, whose code has been made without the hook."""
+    net, x, _ = pool()
+    model = torch.compile(net, backend="eager") if compiled else net
+    with torch.no_grad(), attacks.frozen(net):
+        expected = torch.tanh(net.bn(net.conv(x))).square().mean(dim=(2, 3))
+        model(x)
+    found = attacks.features(model, x)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+    assert not net.linear._forward_pre_hooks and not found.requires_grad
+    with pytest.raises(ValueError, match="this network has none"):
+        attacks.features(nn.Flatten(), x)
+
+
+def test_uap_moves_the_perturbations_of_the_batch_alone_and_none_after_an_overflow():
+    net, x, y = pool()
+    step = Step(net, len(x), torch.arange(len(x)), classes=4)
+    y = y.clamp(max=1)
+    attacks.cuap(net, x, y, EPSILON, EPSILON, step, 10 / 255)
+    before = {name: values.clone() for name, values in step.kept.items()}
+    attacks.uap_update(step, x, x, torch.full_like(x, torch.inf), EPSILON, decay=0.3)
+    assert all(torch.equal(values, before[name]) for name, values in step.kept.items())
+    attacks.uap_update(step, x, x, torch.zeros_like(x), EPSILON, decay=0.3)
+    for name, values in step.kept.items():
+        moved = [not torch.equal(one, two) for one, two in zip(values, before[name])]
+        assert moved == [bool((y == k).any()) for k in range(4)]
+    # Without a kept graph, the step's own gradient is the whole: u moves as it says, m is its mean in shares of norm1.
+    mean = step.gradient[y == 1].mean(dim=0) / step.gradient.abs().sum()
+    torch.testing.assert_close(step.kept["uap momentum"][1], mean, rtol=1e-9, atol=0)
+    torch.testing.assert_close(step.kept["uap"][1], (before["uap"][1] + mean.sign()).clamp(-1, 1), rtol=0, atol=0)
+
+
 def test_liets_loss_is_in_float32_and_finite_where_probabilities_underflow():
     """Some are 0 in float32 at both points; in float16, the logits alone are rounded."""
     net, x, y = pool()
@@ -856,7 +958,7 @@ def small_run(folder, *flags: str, dataset=options.SVHN) -> train.Run:
 PASSES = {"fgsm": "TT", "fgsm-rs": "TT", "zerograd": "TT", "multigrad": "TTTT", "pgd": "T" * 11, "n-fgsm": "TT",
           "n-aaer": "TT", "rs-aaer": "TT", "gradalign": "TTT", "elle": "TT3", "elle-a": "TT3", "free": "T",
           "ckpt": "EEET", "pgi": "TT", "nuat": "TETT", "trades": "E" * 11 + "TT", "sora": "TT", "n-lap": "TT",
-          "r-lap": "TT", "liet": "TT", "atas": "ET"}
+          "r-lap": "TT", "liet": "TT", "atas": "ET", "uap": "TT", "cuap": "TT", "fuap": "TTT"}
 # The same in the first batch of an epoch, where it differs; C: of one image for each class, in eval mode.
 FIRST_PASSES = {"liet": "CTT"}
 
@@ -905,6 +1007,9 @@ TRAINED = {
     "sora --norm=l_2": (sora, dict(norm="l_2"), ce, {}),
     "fgsm-rs --norm=l_2": (fgsm, dict(alpha=10 / 255, norm="l_2"), ce, {}),
     "atas": (atas, dict(warmup=1, reset=2), ce, {}),
+    "uap": (uap, dict(alpha=EPSILON, a=10 / 255, smoothing=0.4), logits, dict(weight=10, smoothing=0.4)),
+    "cuap": (cuap, dict(alpha=EPSILON, a=10 / 255, smoothing=0.4), logits, dict(weight=10, smoothing=0.4)),
+    "fuap": (fuap, dict(alpha=EPSILON, a=10 / 255, count=50, smoothing=0.4), logits, dict(weight=10, smoothing=0.4)),
     "none": (none, {}, ce, {}),
 }
 
@@ -933,8 +1038,9 @@ def test_training_is_the_update_written_out_by_hand(name, tmp_path, tiny):
             x, y = run.train.batch(at.index, run.augmentation, at.drawn)
             seed_everything(train.STEP, 0, epoch, number, 0)
             delta = attack(net, x, y, EPSILON, at, **its).requires_grad_()
-            *gradients, g = torch.autograd.grad(objective(net, x, y, delta, EPSILON, at, **more),
-                                                [*net.parameters(), delta])
+            loss = objective(net, x, y, delta, EPSILON, at, **more)
+            point = delta if at.start is None else at.start
+            *gradients, g = torch.autograd.grad(loss, [*net.parameters(), point])
             if at.after:
                 at.after(g)
             with torch.no_grad():
@@ -970,7 +1076,7 @@ def refused(result, *named: str) -> None:
         assert part in error, error
 
 
-@pytest.mark.parametrize("method", ["sora", "free", "pgi", "elle-a", "gradalign", "liet", "n-lap", "atas"])
+@pytest.mark.parametrize("method", ["sora", "free", "pgi", "elle-a", "gradalign", "liet", "fuap", "n-lap", "atas"])
 def test_a_step_that_overflows_in_float16_spoils_nothing_that_is_kept(method, tmp_path, small_dummy):
     """The first steps in float16 are scaled too far and skipped; their gradients are infinite."""
     run = small_run(tmp_path, f"--method={method}", "--amp", "--amp-dtype=float16", "--free-replays=2")
@@ -1048,7 +1154,10 @@ def test_a_run_that_goes_on_ends_with_the_bits_of_an_unbroken_one(method, more, 
     assert_same_run(tmp_path / "part", whole)
     kept = torch.load(whole / "state.pth", weights_only=True)["opt"]["run"]["kept"]
     assert kept.keys() == {"sora": {"sora"}, "free": {"free"}, "pgi": {"pgi", "pgi momentum"}, "elle-a": {"elle"},
-                           "liet": {"liet"}, "atas": {"atas", "atas v"}}.get(method, set())
+                           "liet": {"liet"}, "atas": {"atas", "atas v"}, "uap": {"uap", "uap momentum"},
+                           "cuap": {"uap", "uap momentum"},
+                           "fuap": {"uap", "uap momentum", "fuap head", "fuap moments", "fuap steps"}}.get(
+        method, set())
     assert all(values.any() for values in kept.values())
 
 
@@ -1123,6 +1232,8 @@ PUBLISHED = {
     "liet": "--attack=liet --fgsm-alpha=1 --liet-noise=0.1,0.5 --liet-every=20 --objective=liet --liet-smoothing=0.6 "
             "--liet-lambda=100",
     "atas": "--attack=atas --pad-mode=zero --rotate=0 --atas-c=0.01 --atas-warmup=5 --atas-reset=10",
+    **{name: f"--attack={name} --fgsm-alpha=1 --uap-alpha=10 --uap-decay=0.3 --fuap-rows=50 --objective=logits "
+             "--logits-lambda=10 --label-smoothing=0.4" for name in ("uap", "cuap", "fuap")},
 }
 
 
@@ -1163,7 +1274,7 @@ def test_without_a_method_nothing_is_changed(script_name):
     for name in ("fgsm", "zerograd", "multigrad", "pgd", "sora", "free", "kl", "none"):
         assert parsed(DATASETS[script_name], "--attack", name)["fgsm_alpha"] == 2.0
     for name, alpha in (("nfgsm", 1.0), ("pgi", 1.0), ("nuclear", 1.0), ("ckpt", 1.25), ("n_lap", 1.0),
-                        ("r_lap", 1.25), ("liet", 1.0)):
+                        ("r_lap", 1.25), ("liet", 1.0), ("uap", 1.0), ("cuap", 1.0), ("fuap", 1.0)):
         assert parsed(DATASETS[script_name], "--attack", name)["fgsm_alpha"] == alpha
         assert parsed(DATASETS[script_name], "--attack", name, "--fgsm-alpha=0.5")["fgsm_alpha"] == 0.5
 
@@ -1293,6 +1404,13 @@ def test_laps_shares_are_the_published_ones(epsilon, n, r, v):
             assert parsed(options.CIFAR10, *flags.split(), f"--epsilon={near}")["lap_beta"] == beta
 
 
+@pytest.mark.parametrize("dataset, rows", [(options.CIFAR10, 50), (options.CIFAR100, 200), (options.TINY, 300),
+                                           (options.SVHN, 50)])
+def test_fuap_has_as_many_perturbations_as_published(dataset, rows):
+    assert parsed(dataset, "--method=fuap")["fuap_rows"] == rows
+    assert parsed(dataset, "--method=fuap", "--fuap-rows=7")["fuap_rows"] == 7
+
+
 @pytest.mark.parametrize("dataset, epsilon, smoothing, weight, noise, every", [
     (options.CIFAR10, 8, 0.6, 100, (0.1, 0.5), 20), (options.CIFAR100, 8, 0.8, 200, (0.1, 0.5), 20),
     (options.SVHN, 4, 0.6, 100, (0.1, 0.5), 20), (options.CIFAR10, 16, 0.4, 20, (0, 1), 10),
@@ -1317,6 +1435,8 @@ def test_liets_numbers_are_the_published_ones(dataset, epsilon, smoothing, weigh
     ("--method=sora --label-smoothing=0.1", "--label-smoothing 0"),
     ("--method=sora --amp --amp-impl=apex", "--amp-impl native"),
     ("--method=n-lap --amp --amp-impl=apex", "--amp-impl native"), ("--lap-beta=-1", "--lap-beta"),
+    ("--method=fuap --amp --amp-impl=apex", "--amp-impl native"), ("--fuap-rows=0", "--fuap-rows"),
+    ("--uap-alpha=256", "--uap-alpha"), ("--uap-decay=2", "--uap-decay"),
     ("--method=liet --label-smoothing=0.1", "--label-smoothing 0"), ("--liet-noise=0.5,0.1", "--liet-noise"),
     ("--liet-noise=0.5", "--liet-noise"), ("--liet-noise=0,nan", "--liet-noise"), ("--liet-every=0", "--liet-every"),
     ("--method=atas --pad-mode=reflect", "--pad-mode zero"), ("--attack=atas --rotate=15", "--rotate 0"),

@@ -135,6 +135,10 @@ RIVAL_ATTACKS = {
     "pgi": (["--pgi-reset=7"], dict(alpha=3 / 255, reset=7, smoothing=0.3)),
     "liet": (["--liet-smoothing=0.7", "--liet-noise=0.2,0.9", "--liet-every=6"],
              dict(alpha=3 / 255, smoothing=0.7, noise=(0.2, 0.9), every=6)),
+    "uap": (["--uap-alpha=7", "--uap-decay=0.6"], dict(alpha=3 / 255, a=7 / 255, smoothing=0.3, decay=0.6)),
+    "cuap": (["--uap-alpha=7", "--uap-decay=0.6"], dict(alpha=3 / 255, a=7 / 255, smoothing=0.3, decay=0.6)),
+    "fuap": (["--uap-alpha=7", "--uap-decay=0.6", "--fuap-rows=9"],
+             dict(alpha=3 / 255, a=7 / 255, count=9, smoothing=0.3, decay=0.6)),
     "kl": ([], dict(alpha=1.5 / 255, steps=3)),
     "nuclear": (["--nuclear-lambda=2.5"], dict(alpha=3 / 255, weight=2.5, smoothing=0.2)),
     "n_lap": (["--noise-k=1.5", "--lap-beta=0.2", "--lap-up"], dict(alpha=3 / 255, k=1.5, beta=0.2, up=True)),
@@ -159,7 +163,7 @@ def test_the_rivals_are_called_with_what_the_command_line_says(kind, name):
     if kind == "objective":
         expected = {"smoothing": 0.3, **expected}
     record = (methods.ATTACKS if kind == "attack" else methods.OBJECTIVES)[name]
-    found = args.keywords(record.keywords)
+    found = args.keywords({**record.keywords, **getattr(record, "update_keywords", {})})
     assert found.keys() == expected.keys()
     assert all(found[key] == pytest.approx(value) for key, value in expected.items())
 
