@@ -421,7 +421,7 @@ def liet(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, s
     u, coin = step.same(torch.rand(2, dtype=x.dtype, device=x.device))
     h, radius = (epsilon, epsilon) if epsilon <= 8 / 255 else (2 * epsilon, math.inf)
     replaced = torch.rand_like(x) < low + (high - low) * u
-    d = torch.where(replaced, torch.empty_like(x).uniform_(-h, h), epsilon * step.kept["liet"][y])
+    d = torch.where(replaced, in_ball(x, h), epsilon * step.kept["liet"][y])
     eta = box((2 * coin - 1).sign() * d, x, math.inf)
     grad, _ = first_gradient(model, x, eta, lambda logits: step.nonuniform_ce(logits, y, smoothing), step)
     return box(eta + alpha * grad.sign(), x, radius)
