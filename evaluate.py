@@ -2,6 +2,7 @@
 
     python evaluate.py runs/zerograd --attacks=clean,pgd-50-10,autoattack --samples=1000
     python evaluate.py published.pt --data-set=cifar10 --model=WideResNet --epsilons=2,4,8
+    python evaluate.py --network=my_module:my_function --weights=my_weights.pt --data-set=cifar10
     python evaluate.py runs/a runs/b runs/c --attacks=clean,autoattack --samples=200 --latex=table.tex
 
 A run's folder says which network, data set and epsilon it has; for a published file, give them as flags. Each result

@@ -1,6 +1,9 @@
 """Load networks from run folders and from checkpoint files, of these scripts or published ones."""
 import hashlib
+import importlib
+import inspect
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +13,7 @@ from torch import Tensor, nn
 
 from . import options
 from .methods import MODELS
-from .networks import PreActResNet, new_network
+from .networks import Normalize, PreActResNet, new_network
 from .run.console import UsageError, say
 from .run.folder import Folder
 from .run.state import Checkpoint, find_checkpoint, read_checkpoint, read_metadata
@@ -73,7 +76,8 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
         else:
             dataset = recorded if recorded and recorded.name == named else options.data_set(named)
         if dataset.source == options.OWN:
-            raise UsageError(f"{path}: the run trained a network of yours: load its state dict into that network")
+            raise UsageError(f"{path}: the run trained a network of yours: load its state dict into that network, or "
+                             f"evaluate it with evaluate.py --network=MODULE:FUNCTION --weights=FILE")
         args = options.arguments(dataset, {})
         given["data_set"] = dataset.name
         for name, value in {**run, **given}.items():
@@ -95,6 +99,55 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
         raise UsageError(str(error).removeprefix("--resume: ")) from None
     notes += [] if run else assumptions(model, dataset, args)
     return Opened(model.eval(), args, dataset, source, folder, run, options.differing(given, run) + notes, epoch)
+
+
+def open_network(source: str, weights: str | None, which: str = "last", **flags: Any) -> Opened:
+    """Build a network of the user's, and load its weights.
+
+    Args:
+        source: package.module:function. The function is called with num_classes, if it takes that, and returns the
+            network: images in [0, 1] to logits; with the flags mean and std, normalized images to logits.
+        weights: file of a state dict; None: the weights that the function gives.
+        which: the network's key in a file with several.
+        flags: as of `open_run`; data_set is needed.
+
+    Raises:
+        UsageError: there is no such function or file, or they do not fit each other.
+    """
+    given = {name: options.valid(name, value) for name, value in flags.items()
+             if value is not None and name != "data_set"}
+    if flags.get("data_set") is None:
+        raise UsageError("--network needs --data-set: the images to evaluate it on")
+    idle = [options.option(name) for name in options.NETWORK if name in given and name not in CONSTANTS]
+    if idle:
+        raise UsageError(f"{idle[0]} is for the networks of --model, not for that of --network")
+    dataset = options.data_set(flags["data_set"])
+    args = options.arguments(dataset, {})
+    for name, value in {**given, "model": source}.items():
+        setattr(args, name, value)
+    module, _, name = source.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name)
+        takes = inspect.signature(function).parameters.values()
+        sized = any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in takes)
+        model = function(num_classes=dataset.classes) if sized else function()
+    except Exception as error:  # code of the user's may raise any
+        raise UsageError(f"--network {source}: {type(error).__name__}: {error}") from None
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"--network {source} must return a torch.nn.Module, not {type(model).__name__}")
+    notes = []
+    if weights is not None:
+        try:
+            notes = load_network(model, read_checkpoint(Path(weights)), weights, which=which)
+        except UsageError as error:
+            raise UsageError(str(error).removeprefix("--resume: ").replace(SHAPED_BY, "the network requires")) from None
+    if args.mean or args.std:
+        normalize = Normalize(args.mean or (0.0, 0.0, 0.0), args.std or (1.0, 1.0, 1.0))
+        model = nn.Sequential(OrderedDict(normalize=normalize, network=model))
+    else:
+        notes.append("not normalized: the network gets images in [0, 1]; --mean and --std change it")
+    return Opened(model.eval(), args, dataset, f"{source}, {weights}" if weights else source,
+                  Folder(Path(weights).parent if weights else None), {}, notes)
 
 
 EXPORTED = "singlestep"  # key of the metadata of an exported file, JSON; see `export.facts`
@@ -160,6 +213,9 @@ NETWORKS = ("last", "best", "healthy")  # of a run
 CONSTANTS = {"mean": re.compile(r"(^|\.)(mu|mean|new_mean)$"), "std": re.compile(r"(^|\.)(sigma|std|new_std)$")}
 
 
+SHAPED_BY = "--model, --base-width, --depth and --width-factor require"
+
+
 class Candidate(NamedTuple):
     """A part of a file's content that may be the network's state dict.
 
@@ -207,6 +263,9 @@ def load_network(model: nn.Module, content: dict, source: str, normalize: bool =
     if isinstance(model, PreActResNet) and model.bn is not None and "bn.weight" not in state:
         model.bn = None
         notes.append("without BatchNorm and ReLU before the last layer, as in the file")
+    missing = [name for name in model.state_dict().keys() - state.keys() if not name.endswith("num_batches_tracked")]
+    if missing:  # only PreActResNets may lack their final BatchNorm
+        raise UsageError(f"--resume: {source} is of another architecture: it has no {min(missing)}")
     try:
         model.load_state_dict({**model.state_dict(), **state})
     except (RuntimeError, TypeError, AttributeError):
@@ -264,8 +323,7 @@ def _faults(state: dict[str, Any], wanted: dict[str, Tensor]) -> list[str]:
         found = tuple(getattr(state[key], "shape", ())) if key in state else "nothing"
         optional = key.endswith("num_batches_tracked") or ("bn.weight" not in state and key.startswith("bn."))
         if shape != found and not (found == "nothing" and optional):
-            faults.append(f"at {key} it has {found}, but --model, --base-width, --depth and --width-factor "
-                          f"require {shape}")
+            faults.append(f"at {key} it has {found}, but {SHAPED_BY} {shape}")
     return faults
 
 
@@ -278,6 +336,8 @@ def _normalized(model: nn.Module, constants: dict[str, Tensor], source: str, wan
     """Set the network's mean and std to the constants of the file. Returns notes to print."""
     if not constants:
         return []
+    if not isinstance(getattr(model, "normalize", None), Normalize):
+        return [f"the file's normalization ({_shown(constants)}) is not used: --mean and --std normalize the images"]
     if not wanted:
         return [f"the file's normalization ({', '.join(constants)}) is overridden by --mean and --std"]
     own = {}

@@ -1,5 +1,7 @@
 """evaluate.py and --eval: attack networks, print a table, add a record to evaluation.json."""
 import json
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -15,8 +17,10 @@ from torch import Tensor, nn
 
 from . import figures, options, tables
 from .autoattack import AutoAttack, library, parts_for
-from .checkpoints import Opened, fingerprint, open_run
+from .checkpoints import Opened, fingerprint, open_network, open_run
 from .data import Images, testing
+from .methods import MODELS
+from .networks import Normalize
 from .options import Args, DataSet
 from .robustness import PGD, Restart, Result, attack_steps, no_gradient, shown
 from .run import folder as folders
@@ -99,9 +103,12 @@ def main(args) -> None:
         epsilon = args.epsilons[0] if args.epsilons and len(args.epsilons) == 1 else None
         names = ("data_set", "norm", "seed", *options.RUNS)
         flags = {name: getattr(args, name) for name in names} | {"epsilon": epsilon}
+        opening = {path: partial(open_run, path, args.which, **flags) for path in args.runs}
+        if args.network:
+            sys.path.insert(0, os.getcwd())
+            opening[args.network] = partial(open_network, args.network, args.weights, args.which, **flags)
         test_images = read_once()
-        networks = {path: partial(read, path, args.which, flags, args.attacks, args.out, test_images)
-                    for path in args.runs}
+        networks = {path: partial(read, each, args.attacks, args.out, test_images) for path, each in opening.items()}
 
         def check() -> None:
             for each in [*networks.values()][1:]:  # the first one is about to be opened
@@ -159,7 +166,7 @@ def evaluate_network(path: str, network: Callable[[], tuple[Opened, Images]], ar
         warn(job)
     if job.failure:
         raise job.failure
-    return Evaluated(Path(path), figures.defaults(job.opened.run) if job.opened.run else {}, job.rows)
+    return Evaluated(Path(path), figures.defaults(job.opened.run) if "attack" in job.opened.run else {}, job.rows)
 
 
 def comparison(networks: list[Evaluated], by_seed: bool = False) -> tuple[tables.Table, str]:
@@ -197,8 +204,8 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
     flags["data_set"] = dataset
 
     def opened(path: str | Path, which: str) -> Job:
-        return open_job(partial(read, path, which, flags), device, precision, Stop(signals, world), screen,
-                        args.batch_size)
+        return open_job(partial(read, partial(open_run, path, which, **flags)), device, precision, Stop(signals, world),
+                        screen, args.batch_size)
 
     def resumed() -> str | Path:
         trained_on = recorded.get("data_set", dataset.name)
@@ -254,29 +261,46 @@ def read_once() -> Callable[[DataSet, str, bool], Images]:
     return test_images
 
 
-def read(path: str | Path, which: str, flags: dict[str, Any], attacks: tuple[str, ...] = (), out: str | None = None,
+def read(open_it: Callable[[], Opened], attacks: tuple[str, ...] = (), out: str | None = None,
          test_images: Callable[[DataSet, str, bool], Images] = testing) -> tuple[Opened, Images]:
-    """Open the network at `path` and its test images, and check what the attacks and the record need.
+    """Open a network and its test images, and check what the attacks and the record need.
 
     The returned `folder` is where evaluation.json goes: `out`, or else the network's; Folder(None) if that is not
     writable.
     """
-    opened = open_run(path, which, **flags)
+    opened = open_it()
     folder = Folder(out) if out else opened.folder
     if out:
         folder.require_writable("--out")
         folder.path.mkdir(parents=True, exist_ok=True)
     elif not folder.is_writable():
-        opened.notes.append(f"{folder.path} cannot be written: no record is kept (evaluate.py --out=FOLDER keeps one)")
+        why = f"{folder.path} cannot be written: " if folder.exists else ""
+        opened.notes.append(f"{why}no record is kept (evaluate.py --out=FOLDER keeps one)")
         folder = Folder(None)
     folders.evaluations(folder)  # raises where the file is damaged, before anything is measured
     for attack in attacks:
         if attack in options.AUTOATTACK:
             opened.notes.extend(parts_for(attack, opened.dataset.classes)[1])
     images = test_images(opened.dataset, opened.args.data_dir, opened.args.dummy)
+    if opened.args.model not in MODELS:
+        check_outputs(opened, images)
     # A function of the user's may be one that cannot be sent to other processes.
     dataset = replace(opened.dataset, source=opened.dataset.statement()["source"], peak=options.half)
     return opened._replace(folder=folder, dataset=dataset), images
+
+
+@torch.no_grad()
+def check_outputs(opened: Opened, images: Images) -> None:
+    """Raise UsageError unless a network of the user's maps images to a logit for each class."""
+    x, _ = images.batch(slice(2))
+    try:
+        shape = tuple(opened.model(x).shape)
+    except Exception as error:  # code of the user's may raise any
+        raise UsageError(f"--network {opened.source} fails on images of shape {tuple(x.shape)}: "
+                         f"{type(error).__name__}: {error}") from None
+    if shape != (len(x), opened.dataset.classes):
+        raise UsageError(f"--network {opened.source} maps images of shape {tuple(x.shape)} to {shape}, not to "
+                         f"{(len(x), opened.dataset.classes)}: the logits of {opened.dataset.name}")
 
 
 def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device, precision: Precision,
@@ -384,9 +408,10 @@ def warn(job: Job) -> None:
 def parameters(opened: Opened) -> dict[str, Any]:
     """What a record says of the network and its images."""
     normalize = getattr(opened.model, "normalize", None)
-    constants = {} if normalize is None else {name: getattr(normalize, name).flatten().tolist()
-                                              for name in ("mean", "std")}
-    names = ("data_set", "dummy", "norm", *options.NETWORK)
+    constants = {name: getattr(normalize, name).flatten().tolist() for name in ("mean", "std")
+                 if isinstance(normalize, Normalize)}
+    of_network = options.NETWORK if opened.args.model in MODELS else ("model", "mean", "std")
+    names = ("data_set", "dummy", "norm", *of_network)
     return {**{name: getattr(opened.args, name) for name in names}, **constants}
 
 
@@ -578,7 +603,8 @@ def batchnorm_mismatch(model: nn.Module, x: Tensor) -> float:
         distances.append(torch.hypot((mean - running_mean) / running, stretch).quantile(0.25))
         return F.batch_norm(inputs[0], None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
 
-    hooks = [layer.register_forward_hook(compare) for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    hooks = [layer.register_forward_hook(compare) for layer in model.modules()
+             if type(layer) is nn.BatchNorm2d and layer.running_mean is not None]  # a subclass may compute more
     try:
         model(x)
     finally:

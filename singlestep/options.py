@@ -236,6 +236,14 @@ def figure_path(text: str) -> str:
     return path(text)
 
 
+def function_name(text: str) -> str:
+    """An argparse type: a function in a module."""
+    if not re.fullmatch(r"[\w.]+:\w+", text):
+        raise argparse.ArgumentTypeError(f"must be PACKAGE.MODULE:FUNCTION, such as torchvision.models:resnet18, not "
+                                         f"{text!r}")
+    return text
+
+
 PARTS = ("apgd-ce", "apgd-t", "fab-t", "square")  # of AutoAttack's standard version, in its order
 AUTOATTACK = (*PARTS, "autoattack")
 
@@ -796,7 +804,11 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     if argv is None:
         end_on_interrupt()
     p = Parser(description)
-    p.add_argument("runs", nargs="+", type=path, metavar="RUN_OR_FILE", help="a run's folder, or a model's file")
+    p.add_argument("runs", nargs="*", type=path, metavar="RUN_OR_FILE", help="a run's folder, or a model's file")
+    add = p.add_argument_group("a network of your own").add_argument
+    add("--network", type=function_name, metavar="PACKAGE.MODULE:FUNCTION", help="function that returns a network for "
+        "images in [0, 1], or normalized by --mean and --std; --data-set has the images")
+    add("--weights", type=path, metavar="FILE", help="state dict of --network (default: the function's weights)")
     add = p.add_argument_group("what is measured").add_argument
     add("--attacks", type=attack_names, default="clean,fgsm,pgd-50-10", metavar="NAME,...",
         help="clean, fgsm (from zero, a step of epsilon), pgd-STEPS-RESTARTS (steps of epsilon/4), "
@@ -823,7 +835,12 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="the lower precision of --amp")
     add("--tf32", action="store_true", help="on CUDA, run PGD, FGSM and CW with convolutions in TF32; float32 decides")
     p.set_defaults(amp_impl="native", deterministic=False)
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if not args.runs and not args.network:
+        p.error("the following arguments are required: RUN_OR_FILE, or --network")
+    if args.weights and not args.network:
+        p.error("--weights is for --network: give a model's file without it")
+    return args
 
 
 # Flags that evaluate.py takes from a run.

@@ -173,7 +173,7 @@ def test_every_flag_that_the_docs_name_exists_and_the_other_way_round():
     named = set(re.findall(r"`(--[a-z][\w-]*)", "".join((ROOT / "docs" / name).read_text() for name in (
         "flags.md", "methods.md", "accuracy.md", "long_runs.md"))))
     elsewhere = {"--attacks", "--epsilons", "--samples", "--data-set", "--which", "--out", "--again", "--by-seed",
-                 "--csv", "--latex",  # of evaluate.py
+                 "--csv", "--latex", "--network", "--weights",  # of evaluate.py
                  "--to", "--half", "--name"}  # of export.py
     assert named - known - elsewhere == set()
     unneeded = {"--help", "--no-amp", "--no-compile", "--tf32"}

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from singlestep import attacks, autoattack, checkpoints, collapse, data, evaluation, figures, options, robustness, train
 from singlestep.autoattack import AutoAttack, parts_for
-from singlestep.checkpoints import Opened, load_network, load_run
+from singlestep.checkpoints import Opened, load_network, load_run, open_run
 from singlestep.data import Images
 from singlestep.networks import Normalize, PreActResNet18, ResNet18, WideResNet
 from singlestep.robustness import PGD, evaluate
@@ -769,6 +769,105 @@ def test_evaluate_ends_with_the_table_and_reads_the_test_set_once(run, judged, m
     one_line(judged(*flags, f"--csv={tmp_path / 'none' / 'x.csv'}"), "--csv: must be a file in a folder")
 
 
+# A network of one's own
+
+OWN = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes=10):
+        super().__init__()
+        self.bn, self.linear = nn.BatchNorm2d(3), nn.Linear(3, classes)
+
+    def forward(self, x):
+        return self.linear(self.bn(x).mean(dim=(2, 3)))
+
+def sized(num_classes):
+    return Net(num_classes)
+
+def narrow(**more):
+    return Net(more["num_classes"] - 1)
+
+def linear():
+    return nn.Linear(3, 3)
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """The name of a module with networks, which lies in the current folder."""
+    name = f"own_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return name
+
+
+def test_a_network_of_ones_own_is_judged_and_compared(own, run, judged, tmp_path):
+    flags = ["--data-set=cifar10", "--dummy", "--device=cpu", "--samples=48", "--attacks=clean,pgd-3-2", "--epsilons=2"]
+    status, output, _ = judged(f"--network={own}:Net", *flags)  # imports the module
+    assert status == 0 and "the network gets images in [0, 1]" in output and "no record is kept" in output
+    network = trained(sys.modules[own].Net())
+    torch.save({"net": {f"module.{name}": value for name, value in network.state_dict().items()}}, "weights.pt")
+    flags += ["--mean=0.5,0.4,0.3", "--std=0.5,0.25,0.125"]
+    status, output, error = judged(run, f"--network={own}:sized", "--weights=weights.pt", *flags)
+    assert (status, error) == (0, "") and output.splitlines()[-2].startswith(f"{own}:sized  48 ")
+    images = data.testing(options.CIFAR10, "", True)[:48]
+    model = nn.Sequential(Normalize((0.5, 0.4, 0.3), (0.5, 0.25, 0.125)), network)
+    result = evaluated(model, images, PGD(2 / 255, 0.5 / 255, 3, 2), 48, FLOAT32)
+    record, = json.loads((tmp_path / "evaluation.json").read_text())
+    rows = {row["attack"]: row["robust"] for row in record["attacks"]}
+    assert rows["clean"] == result.right.sum() and rows["pgd-3-2"] == result.robust.sum() < rows["clean"]
+    assert (record["model"], record["mean"]) == (f"{own}:sized", pytest.approx([0.5, 0.4, 0.3]))
+    assert "base_width" not in record and record["file"] == f"{own}:sized, weights.pt"
+    assert "clean; pgd-3-2, epsilon 2" in judged(f"--network={own}:sized", "--weights=weights.pt", *flags)[1]
+
+
+def test_torchvisions_network_has_its_weights(tmp_path):
+    from torchvision.models import resnet18
+    network = trained(resnet18(num_classes=10))
+    torch.save(network.state_dict(), tmp_path / "tv.pt")
+    opened = checkpoints.open_network("torchvision.models:resnet18", str(tmp_path / "tv.pt"), data_set="cifar10")
+    x = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(opened.model(x), network(x)) and not opened.model.training
+
+
+@pytest.mark.parametrize("flags, told", [
+    (["--network={own}:sized"], "--network needs --data-set"), (["--weights=x.pt", "x"], "--weights is for --network"),
+    ([], "RUN_OR_FILE, or --network"), (["--network={own}"], "must be PACKAGE.MODULE:FUNCTION"),
+    (["--network={own}:Nets", "--data-set=cifar10"], "has no attribute 'Nets'"),
+    (["--network=nowhere.at_all:net", "--data-set=cifar10"], "No module named 'nowhere'"),
+    (["--network={own}:number", "--data-set=cifar10"], "must return a torch.nn.Module, not int"),
+    (["--network={own}:linear", "--data-set=cifar10", "--dummy"], "fails on images of shape (2, 3, 16, 16): R"),
+    (["--network={own}:narrow", "--data-set=cifar10", "--dummy"], "to (2, 9), not to (2, 10): the logits of CIFAR-10"),
+    (["--network={own}:Net", "--data-set=cifar10", "--base-width=16"], "--base-width is for the networks of --model"),
+    (["--network={own}:Net", "--data-set=cifar10", "--weights=none.pt"], "none.pt is missing"),
+    (["--network={own}:Net", "--data-set=cifar10", "--weights=other.pt"], "other.pt is of another architecture: at li"),
+    (["--network={own}:Net", "--data-set=cifar10", "--weights=bare.pt"], "bare.pt is of another architecture: it has")])
+def test_a_mistake_about_a_network_of_ones_own_is_one_line(flags, told, own, judged, small_dummy):
+    torch.save({"linear.weight": torch.zeros(4, 3), "linear.bias": torch.zeros(4)}, "other.pt")
+    torch.save({"linear.weight": torch.zeros(10, 3), "linear.bias": torch.zeros(10)}, "bare.pt")
+    one_line(judged(*(flag.format(own=own) for flag in flags), "--device=cpu"), told)
+
+
+def test_batchnorm_layers_of_other_kinds_are_not_compared():
+    """A subclass may compute more, and a layer may have no running statistics."""
+    class Rectified(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    plain, x = nn.BatchNorm2d(3), 9 + torch.rand(64, 3, 4, 4)
+    plain.running_mean += 0.5
+    plain.running_var.fill_(1 / 12)
+    network = nn.Sequential(Rectified(3), nn.BatchNorm2d(3, track_running_stats=False), nn.Sigmoid(), plain).eval()
+    assert evaluation.batchnorm_mismatch(network[:2], x) == 0
+    assert evaluation.batchnorm_mismatch(network, x) > 0 and evaluation.batchnorm_mismatch(plain, x - 9) < 0.2
+
+
 # AutoAttack
 
 
@@ -1268,5 +1367,5 @@ def test_what_is_read_can_be_sent_to_other_processes(tmp_path, call, small_dummy
     """Also where the data set has functions that cannot."""
     assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path)[0] == 0
     own = replace(options.CIFAR10, source=lambda data_dir: None, peak=lambda epochs: 1)
-    opened, _ = pickle.loads(pickle.dumps(evaluation.read(tmp_path, "last", {"data_set": own})))
+    opened, _ = pickle.loads(pickle.dumps(evaluation.read(partial(open_run, tmp_path, data_set=own))))
     assert (opened.dataset.name, opened.dataset.classes) == ("CIFAR-10", 10)
