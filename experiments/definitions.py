@@ -104,7 +104,7 @@ RIVALS = {
 # The methods of --method in the short runs; GradAlign also with ten times its published weight.
 BY_NAME = ("fgsm", "fgsm-rs", "zerograd", "multigrad", "n-fgsm", "rs-aaer", "n-aaer", "gradalign",
            "gradalign --gradalign-lambda=2", "elle", "elle-a", "ckpt", "pgi", "nuat", "sora", "liet", "uap", "cuap",
-           "fuap", "n-lap", "r-lap", "atas", "free", "trades", "pgd")
+           "fuap", "n-lap", "r-lap", "atas", "pgd-2", "rs-cs", "mep-cs", "gat", "pco", "free", "trades", "pgd")
 ZEROGRAD = METHODS["ZeroGrad, q = 0.35"]
 
 # RobustBench's model cards, of runs by other recipes: clean / robust as its authors report it / under AutoAttack.

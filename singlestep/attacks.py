@@ -95,6 +95,11 @@ class Step:
         """Factor of NuAT's weight: min(done / 0.9, 1)."""
         return min(self.done / 0.9, 1.0)
 
+    @property
+    def boost(self) -> float:
+        """Factor of GAT's weight: 4 from done = 0.86 on, 1 before."""
+        return 4.0 if self.done >= 0.86 else 1.0
+
     def reserve(self, name: str, x: Tensor, *shape: int) -> None:
         """Make `kept[name]` a tensor of zeros, (images, *shape), if it is not yet one of that shape.
 
@@ -240,18 +245,19 @@ def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: flo
 
 @checked
 def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, steps: int, restarts: int = 1,
-        norm: str = "l_inf", early_stop: bool = False, step: Step | None = None) -> Tensor:
+        norm: str = "l_inf", early_stop: bool = False, step: Step | None = None, init: str = "random") -> Tensor:
     """PGD (Madry et al., arXiv 1706.06083).
 
-    delta <- box(delta + alpha sign(g)), `steps` times from each random start. Passes with one restart: 1 + steps.
+    delta <- box(delta + alpha sign(g)), `steps` times from each start. Passes with one restart: 1 + steps.
 
     Args:
-        restarts: number of random starts; of several, each image keeps the delta with the highest loss.
+        restarts: number of starts; of several, each image keeps the delta with the highest loss.
         early_stop: stop updating an image once it is misclassified.
+        init: start: "random" in the ball, or "zero".
     """
     best_delta, best_loss = torch.zeros_like(x), x.new_full((len(x),), -math.inf)
     for _ in range(restarts):
-        delta = start(x, epsilon, norm=norm)
+        delta = start(x, epsilon, init, norm)
         for _ in range(steps):
             grad, logits = input_gradient(model, x, y, delta, step)
             moved = pgd_step(delta, grad, x, epsilon, alpha, norm)
@@ -385,7 +391,7 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     for name in ("pgi", "pgi momentum"):
         step.reserve(name, x, *x.shape[1:])
     if step.epoch % reset == 0:
-        d, m = epsilon * (2 * torch.rand_like(x) - 1).sign(), torch.zeros_like(x)
+        d, m = corners(x, epsilon), torch.zeros_like(x)
     else:
         d, m = (step.kept[name][step.index].to(x.dtype) for name in ("pgi", "pgi momentum"))
     grad, _ = input_gradient(model, x, y, d, step, smoothing)
@@ -546,6 +552,24 @@ def fuap_groups(phi: Tensor, y: Tensor, step: Step, count: int, smoothing: float
 
 
 @checked
+def pco(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, step: Step,
+        smoothing: float = 0.0) -> Tensor:
+    """The attack of FGSM-PCO (Wang et al., arXiv 2407.12443). Passes with the objective `pco`: 3.7.
+
+    delta = box(D + alpha sign(g)), which is then stored as the image's D; D starts at a random corner of the ball.
+
+    g is the gradient at x + D of the cross-entropy with label smoothing `smoothing`. D is not cropped or flipped with
+    its image, x + D is not clipped to [0, 1], and D is stored in half precision.
+    """
+    step.reserve("pco", x, *x.shape[1:])
+    d = corners(x, epsilon) if step.epoch == 0 else step.kept["pco"][step.index].to(x.dtype)
+    grad, _ = input_gradient(model, x, y, d, step, smoothing)
+    delta = box(d + alpha * grad.sign(), x, epsilon)
+    step.store("pco", delta, step.whole)
+    return delta
+
+
+@checked
 def kl(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, steps: int = 10,
        step: Step | None = None) -> Tensor:
     """The attack of TRADES (Zhang et al., arXiv 1901.08573). Passes with the objective `trades`: 2.3 + steps.
@@ -573,16 +597,37 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
     x + eta of CE(f(x + eta), y) and, in every second batch, of CE(f(x + eta), y) + ramp weight norm_nuclear(f(x) -
     f(x + eta)) / B, with `Step.ramp`. f(x) is computed in train mode, f(x + eta) in eval mode.
     """
-    delta = (epsilon / 2 * (2 * torch.rand_like(x) - 1).sign()).clamp(-x, 1 - x)
+    return alternating(model, x, y, epsilon, alpha, smoothing, step, lambda step, clean, logits: weight * step.ramp * (
+        torch.linalg.matrix_norm(clean - logits, ord="nuc") / len(x)))
+
+
+@checked
+def guided(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, weight: float,
+           step: Step | None = None, smoothing: float = 0.0) -> Tensor:
+    """The attack of GAT (Sriramanan et al., arXiv 2011.14969). Passes with the objective `guided`: 3.3.
+
+    delta = box(eta + alpha sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
+    x + eta of CE(f(x + eta), y) and, in every second batch, of CE(f(x + eta), y) + boost weight mean_i sum_c (p_c(x) -
+    p_c(x + eta))^2, with `Step.boost`. p(x) is computed in train mode, f(x + eta) in eval mode.
+    """
+    return alternating(model, x, y, epsilon, alpha, smoothing, step, lambda step, clean, logits: weight * step.boost * (
+        (clean.softmax(dim=1) - logits.softmax(dim=1)).square().sum(dim=1).mean()))
+
+
+def alternating(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, smoothing: float,
+                step: Step | None, term: Callable[[Step, Tensor, Tensor], Tensor]) -> Tensor:
+    """FGSM in eval mode from corners of the ball of epsilon / 2, with a term added to the loss in every second batch.
+
+    Args:
+        term: (step, f(x) in train mode, f(x + delta)) -> scalar; both logits in float32.
+    """
+    delta = corners(x, epsilon / 2).clamp(-x, 1 - x)
     with torch.no_grad(), frozen(model):
         clean = model(x).float()  # in every batch, as published, since it updates BatchNorm's running statistics
 
     def loss(logits: Tensor) -> Tensor:
         ce = F.cross_entropy(logits, y, label_smoothing=smoothing)
-        if step is None or step.batch % 2 == 0:
-            return ce
-        term = torch.linalg.matrix_norm(clean - logits.float(), ord="nuc") / len(x)
-        return ce + weight * step.ramp * term
+        return ce if step is None or step.batch % 2 == 0 else ce + term(step, clean, logits.float())
 
     with eval_mode(model):
         grad, _ = gradient(model, x, delta, loss)
@@ -844,6 +889,11 @@ def in_ball(like: Tensor, epsilon: float, norm: str = "l_inf") -> Tensor:
 def magnitude(delta: Tensor, norm: str) -> Tensor:
     """Return abs(delta) or, for "l_2", each image's norm, (B, 1, 1, 1)."""
     return delta.abs() if norm == "l_inf" else _norm(delta)
+
+
+def corners(x: Tensor, size: float) -> Tensor:
+    """Return size or -size at random for each entry of x."""
+    return size * (2 * torch.rand_like(x) - 1).sign()
 
 
 def check_images(x: Tensor) -> None:

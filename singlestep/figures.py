@@ -103,19 +103,21 @@ def dependent(flags: dict[str, Any]) -> dict[str, Any]:
 def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
     """Return the name of the published method with these flags, and the flags that the name implies.
 
-    Without such a method, the name consists of the attack and the objective and, if a method has this name, of the
-    values in which the run departs from the method.
+    Of several such methods, choose the one that sets the most flags. Without such a method, the name consists of the
+    attack and the objective and, if a method has this name, of the values in which the run departs from the method.
     """
     usual: dict[str, Any] = {"fgsm_init": "random", "objective": "ce", "elle_adaptive": False, "label_smoothing": 0.0}
-    for name, published in METHODS.items():
-        stands_for = published.flags_on(flags.get("data_set", ""))
-        if all(flags.get(flag) == value for flag, value in {**usual, **stands_for}.items()):
-            return name, {*usual, *stands_for}
+    stated = {name: published.flags_on(flags.get("data_set", "")) for name, published in METHODS.items()}
+    fitting = [name for name, stands_for in stated.items()
+               if all(flags.get(flag) == value for flag, value in {**usual, **stands_for}.items())]
+    if fitting:
+        name = max(fitting, key=lambda name: len(stated[name]))
+        return name, {*usual, *stated[name]}
     objective = flags["objective"]
     title = flags["attack"] + (f" + {objective}" if objective != "ce" else "")
     departs = {}
     if title in METHODS:
-        stands_for = {**usual, **METHODS[title].flags_on(flags.get("data_set", ""))}
+        stands_for = {**usual, **stated[title]}
         departs = {flag: flags.get(flag) for flag, value in stands_for.items() if flags.get(flag) != value}
         title += " with " + ", ".join(_word(flag, value) for flag, value in departs.items())
     return title, {"attack", "objective", *departs}
@@ -270,6 +272,8 @@ STYLES = {
     "n-lap": Style("#2a9d8f", "P", ":"), "r-lap": Style("#bc6c25", "s", ":"),
     "liet": Style("#0b8f5a", "H"), "atas": Style("#3a86ff", ">"), "uap": Style("#3a7ca5", "p"),
     "cuap": Style("#3a7ca5", "p", "--"), "fuap": Style("#3a7ca5", "p", ":"),
+    "pgd-2": Style("#4d4d4d", "D", ":"), "rs-cs": Style("#8c564b", "^", "--"), "mep-cs": Style("#5e4fa2", "<", "--"),
+    "gat": Style("#a83232", ">", "--"), "pco": Style("#2f4b7c", "<", ":"),
 }
 # Styles for runs that the styles of their methods do not distinguish: all pairs of a color and a marker.
 COLORS = ("#0077bb", "#ee7733", "#009988", "#cc3311", "#33bbee", "#ee3377", "#555555")

@@ -18,19 +18,20 @@ NORMS = ("l_inf", "l_2")  # of the ball
 class Attack:
     """A perturbation of attacks.py.
 
-    keywords: keyword of the function -> flag; start: the attack computes logits and gradient at its starting point,
-    which an objective may use; eval_mode: it runs the network in eval mode; update: function of attacks.py, called
-    after backward with the loss's gradient at `update_at`, "delta" or "start"; update_keywords: keyword of that
-    function -> flag; replays: flag with the number of steps per batch; moves_weights: it moves the weights after its
-    start, with which no objective can then compare; stored: perturbations that it stores for each training image, or,
-    with `stored_padded`, for each padded one; norms: those of its published forms; defaults: flag -> default with this
-    attack; requires: flag -> required value.
+    keywords: keyword of the function -> flag; also: other flags on which a keyword's value depends; start: the attack
+    computes logits and gradient at its starting point, which an objective may use; eval_mode: it runs the network in
+    eval mode; update: function of attacks.py, called after backward with the loss's gradient at `update_at`, "delta" or
+    "start"; update_keywords: keyword of that function -> flag; replays: flag with the number of steps per batch;
+    moves_weights: it moves the weights after its start, with which no objective can then compare; stored: perturbations
+    that it stores for each training image, or, with `stored_padded`, for each padded one; norms: those of its published
+    forms; defaults: flag -> default with this attack; requires: flag -> required value.
 
     Texts: starts_at: the starting point of delta; step: formula of the next delta, before the clip; clip: what the next
     delta is clipped to.
     """
 
     keywords: dict[str, str] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
     start: bool = True
     eval_mode: bool = False
     update: str | None = None
@@ -50,7 +51,8 @@ class Attack:
     @property
     def flags(self) -> list[str]:
         """The flags that this attack reads, beside --epsilon."""
-        return [*self.keywords.values(), *self.update_keywords.values(), *([self.replays] if self.replays else [])]
+        return [*self.keywords.values(), *self.also, *self.update_keywords.values(),
+                *([self.replays] if self.replays else [])]
 
 
 @dataclass(frozen=True)
@@ -145,8 +147,8 @@ ATTACKS: dict[str, Attack] = {
         dict(alpha="fgsm_alpha", init="fgsm_init", smoothing="attack_smoothing", norm="norm"), norms=NORMS,
         starts_at="0 or U(±epsilon)", step="delta + alpha sign(g)"),
     "pgd": Attack(
-        dict(alpha="pgd_alpha", steps="pgd_iters", norm="norm"), norms=NORMS,
-        starts_at="U(±epsilon)", step="delta + alpha sign(g), `--pgd-iters` times"),
+        dict(alpha="pgd_alpha", steps="pgd_iters", init="fgsm_init", norm="norm"), also=("pgd_step",), norms=NORMS,
+        starts_at="0 or U(±epsilon)", step="delta + alpha sign(g), `--pgd-iters` times"),
     "none": Attack(start=False, norms=NORMS, starts_at="0", step="none", clip="none"),
     "nfgsm": Attack(
         dict(alpha="fgsm_alpha", k="noise_k", smoothing="attack_smoothing"), defaults=dict(fgsm_alpha=1.0),
@@ -196,8 +198,12 @@ ATTACKS: dict[str, Attack] = {
         starts_at="v + u_j, v ~ U(±epsilon), j one of `--fuap-rows` groups: the largest output of the first layer of "
                   "two linear layers on the features of x + v, which learn to classify them",
         step="as `cuap`, with j in place of y"),
+    "pco": Attack(
+        dict(alpha="fgsm_alpha", smoothing="label_smoothing"), stored=1, defaults=dict(fgsm_alpha=1.0),
+        starts_at="D, stored for each image; in the first epoch ±epsilon at random",
+        step="D + alpha sign(g), g with smoothed labels; then D = the next delta"),
     "kl": Attack(
-        dict(alpha="pgd_alpha", steps="pgd_iters"), start=False, eval_mode=True,
+        dict(alpha="pgd_alpha", steps="pgd_iters"), also=("pgd_step",), start=False, eval_mode=True,
         starts_at="0.001 N(0, 1)",
         step="delta + alpha sign(h), `--pgd-iters` times; h: the gradient of KL(p(x) ‖ p(x + delta)) in eval mode"),
     "nuclear": Attack(
@@ -226,6 +232,12 @@ ATTACKS: dict[str, Attack] = {
         step="delta + a sign(h), also stored in D; h: the gradient in eval mode; a = 16/255 / (1 + sqrt(v) / c), "
              "clipped to [4/255, 14/255]; v: for each image, v = (v + (B norm2(h) / 128)^2) / 2; c: `--atas-c`; in the "
              "first `--atas-warmup` epochs, a = epsilon and v = 0"),
+    "guided": Attack(
+        dict(alpha="fgsm_alpha", weight="guided_lambda", smoothing="attack_smoothing"), start=False, eval_mode=True,
+        defaults=dict(fgsm_alpha=1.0),
+        starts_at="±epsilon / 2 at random",
+        step="delta + alpha sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda "
+             "mean(norm2(p(x) - p(x + delta))^2), with f(x + delta) in eval mode; lambda is that of the objective"),
 }
 
 OBJECTIVES: dict[str, Objective] = {
@@ -255,6 +267,10 @@ OBJECTIVES: dict[str, Objective] = {
         dict(smoothing="label_smoothing", weight="nuclear_lambda"), whole_batch=True,
         loss="CE(x) + lambda norm_nuclear(f(x) - f(x + delta)) / B",
         weighting="grows linearly from 0 to `--nuclear-lambda` over the first 0.9 of the epochs"),
+    "guided": Objective(
+        dict(smoothing="label_smoothing", weight="guided_lambda"),
+        loss="CE(x) + lambda mean(norm2(p(x) - p(x + delta))^2); the mean is over images",
+        weighting="`--guided-lambda`, four times as much from 0.86 of the epochs on"),
     "logits": Objective(
         dict(smoothing="label_smoothing", weight="logits_lambda"), start=True, graph=True,
         loss="CE(x + delta) + lambda mean((f(x + delta) - f(x + eta))^2); the mean is over images and classes",
@@ -267,6 +283,16 @@ OBJECTIVES: dict[str, Objective] = {
              "a: `--liet-smoothing`",
         weighting="`--liet-lambda` / epochs in the first epoch, growing linearly to `--liet-lambda` in the last; at "
                   "epsilon above 8, the published values for 16"),
+    "pco": Objective(
+        dict(smoothing="label_smoothing", weight="pco_lambda", scale="pco_scale"), start=True, graph=True,
+        loss="CE(x + d) + lambda abs(MSE(f(x + delta), f(x + eta)) - MSE(f(x + delta), f(x + d))); d = (1 - q) eta + "
+             "`--pco-scale` q delta, without a clip; q: the label's p(x + eta); MSE: mean over images and classes",
+        weighting="fixed"),
+    "smooth": Objective(
+        dict(smoothing="label_smoothing", weight="smooth_lambda", gap="smooth_gap", point="smooth_at"), start=True,
+        loss="CE(x + delta) + k lambda L; L: CE(x), or CE(x + eta) with `--smooth-at=start`; k = sign(L - U) if "
+             "abs(L - U) > `--smooth-gap`, else 0; U: mean of L in the previous epoch; k = 0 in the first two epochs",
+        weighting="fixed"),
 }
 
 PUBLISHED_CODE = "the code of arXiv 2103.15476: 216 perturbations equal to the bit, training to 1e-14 in float64"
@@ -291,6 +317,25 @@ METHODS: dict[str, Method] = {
         compared=PUBLISHED_CODE),
     "pgd": Method(dict(attack="pgd"), "11", "arXiv 1706.06083", text="multi-step training: ten steps",
         compared=PUBLISHED_CODE),
+    "pgd-2": Method(
+        dict(attack="pgd", pgd_iters=2, pgd_step=0.5), "3", "arXiv 1706.06083",
+        text="two steps of half an epsilon from a random start",
+        compared="formulas, in float64",
+        differs="starts at random, as in SORA's comparison; GradAlign's scripts start at zero (`--fgsm-init=zero`)"),
+    "rs-cs": Method(
+        dict(attack="nfgsm", fgsm_alpha=1.0, noise_k=1.0, objective="smooth", smooth_at="start",
+             label_smoothing=4 / 9), "3", "arXiv 2308.12857",
+        {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
+        text="ConvergeSmooth: FGSM-RS without the clip to the ball; the loss at the start may not jump between epochs",
+        differs="the authors' penalty also rests in the last epoch, in the last one before each drop of the learning "
+                "rate, and in the first two after it; here it rests in the first two epochs of the run alone. Defaults "
+                "are those of their code, which is set to epsilon 16; the paper has more terms and other gaps"),
+    "mep-cs": Method(
+        dict(attack="pgi", fgsm_alpha=1.0, objective="smooth", smooth_at="clean", label_smoothing=4 / 9), "3",
+        "arXiv 2308.12857",
+        {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
+        text="ConvergeSmooth: a step from a perturbation stored for each image; the clean loss may not jump",
+        differs="as rs-cs; D and M are stored in half precision and reset every 40 epochs on every data set"),
     "n-fgsm": Method(
         dict(attack="nfgsm", fgsm_alpha=1.0), "2", "arXiv 2202.01181", WARM_UP_ON_SVHN,
         text="FGSM-RS with more noise and without the clip to the epsilon ball"),
@@ -339,10 +384,23 @@ METHODS: dict[str, Method] = {
         text="FGSM-MEP (FGSM-PGI with momentum): one step from a perturbation stored for each image",
         differs="D and M are stored in half precision. Labels are smoothed by 4/9 and D, M reset every 40 epochs, "
                 "as published; on CIFAR-100 40/99 and 10"),
+    "pco": Method(
+        dict(attack="pco", fgsm_alpha=1.0, objective="pco", label_smoothing=4 / 9), "3.7", "arXiv 2407.12443",
+        {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
+        text="FGSM-PCO: one step from the image's previous perturbation; trained on a blend of both",
+        compared=RECORDED,
+        differs="none in the formulas; D is stored in half precision. The logged training accuracy is at x + d, as in "
+                "the authors' code; the logged mean perturbation is that of delta, not of d, which reaches 1.5 epsilon "
+                "and leaves the pixels"),
     "nuat": Method(
         dict(attack="nuclear", fgsm_alpha=1.0, objective="nuclear"), "3.3", "NeurIPS 2021",
         text="one step, and a penalty on the nuclear norm of the change in a batch's logits",
         differs="batches of 64 there"),
+    "gat": Method(
+        dict(attack="guided", fgsm_alpha=1.0, objective="guided"), "3.3", "arXiv 2011.14969",
+        text="one step, and a penalty on the change of each image's probabilities",
+        differs="batches of 64 there. The weight grows at 0.86 of the epochs under any schedule; in the authors' 100 "
+                "epochs, the second drop of the learning rate is there"),
     "trades": Method(
         dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573",
         text="multi-step training: ten steps that maximize the KL to the clean prediction, a KL penalty",
@@ -404,7 +462,7 @@ RECIPES: dict[str, Recipe] = {
         dict(model="ResNet18", epochs=100, lr_schedule="onecycle-epoch", lr_max=0.1, label_smoothing=0.4, ema=0.9995,
              val_size=1000, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), pad_mode="zero", rotate=0.0, final_model="best"),
         on={"Tiny-ImageNet": dict(model="PreActResNet18", no_final_norm=True, val_size=2000)},
-        methods={**{name: dict(attack_smoothing=0.4) for name in ("fgsm", "fgsm-rs", "n-fgsm", "nuat")},
+        methods={**{name: dict(attack_smoothing=0.4) for name in ("fgsm", "fgsm-rs", "n-fgsm", "rs-cs", "nuat", "gat")},
                  "ckpt": dict(attack_smoothing=0.4, ckpt_mode="train")}),
 }
 

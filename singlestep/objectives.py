@@ -146,6 +146,19 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: floa
     return F.cross_entropy(clean, y, label_smoothing=smoothing) + weight * step.ramp * norm / len(x), logits
 
 
+def guided(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
+           smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """GAT (Sriramanan et al., arXiv 2011.14969). Passes: 2.
+
+    loss = CE(x) + boost weight mean_i sum_c (p_c(x) - p_c(x + delta))^2, with `Step.boost`.
+    """
+    step.check(x, epsilon)
+    logits, clean = model(perturbed(x, delta)), step.network(x)
+    change = clean.float().softmax(dim=1) - logits.float().softmax(dim=1)
+    penalty = change.square().sum(dim=1).mean()
+    return F.cross_entropy(clean, y, label_smoothing=smoothing) + weight * step.boost * penalty, logits
+
+
 def logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """The objective of FGSM-MEP (Jia et al., arXiv 2207.08859). Passes: 1.7.
@@ -175,3 +188,48 @@ def liet(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
     divergence = (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(dim=1).mean() / 2
     growth = (step.epoch + 1) / step.epochs
     return step.nonuniform_ce(logits, y, smoothing) + weight * growth * divergence, logits
+
+
+def pco(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
+        scale: float, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """The objective of FGSM-PCO (Wang et al., arXiv 2407.12443), as in its authors' code. Passes: 2.7.
+
+    loss = CE(x + d) + weight abs(MSE(f(x + delta), f(x + start)) - MSE(f(x + delta), f(x + d)))
+
+    d = (1 - q) start + scale q delta, with q = p_y(x + start) of each image. Gradients flow through all three logits
+    and through q. MSE is the mean over images, of all processes, and classes. x + start and x + d are not clipped to
+    [0, 1]. The logits that it returns are f(x + d).
+    """
+    step.check(x, epsilon)
+    q = (-F.cross_entropy(step.logits, y, reduction="none")).exp().view(-1, 1, 1, 1)
+    logits = model(x + (1 - q) * step.start.detach() + scale * q * delta)
+    attacked = step.network(x + delta)
+    difference = (F.mse_loss(attacked, step.logits, reduction="none")
+                  - F.mse_loss(attacked, logits, reduction="none")).mean(dim=1)
+    k = step.mean(difference).sign().to(difference.dtype)
+    return F.cross_entropy(logits, y, label_smoothing=smoothing) + weight * k * difference.mean(), logits
+
+
+def smooth(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
+           gap: float, point: str, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
+    """ConvergeSmooth (Zhao et al., arXiv 2308.12857), as in its authors' code. Passes: 2.
+
+    loss = CE(x + delta) + k weight L, with L = CE(x) for point "clean", CE(x + start) for point "start"
+
+    k = sign(L - U) if abs(L - U) > gap, else 0; U is the mean of L over the images of the previous epoch, and L is that
+    of the global batch. So the penalty has the gradient of weight abs(L - U). k = 0 in the first two epochs.
+    """
+    loss, logits = ce(model, x, y, delta, epsilon, step, smoothing)
+    b = x if point == "clean" else x + step.start.detach()
+    each = F.cross_entropy(step.network(b), y, label_smoothing=smoothing, reduction="none")
+    if "smooth" not in step.kept:
+        step.kept["smooth"] = torch.zeros(5, dtype=torch.float64, device=x.device)
+    kept, now = step.kept["smooth"], step.mean(each)
+    epoch, total, n, u, u_before = kept.clone()  # sum of L and number of images in `epoch`; U, and U one epoch earlier
+    ended = epoch != step.epoch
+    u_before, u = torch.where(ended, u, u_before), torch.where(ended, total / n.clamp(min=1), u)
+    total, n = torch.where(ended, 0, total), torch.where(ended, 0, n)
+    images = len(step.whole)
+    kept.copy_(torch.stack([torch.full_like(epoch, step.epoch), total + images * now, n + images, u, u_before]))
+    k = torch.where((u_before > 0) & ((now - u).abs() > gap), (now - u).sign(), 0)
+    return loss + k.to(each.dtype) * weight * each.mean(), logits

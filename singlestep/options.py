@@ -355,12 +355,24 @@ class Args:
     trades_beta: float = flag("training", "weight of the divergence in trades", 6.0, number(float, 0))
     nuclear_lambda: float = flag("training", "weight of the nuclear norm in NuAT's attack and in its loss", 4.5,
                                  number(float, 0))
+    guided_lambda: float = flag("training", "weight of the change of probabilities in GAT's attack and in its loss",
+                                10.0, number(float, 0))
     logits_lambda: float = flag("training", "weight of the difference of logits in FGSM-MEP's loss", 10.0,
                                 number(float, 0))
     liet_smoothing: float = flag("training", "non-uniform label smoothing in LIET's attack and in its loss (default: "
                                  "as published for the data set and --epsilon)", None, number(float, 0, 1))
     liet_lambda: float = flag("training", "weight of the divergence in LIET's loss in the last epoch (default: as "
                               "published for the data set and --epsilon)", None, number(float, 0))
+    pco_lambda: float = flag("training", "weight of the difference of logits in FGSM-PCO's loss", 10.0,
+                             number(float, 0))
+    pco_scale: float = flag("training", "factor of the new perturbation in FGSM-PCO's blend with the previous one", 1.5,
+                            number(float, 0))
+    smooth_lambda: float = flag("training", "weight of the loss that smooth keeps from jumping between epochs", 1.0,
+                                number(float, 0))
+    smooth_gap: float = flag("training", "how far that loss may depart from its mean in the previous epoch", 0.03,
+                             number(float, 0))
+    smooth_at: str = flag("training", "point of that loss: clean images, or start (the attack's)", "clean",
+                          choices=("clean", "start"))
     label_smoothing: float = flag("training", "label smoothing of the training loss", 0.0, number(float, 0, 1))
     ema: float = flag("training", "decay of a moving average of the network, BatchNorm's statistics included, which is "
                       "then evaluated and saved; 0: no average", 0.0, number(float, 0, 1), metavar="DECAY")
@@ -374,11 +386,13 @@ class Args:
                      choices=NORMS, scores=True)
     eps_warmup: float = flag("attack", "epochs over which --epsilon and the attack's step grow from 0", 0.0,
                              number(float, 0), metavar="EPOCHS")
-    fgsm_alpha: float = flag("attack", "step of single-step attacks, in epsilons (default: 2; of nfgsm, pgi, nuclear, "
-                             "n_lap, liet, uap, cuap, fuap 1; of ckpt, r_lap 1.25)", None, number(float, 0),
+    fgsm_alpha: float = flag("attack", "step of single-step attacks, in epsilons (default: 2; of nfgsm, pgi, pco, "
+                             "nuclear, guided, n_lap, liet, uap, cuap, fuap 1; of ckpt, r_lap 1.25)", None,
+                             number(float, 0),
                              convert=lambda value, args: value * args.epsilon / 255)
     attack_smoothing: float = flag("attack", "label smoothing of the attack's loss", 0.0, number(float, 0, 1))
-    fgsm_init: str = flag("attack", "starting point of fgsm, zerograd and r_lap", "random", choices=("zero", "random"))
+    fgsm_init: str = flag("attack", "starting point of fgsm, zerograd, r_lap and, in training, pgd", "random",
+                          choices=("zero", "random"))
     zero_qval: float = flag("attack", "fraction of each image's gradient entries that zerograd sets to 0", None,
                             number(float, 0, 1))
     zero_iters: int = flag("attack", "steps of zerograd", 1, number(int, 1))
@@ -388,7 +402,9 @@ class Args:
                          convert=lambda value, args: args.multi_samps if value == -1 else value)
     multi_parallel: bool = flag("attack", "compute all starts of multigrad as one batch", False)
     pgd_alpha: float = flag("attack", "PGD's step in 1/255, in training and in evaluation (default: 2; for l_2 15)",
-                            None, number(float, 0), scores=True, convert=lambda value, args: value / 255)
+                            None, number(float, 0), scores=True, convert=lambda value, args: trained_step(args) / 255)
+    pgd_step: float | None = flag("attack", "step of pgd and kl in training, in epsilons (default: --pgd-alpha)", None,
+                                  number(float, 0))
     pgd_iters: int = flag("attack", "steps of pgd and kl in training", 10, number(int, 1))
     noise_k: float = flag("attack", "radius of the noise of nfgsm and n_lap, in epsilons (default: 2; on SVHN from "
                           "epsilon 12 on 3; of WideResNet from epsilon 16 on 4)", None, number(float, 0))
@@ -518,6 +534,11 @@ NETWORK = tuple(name for name, each in FLAGS.items() if each.metadata["group"] =
 def option(name: str) -> str:
     """A flag as the command line spells it."""
     return f"--{name.replace('_', '-')}"
+
+
+def trained_step(args: Args) -> float:
+    """The step of pgd and kl in training, in 1/255."""
+    return args.pgd_alpha if args.pgd_step is None else args.pgd_step * args.epsilon
 
 
 # The parser
@@ -922,9 +943,10 @@ def unit_hints(values: dict[str, Any]) -> list[str]:
                          f"{255 * values[name]:.3g}?")
     if values.get("norm") == "l_2" and 1 <= values["epsilon"] < 32:
         hints.append(f"--epsilon={values['epsilon']:g} is a small radius for --norm=l_2, where 128 is usual")
-    if (values.get("fgsm_alpha") or 0) > 4:
-        hints.append(f"--fgsm-alpha={values['fgsm_alpha']:g} means {values['fgsm_alpha']:g} epsilons: did you mean "
-                     f"{values['fgsm_alpha'] / (values.get('epsilon') or 8.0):.3g}?")
+    for name in ("fgsm_alpha", "pgd_step"):
+        if (values.get(name) or 0) > 4:
+            hints.append(f"{option(name)}={values[name]:g} means {values[name]:g} epsilons: did you mean "
+                         f"{values[name] / (values.get('epsilon') or 8.0):.3g}?")
     for name in ("mean", "std"):
         if max(values.get(name) or (0,)) > 1:
             hints.append(f"{option(name)} is of pixels in [0, 1]: did you mean "
@@ -942,10 +964,13 @@ def reach_hints(attack: str, steps: int, alpha: float, epsilon: float) -> list[s
 
 def pgd_hints(args: Args) -> list[str]:
     """Lines to print about a run's PGD, in training and in evaluation, where it is too weak."""
-    trained = ["pgd_iters"] if "pgd_iters" in in_effect(args) and not args.eval else []
-    return [hint for name in (*trained, "test_iters", "final_iters") for hint in reach_hints(
-        f"{option(name)}={getattr(args, name)} --pgd-alpha={args.pgd_alpha:g}", getattr(args, name), args.pgd_alpha,
-        args.epsilon)]
+    step = f"--pgd-alpha={args.pgd_alpha:g}"
+    uses = [("test_iters", step, args.pgd_alpha), ("final_iters", step, args.pgd_alpha)]
+    if "pgd_iters" in in_effect(args) and not args.eval:
+        own = step if args.pgd_step is None else f"--pgd-step={args.pgd_step:g}"
+        uses = [("pgd_iters", own, trained_step(args)), *uses]
+    return [hint for name, shown, alpha in uses for hint in reach_hints(
+        f"{option(name)}={getattr(args, name)} {shown}", getattr(args, name), alpha, args.epsilon)]
 
 
 def method_flags() -> set[str]:
@@ -956,13 +981,13 @@ def method_flags() -> set[str]:
 
 
 def as_flags(values: dict[str, Any]) -> str:
-    """Arguments as one writes them on the command line; switches that are off are left out."""
+    """Arguments as one writes them on the command line, without switches that are off and flags without a value."""
     def text(value: Any) -> str:
         return ",".join(map(text, value)) if isinstance(value, (tuple, list)) else \
             f"{value:.4g}" if isinstance(value, float) else str(value)
 
     return " ".join(option(name) + ("" if value is True else f"={text(value)}")
-                    for name, value in values.items() if value is not False)
+                    for name, value in values.items() if value is not False and value is not None)
 
 
 def methods_table() -> str:
@@ -979,9 +1004,12 @@ def method_help(dataset: DataSet, name: str) -> str:
     lines = [f"--method={name} ({method.source}; passes in a training step: {method.passes}) stands for", "",
              f"  {as_flags(method.flags_on(dataset.name))}", "", f"Its flags, with their values on {dataset.name}:", ""]
     for each, value in in_effect(args).items():
-        settings = FLAGS[each].metadata["help"].partition(" (default: ")[0]
-        lines.append(f"  {option(each)}={as_flags({each: value}).partition('=')[2] or value}")
-        lines.append(f"      {settings}")
+        text = FLAGS[each].metadata["help"]
+        if value is None:
+            lines += [f"  {option(each)}", f"      {text}"]
+        else:
+            lines.append(f"  {option(each)}={as_flags({each: value}).partition('=')[2] or value}")
+            lines.append(f"      {text.partition(' (default: ')[0]}")
     return "\n".join(lines)
 
 

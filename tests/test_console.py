@@ -114,7 +114,9 @@ def test_the_command_after_a_run_runs(call, judged, tmp_path, small_dummy):
     (["--attack=fgsm", "--test-iters=10", "--final-iters=50"], []),
     (["--attack=fgsm", "--epsilon=16", "--test-iters=1", "--final-iters=0"], ["--test-iters=1 --pgd-alpha=2"]),
     (["--method=trades", "--pgd-iters=3", "--test-iters=4", "--final-iters=3"],
-     ["--pgd-iters=3 --pgd-alpha=2", "--final-iters=3 --pgd-alpha=2"])])
+     ["--pgd-iters=3 --pgd-alpha=2", "--final-iters=3 --pgd-alpha=2"]),
+    (["--method=pgd-2", "--pgd-step=0.4", "--epsilon=4"], ["--pgd-iters=2 --pgd-step=0.4"]),
+    (["--method=pgd-2", "--epsilon=16"], [])])
 def test_a_runs_pgd_that_cannot_cross_the_ball_is_noted(flags, named):
     hints = pgd_hints(parse(data_set("cifar10"), argv=flags))
     assert [hint.partition(": ")[0] for hint in hints] == named

@@ -154,3 +154,10 @@ def test_fuap(monkeypatch):
         return found
 
     follow(monkeypatch, "fuap", "--method=fuap --fuap-rows=5", "- eta delta", lambda step, hyper: [step["noise"]], kept)
+
+
+def test_pco(monkeypatch):
+    """The stored perturbations of the first epoch are drawn anew there: as recorded."""
+    follow(monkeypatch, "pco", "--method=pco", "eta delta F", images=12,
+           draws=lambda step, hyper: [(step["eta"] / hyper["eps"] + 1) / 2] if step["epoch"] == 0 else [],
+           kept=lambda arrays: {"pco": arrays["D"]})

@@ -158,9 +158,11 @@ def test_the_best_epoch_is_of_those_on_as_many_images():
     assert figures.collapse([epochs]) == "no" and figures.collapse([epochs] * 2) == "0 of 2"
 
 
-def test_a_method_whose_flags_are_others_on_a_data_set_has_its_name_there():
-    flags = options.parse(options.data_set("cifar100"), argv=["--method=pgi"]).flags()
-    assert figures.method(flags)[0] == "pgi"
+@pytest.mark.parametrize("dataset", options.DATA_SETS.values(), ids=options.DATA_SETS)
+def test_every_method_has_its_name_on_every_data_set(dataset):
+    """Also one whose flags are others there, and one that adds flags to another's."""
+    for name in methods.METHODS:
+        assert figures.method(options.parse(dataset, argv=[f"--method={name}"]).flags())[0] == name
 
 
 def test_every_method_has_a_look_of_its_own_and_numbers_go_from_dark_to_light():

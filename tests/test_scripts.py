@@ -479,7 +479,8 @@ train.main(options.CIFAR10, options.parse(options.CIFAR10))
     ("--attack=zerograd --zero-qval=0.9", None), ("--attack=fgsm --multi-samps=5", "--multi-samps has no effect"),
     ("--width-factor=4", "--width-factor has no effect"), ("--depth=28", "--depth has no effect"),
     ("--method=pgi", None),
-    ("--attack=fgsm --pgd-alpha=1", None), ("--attack=pgd --fgsm-alpha=1", "--fgsm-alpha has no effect"),
+    ("--attack=fgsm --pgd-alpha=1", None), ("--attack=fgsm --pgd-step=1", "--pgd-step has no effect"),
+    ("--attack=pgd --fgsm-alpha=1", "--fgsm-alpha has no effect"),
     ("--method=gradalign --gradalign-lambda=0.3", None), ("--gradalign-lambda=0.3", "--gradalign-lambda has no effect"),
     ("--attack=fgsm --norm=l_2", "--epsilon=8 is a small radius for --norm=l_2, where 128 is usual"),
     ("--attack=none --norm=l_2 --epsilon=128", None), ("--norm=l_inf", None),
@@ -543,6 +544,7 @@ def test_an_attack_in_the_wrong_unit_raises():
 
 @pytest.mark.parametrize("method, own, foreign", [
     ("zerograd", ["--zero-qval=0.35", "--fgsm-alpha=2", "--epsilon=8"], "--multi-samps"),
+    ("pgd", ["--pgd-alpha=2", "--pgd-step", "--fgsm-init=random"], "--fgsm-alpha"),
     ("pgi", ["--logits-lambda=10", "--pgi-reset=40", "--label-smoothing=0.4444"], "--zero-qval"),
     ("free", ["--free-replays=8"], "--fgsm-alpha")])
 def test_help_of_a_method_shows_its_flags_alone(method, own, foreign):
@@ -658,7 +660,8 @@ def test_code_without_its_own_repository_names_no_commit_of_another(tmp_path):
 
 @pytest.mark.parametrize("flag, hint", [
     ("--epsilon=0.031", "did you mean 7.9"), ("--pgd-alpha=0.00784", "did you mean 2?"),
-    ("--fgsm-alpha=10", "did you mean 1.25?"), ("--std=63,62,66", "did you mean 0.247,0.243,0.259?"),
+    ("--fgsm-alpha=10", "did you mean 1.25?"), ("--pgd-step=4.5", "did you mean 0.562?"),
+    ("--std=63,62,66", "did you mean 0.247,0.243,0.259?"),
     ("--fgsm-alpha=4", ""), ("--epsilon=1", "")])
 def test_training_gives_a_hint_for_a_value_in_another_unit(flag, hint):
     hints = options.unit_hints(options.parse(options.CIFAR10, argv=[flag]).flags())

@@ -91,8 +91,7 @@ def multigrad(network, x, y, alpha, n, threshold, parallel=False, smoothing=0.0)
     return inside(alpha * s.sign(), x)
 
 
-def pgd(network, x, y, alpha, steps):
-    delta = random_start(x)
+def pgd(network, x, y, alpha, steps, delta):
     for _ in range(steps):
         delta = fgsm(network, x, y, alpha, delta)
     return delta
@@ -115,7 +114,10 @@ ATTACKS = {
                            lambda *batch: multigrad(*batch, 3 / 255, 3, 2, parallel=True), 1),
     "multigrad smoothed": (["--attack=multigrad", "--fgsm-alpha=0.75", "--attack-smoothing=0.5"],
                            lambda *batch: multigrad(*batch, 3 / 255, 3, 3, smoothing=0.5), 3),
-    "pgd": (["--attack=pgd", "--pgd-alpha=1.5", "--pgd-iters=3"], lambda *batch: pgd(*batch, 1.5 / 255, 3), 3),
+    "pgd": (["--attack=pgd", "--pgd-alpha=1.5", "--pgd-iters=3"],
+            lambda *batch: pgd(*batch, 1.5 / 255, 3, random_start(batch[1])), 3),
+    "pgd zero": (["--attack=pgd", "--pgd-alpha=1", "--pgd-step=0.375", "--pgd-iters=3", "--fgsm-init=zero"],
+                 lambda *batch: pgd(*batch, 1.5 / 255, 3, torch.zeros_like(batch[1])), 3),
 }
 
 # The flags, the loss and the logits at the perturbed images, and its forward passes in a step.
@@ -144,6 +146,8 @@ RIVAL_ATTACKS = {
     "n_lap": (["--noise-k=1.5", "--lap-beta=0.2", "--lap-up"], dict(alpha=3 / 255, k=1.5, beta=0.2, up=True)),
     "r_lap": (["--fgsm-init=zero"], dict(alpha=3 / 255, init="zero", beta=0.03, up=False)),
     "atas": (["--atas-c=0.2", "--atas-warmup=3", "--atas-reset=4"], dict(c=0.2, warmup=3, reset=4)),
+    "pco": ([], dict(alpha=3 / 255, smoothing=0.3)),
+    "guided": (["--guided-lambda=7"], dict(alpha=3 / 255, weight=7, smoothing=0.2)),
 }
 RIVAL_OBJECTIVES = {
     "gradalign": (["--gradalign-lambda=0.6"], dict(weight=0.6)),
@@ -151,6 +155,9 @@ RIVAL_OBJECTIVES = {
     "aaer": (["--aaer-lambdas=2,3,0.5"], dict(weights=(2, 3, 0.5))), "trades": (["--trades-beta=5"], dict(beta=5)),
     "nuclear": (["--nuclear-lambda=2.5"], dict(weight=2.5)), "logits": (["--logits-lambda=9"], dict(weight=9)),
     "liet": (["--label-smoothing=0", "--liet-smoothing=0.7", "--liet-lambda=8"], dict(smoothing=0.7, weight=8)),
+    "guided": (["--guided-lambda=7"], dict(weight=7)),
+    "pco": (["--pco-lambda=8", "--pco-scale=2"], dict(weight=8, scale=2)),
+    "smooth": (["--smooth-lambda=2", "--smooth-gap=0.1", "--smooth-at=start"], dict(weight=2, gap=0.1, point="start")),
 }
 
 
