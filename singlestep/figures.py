@@ -270,8 +270,8 @@ STYLES = {
     "pgi": Style("#332288", "<"), "nuat": Style("#661100", ">"), "gradalign": Style("#cc6677", "v"),
     "elle": Style("#7a5cc2", "8"), "elle-a": Style("#b199e8", "8", "--"), "trades": Style("#555555", "D", "--"),
     "n-lap": Style("#2a9d8f", "P", ":"), "r-lap": Style("#bc6c25", "s", ":"),
-    "liet": Style("#0b8f5a", "H"), "atas": Style("#3a86ff", ">"), "uap": Style("#3a7ca5", "p"),
-    "cuap": Style("#3a7ca5", "p", "--"), "fuap": Style("#3a7ca5", "p", ":"),
+    "liet": Style("#0b8f5a", "H"), "atas": Style("#3a86ff", ">", ":"), "uap": Style("#3a7ca5", "p", "-."),
+    "cuap": Style("#6aa6cf", "p", "--"), "fuap": Style("#1d4e73", "p", ":"),
     "pgd-2": Style("#4d4d4d", "D", ":"), "rs-cs": Style("#8c564b", "^", "--"), "mep-cs": Style("#5e4fa2", "<", "--"),
     "gat": Style("#a83232", ">", "--"), "pco": Style("#2f4b7c", "<", ":"),
 }

@@ -161,7 +161,7 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
 
 def logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The objective of FGSM-MEP (Jia et al., arXiv 2207.08859). Passes: 1.7.
+    """The objective of FGSM-MEP (Jia et al., arXiv 2207.08859) and of FGSM-UAP (Pan et al., AAAI 2024). Passes: 1.7.
 
     loss = CE(x + delta) + weight mean((f(x + delta) - f(x + start))^2), a mean over images and classes, with gradients
     through both logits.

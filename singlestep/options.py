@@ -357,8 +357,8 @@ class Args:
                                  number(float, 0))
     guided_lambda: float = flag("training", "weight of the change of probabilities in GAT's attack and in its loss",
                                 10.0, number(float, 0))
-    logits_lambda: float = flag("training", "weight of the difference of logits in FGSM-MEP's loss", 10.0,
-                                number(float, 0))
+    logits_lambda: float = flag("training", "weight of the difference of logits in the loss of FGSM-MEP and FGSM-UAP",
+                                10.0, number(float, 0))
     liet_smoothing: float = flag("training", "non-uniform label smoothing in LIET's attack and in its loss (default: "
                                  "as published for the data set and --epsilon)", None, number(float, 0, 1))
     liet_lambda: float = flag("training", "weight of the divergence in LIET's loss in the last epoch (default: as "
