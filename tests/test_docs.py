@@ -159,6 +159,11 @@ def test_prose_is_wrapped(page):
     assert [line for line in text.splitlines() if len(line) > 120] == []
 
 
+def test_the_readme_counts_the_methods():
+    count = re.search(r"(\d+) other methods", (ROOT / "README.md").read_text())
+    assert count and int(count[1]) == len(methods.METHODS.keys() - {"zerograd", "multigrad"})
+
+
 def test_every_method_has_its_paper_in_the_references():
     entries = (ROOT / "docs/references.bib").read_text().split("\n\n")
     for name, method in methods.METHODS.items():
