@@ -1,6 +1,7 @@
 """Compare runs: a table of how they ended, and their curves.
 
     python plot.py runs/zerograd_q*                        # the table
+    python plot.py runs/zerograd --out=zerograd.pdf        # one run: clean accuracy, and under FGSM and PGD
     python plot.py runs/zerograd_q* --out=zerograd.png     # the figure as well: .png, .pdf or .svg
     python plot.py runs/* --y=test_robust_acc,test_acc --out=curves.pdf
     python plot.py runs/* --latex=table.tex --csv=table.csv

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from singlestep.attacks import confident_gradient, quantile_mask, start
 from singlestep.checkpoints import open_run
 from singlestep.data import testing
-from singlestep.figures import label_at_the_ends, own_style, save, shade, subplots
+from singlestep.figures import legend_below, own_style, save, shade, subplots
 from singlestep.options import Parser, figure_path, number, path
 from singlestep.run.console import UsageError, one_line_errors, say
 from singlestep.run.device import seed_everything
@@ -159,8 +159,9 @@ def figures(found: list[Found], q: float, title: str) -> dict[str, Any]:
     for axes in (left, right):
         axes.set_ylim(bottom=0)
     flips.suptitle(f"{title}: signs that flip between two points of the ball", fontsize=9)
-    for figure in (magnitudes, flips):
-        label_at_the_ends(figure)
+    legend_below(magnitudes)
+    for axes in (left, right):
+        axes.legend(loc="best", fontsize=7)
     return {"magnitudes": magnitudes, "flips": flips}
 
 

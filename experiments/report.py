@@ -220,14 +220,13 @@ def figure_of_epochs(name: str, results: Results) -> Any:
     rows = sorted(measured(table, results), key=size)
     if len(rows) < 2:
         return None
-    above = max(len(label(table, row)) for row in rows) > 24  # long names leave no room beside one another
-    figure, panels = figures.subplots(*((2, 1) if above else (1, 2)), figsize=(7, 6) if above else (9.5, 3.4))
+    figure, panels = figures.subplots(1, 2, figsize=(9.5, 3.4))
     titles = {PGD: "test images under PGD", TRAINING: "training images under the attack trained on"}
     for axes, (key, title) in zip(panels, titles.items()):
         over_epochs(axes, table, rows, results, key)
         axes.set_title(title)
         axes.set_ylabel("accuracy, %")
-    figures.label_at_the_ends(figure)
+    figures.legend_below(figure)
     return figure
 
 
@@ -244,7 +243,7 @@ def figure_of_quantiles(name: str, results: Results) -> Any:
     axes.set_ylim(bottom=0)
     axes.set_xlabel("q, the fraction of each image's gradient that is zeroed")
     axes.set_ylabel("accuracy on test images, %")
-    figures.label_at_the_ends(figure)
+    figures.legend_below(figure)
     return figure
 
 
@@ -267,7 +266,7 @@ def figure_of_epsilons(name: str, results: Results) -> Any:
         axes.set_xlabel("epsilon, 1/255")
         axes.set_ylabel("accuracy, %")
         axes.set_title(f"test images, {title}")
-    figures.label_at_the_ends(figure)
+    figures.legend_below(figure)
     return figure
 
 
@@ -287,7 +286,7 @@ def figure_of_epsilons_over_epochs(name: str, results: Results) -> Any:
         axes.set_ylabel("accuracy under PGD, %")
     for axes in grid.flat[len(panels):]:
         axes.remove()
-    figures.label_at_the_ends(figure, size=7)
+    figures.legend_below(figure)
     return figure
 
 

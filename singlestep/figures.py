@@ -363,57 +363,21 @@ def curve(axes, title: str, style: Style, runs: list[list[dict[str, Any]]], key:
 
 def curves(axes, groups: dict[str, list[list[dict[str, Any]]]], which: list[Style], key: str) -> None:
     """Draw a panel of curves over epochs."""
-    from matplotlib.ticker import MaxNLocator
-
     for (title, runs), style in zip(groups.items(), which):
         if any(record.get(key) is not None for epochs in runs for record in epochs):
             curve(axes, title, style, runs, key)
+    finish(axes, key)
+
+
+def finish(axes, key: str) -> None:
+    """Set the axes of a panel whose curves are drawn; key: of their metric."""
+    from matplotlib.ticker import MaxNLocator
+
     cross = any(line.get_marker() == "x" for line in axes.lines)
     axes.set_xlabel("epoch (cross: collapse begins)" if cross else "epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if key.endswith("_acc"):
         axes.set_ylim(bottom=0)
-
-
-def label_at_the_ends(figure, size: float = 8) -> None:
-    """Label each curve at its right end, with a connecting line. Labels do not overlap and keep the ends' order."""
-    texts = {}
-    for axes in figure.axes:
-        low, high = axes.get_ylim()
-        axes.set_ylim(low, high)
-        axes.set_xlim(axes.get_xlim())
-        lines = [line for line in axes.lines if not line.get_label().startswith("_") and len(line.get_xdata())]
-        texts[axes] = [(line, axes.text(1.06, line.get_ydata()[-1], line.get_label(), fontsize=size, va="center",
-                                        transform=axes.get_yaxis_transform())) for line in lines]
-    figure.draw_without_rendering()  # after this, the layout has room for the labels, and the panels' heights are known
-    for axes, named_lines in texts.items():
-        low, high = axes.get_ylim()
-        height = axes.get_window_extent().height * 72 / figure.dpi
-        gap = min(1.15 * size / height, 1 / max(1, len(named_lines))) * (high - low)
-        places = _apart([text.get_position()[1] for _, text in named_lines], gap, low, high)
-        for (line, text), place in zip(named_lines, places):
-            text.set_y(place)
-            style = {"color": line.get_color(), "transform": axes.get_yaxis_transform(), "clip_on": False}
-            end = axes.transAxes.inverted().transform(axes.transData.transform((line.get_xdata()[-1], low)))[0]
-            axes.plot([end, 1.03], [line.get_ydata()[-1], place], linewidth=0.5, **style)
-            axes.plot(1.03, place, marker=line.get_marker(), **style)
-
-
-def _apart(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Move the wanted positions apart to a distance of at least `gap`, within (low, high) and in the same order.
-
-    Isotonic regression (pool adjacent violators) of the positions minus one gap for each position below.
-    """
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    blocks: list[list[float]] = []  # pooled positions; each block takes its mean
-    for below, i in enumerate(order):
-        blocks.append([wanted[i] - gap * below])
-        while len(blocks) > 1 and statistics.mean(blocks[-2]) > statistics.mean(blocks[-1]):
-            blocks[-2:] = [blocks[-2] + blocks[-1]]
-    level = [statistics.mean(block) for block in blocks for _ in block]
-    top = high - gap * (len(wanted) - 1)
-    places = {i: gap * below + max(low, min(top, level[below])) for below, i in enumerate(order)}
-    return [places[i] for i in range(len(wanted))]
 
 
 @own_style()
@@ -453,6 +417,26 @@ def draw(groups: dict[str, list[Run]], keys: list[str]) -> Any:
     return figure
 
 
+# The curves of runs that are drawn alone, by metric: name and style.
+ALONE = {CLEAN: ("clean", Style("#888888", "s")), FGSM: ("FGSM", Style("#d55e00", "X")),
+         PGD: ("PGD", Style("#0072b2", "o"))}
+
+
+@own_style()
+def draw_alone(runs: list[Run]) -> Any:
+    """Draw a figure of one run, or of runs that differ only in the seed: accuracy on clean images, under FGSM and under
+    PGD, in one panel."""
+    figure, axes = subplots(figsize=(5.5, 3.6))
+    for key, (title, style) in ALONE.items():
+        curve(axes, title, style, [run.epochs for run in runs], key)
+    finish(axes, PGD)
+    flags = runs[0].flags
+    axes.set_title(f"{flags['data_set']}, {titled(method(flags)[0], runs)}, epsilon = {flags['epsilon']:g}/255")
+    axes.set_ylabel("accuracy on test images, %")
+    legend_below(figure)
+    return figure
+
+
 def keys_of(text: str, groups: dict[str, list[Run]]) -> list[str]:
     """Parse --y, metric names separated by commas. Raises UsageError if no run has one of the metrics."""
     records = [record for runs in groups.values() for run in runs for record in run.epochs]
@@ -487,22 +471,22 @@ def main(description: str | None = None) -> None:
     """Run plot.py: print a table of runs, and draw their curves."""
     p = options.Parser(description)
     p.add_argument("runs", nargs="+", type=options.path, metavar="RUN", help="folder of a run")
-    p.add_argument("--y", default=PGD, metavar="NAME,...", help="metrics to draw over the epochs, by their names in "
-                   "metrics.jsonl")
+    p.add_argument("--y", metavar="NAME,...", help=f"metrics to draw over the epochs, a panel each, by their names in "
+                   f"metrics.jsonl (default: {PGD}; of one run, in one panel, {', '.join(ALONE)})")
     p.add_argument("--out", type=options.figure_path, metavar="FILE", help="file of the figure: .png, .pdf or .svg")
     options.add_table_flags(p.add_argument)
     args = p.parse_args()
     with one_line_errors():
         out = Path(args.out) if args.out else None
         groups = named(read_runs(args.runs), args.by_seed)
-        keys = keys_of(args.y, groups)
+        keys = keys_of(args.y or PGD, groups)
         results, caption = table(groups)
         say(f"{tables.aligned(results)}\n# {caption}", needed=not (out or args.csv or args.latex))
         tables.write(results, caption, args)
         if not out:
             say("# to draw the curves of these runs, add --out=curves.png")
             return
-        figure = draw(groups, keys)
+        figure = draw(groups, keys) if args.y or len(groups) > 1 else draw_alone(*groups.values())
         try:
             save(figure, out)
         except OSError as error:

@@ -420,7 +420,7 @@ def test_rows_of_one_epsilon_make_no_curve_over_it(tmp_path):
 
 def test_the_committed_reports_are_those_of_the_committed_results(tmp_path, monkeypatch):
     """Those that git lists: a user's own may lie beside them."""
-    for name in ("label_at_the_ends", "save"):  # the text needs no picture
+    for name in ("legend_below", "save"):  # the text needs no picture
         monkeypatch.setattr(report.figures, name, lambda *args, **style: None)
     listed = subprocess.run(["git", "ls-files", "experiments/results"], cwd=ROOT, text=True, capture_output=True)
     if listed.returncode:

@@ -5,13 +5,10 @@ import os
 import subprocess
 import sys
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from helpers import DATASETS, ROOT, one_line, script
-from hypothesis import given
-from hypothesis import strategies as st
 
 from singlestep import figures, methods, options
 from singlestep.run.console import UsageError
@@ -178,12 +175,34 @@ def test_every_method_has_a_look_of_its_own_and_numbers_go_from_dark_to_light():
         assert light == sorted(light, reverse=True) and len({style.marker for style in styles}) == 3
 
 
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12), st.floats(0.01, 0.08))
-def test_names_are_apart_inside_and_in_the_order_of_their_curves(wanted, gap):
-    places = figures._apart(wanted, gap, 0, 1)
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    assert all(-1e-9 <= place <= 1 + 1e-9 for place in places)
-    assert all(places[j] - places[i] >= gap - 1e-9 for i, j in pairwise(order))
+def test_one_run_is_drawn_under_three_attacks_in_one_panel(tmp_path, call_plot, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, path: drawn.append(figure))
+    runs = [write_run(tmp_path / f"{seed}", "--method=n-fgsm", f"--seed={seed}", pgd=(0.3, 0.1 + seed / 10),
+                      fgsm=(0.4, 0.45)) for seed in (0, 1)]
+    assert call_plot(runs[0], "--out=x.pdf")[0] == call_plot(*runs, "--out=x.pdf")[0] == 0
+    for figure, pgd in zip(drawn, (10, 15)):
+        axes, = figure.axes
+        curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines if line.get_label()[0] != "_"}
+        assert list(curves) == ["clean", "FGSM", "PGD"] == [text.get_text() for text in figure.legends[0].get_texts()]
+        assert (curves["FGSM"], curves["PGD"]) == (pytest.approx([40, 45]), pytest.approx([30, pgd]))
+        assert len({(line.get_color(), line.get_marker()) for line in axes.lines if line.get_marker() != "x"}) == 3
+    titles = [figure.axes[0].get_title() for figure in drawn]
+    assert titles == [f"CIFAR-10, n-fgsm{seeds}, epsilon = 8/255" for seeds in ("", " (2 seeds)")]
+    assert call_plot(runs[0], "--y=test_robust_acc", "--out=x.pdf")[0] == 0
+    assert [text.get_text() for text in drawn[2].legends[0].get_texts()] == ["0"]  # its name among runs
+
+
+def test_no_marker_is_beyond_an_axis(tmp_path):
+    """One there looks like a measurement."""
+    collapsing = write_run(tmp_path / "collapsing", pgd=(0.3, 0.01), fgsm=(0.3, 0.9))
+    for figure in (figures.draw(many_runs(tmp_path, 8), [figures.PGD, "lr"]),
+                   figures.draw_alone([figures.read_run(collapsing)])):
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            for line in axes.lines:
+                places = axes.transAxes.inverted().transform(line.get_transform().transform(line.get_xydata()))
+                assert (abs(places - 0.5) < 0.5 + 1e-9).all(), line
 
 
 def test_mistakes_are_one_line_and_write_nothing(tmp_path, call_plot):
