@@ -629,7 +629,8 @@ def test_what_may_change_when_a_run_is_resumed():
         "chkpt_iters", "chkpt_steps", "last_samples", "final_iters", "final_restarts", "final_samples", "final_model",
         "deterministic", "method", "recipe", "on_collapse", "tensorboard", "like"}
     assert {name for name, each in FLAGS.items() if each.metadata["scores"]} == {
-        "epsilon", "pgd_alpha", "test_iters", "test_restarts", "test_samples", "full_test", "val_size", "dummy"}
+        "epsilon", "norm", "pgd_alpha", "test_iters", "test_restarts", "test_samples", "full_test", "val_size",
+        "dummy"}
     assert {name for name, each in FLAGS.items() if each.metadata["orders"]} == {
         "batch_size", "seed", "train_samples", "val_size", "dummy"}
 
