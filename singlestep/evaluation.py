@@ -84,11 +84,17 @@ class Job:
 
 class Evaluated(NamedTuple):
     """The results of one network. folder: the path by which it was opened; flags: of its run, empty if there is none;
-    rows: of its table."""
+    rows: of its table; norm: of the ball."""
 
     folder: Path
     flags: dict[str, Any]
     rows: list[dict[str, Any]]
+    norm: str = "l_inf"
+
+    def by_column(self) -> dict[tuple[str, float, str], dict[str, Any]]:
+        """The rows by attack, epsilon and norm."""
+        return {(row["attack"], row["epsilon"], "l_inf" if row["attack"] == "clean" else self.norm): row
+                for row in self.rows}
 
 
 def main(args) -> None:
@@ -166,7 +172,8 @@ def evaluate_network(path: str, network: Callable[[], tuple[Opened, Images]], ar
         warn(job)
     if job.failure:
         raise job.failure
-    return Evaluated(Path(path), figures.defaults(job.opened.run) if "attack" in job.opened.run else {}, job.rows)
+    return Evaluated(Path(path), figures.defaults(job.opened.run) if "attack" in job.opened.run else {}, job.rows,
+                     job.opened.args.norm)
 
 
 def comparison(networks: list[Evaluated], by_seed: bool = False) -> tuple[tables.Table, str]:
@@ -174,13 +181,13 @@ def comparison(networks: list[Evaluated], by_seed: bool = False) -> tuple[tables
     differ only in the seed are one row, unless `by_seed`."""
     runs, files = [each for each in networks if each.flags], [each for each in networks if not each.flags]
     groups = {**(figures.named(runs, by_seed) if runs else {}), **{str(each.folder): [each] for each in files}}
-    cells = {(row["attack"], row["epsilon"]): titled(row["attack"], row["epsilon"]) for each in networks
-             for row in each.rows}
-    attacks = list(dict.fromkeys(attack for attack, _ in cells))
-    columns = sorted(cells, key=lambda cell: (cell[0] == WORST, attacks.index(cell[0]), cell[1]))
-    table: tables.Table = [["network", "images", *(cells[column] for column in columns)]]
+    found = {column for each in networks for column in each.by_column()}
+    attacks = [row["attack"] for each in networks for row in each.rows]
+    columns = sorted(found, key=lambda column: (column[0] == WORST, attacks.index(column[0]), *column[1:]))
+    heads = [titled(attack, epsilon) + ("" if norm == "l_inf" else f", {norm}") for attack, epsilon, norm in columns]
+    table: tables.Table = [["network", "images", *heads]]
     for title, group in groups.items():
-        rows = [{(row["attack"], row["epsilon"]): row for row in each.rows} for each in group]
+        rows = [each.by_column() for each in group]
         table.append([figures.titled(title, group), figures.span([each.rows[0]["n"] for each in group]),
                       *(accuracy([row[column] for row in rows if column in row]) for column in columns)])
     several = " or mean ± deviation over the seeds" if any(len(group) > 1 for group in groups.values()) else ""

@@ -739,6 +739,8 @@ def test_networks_are_compared_in_one_table_a_row_for_runs_that_differ_in_the_se
         ["pgd", "200", f"10.00 ({low:.2f}-{high:.2f})", str(rows[1][3])],
         ["a/published.pt", "200", str(rows[2][2]), "-"]]
     assert str(rows[1][5]) == "-" and str(rows[2][7]).startswith("0.50 (") and "mean ± deviation" in caption
+    (head, *_), _ = evaluation.comparison([*networks, networks[0]._replace(norm="l_2", folder=Path("l_2"), flags={})])
+    assert head[2:6] == ["clean", "fgsm, epsilon 4, l_2", "fgsm, epsilon 4", "fgsm, epsilon 8, l_2"]
     (_, *apart), caption = evaluation.comparison(networks, by_seed=True)
     assert [row[0] for row in apart] == ["n-fgsm, seed=0", "n-fgsm, seed=2", "n-fgsm, seed=4", "pgd", "a/published.pt"]
     assert "deviation" not in caption and str(apart[1][2]).startswith("51.00 (")
