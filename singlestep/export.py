@@ -22,6 +22,7 @@ from .run.state import read_metadata
 STARTED = ("commit", "python", "torch", "torchvision", "device", "threads", "processes", "epoch")  # shared of a start
 PATHS = ("data_dir", "fname")  # flags that are paths of the run's machine
 ROBUSTBENCH = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100"}
+THREATS = {"l_inf": "Linf", "l_2": "L2"}  # RobustBench's names of the norms
 
 
 def main(args) -> None:
@@ -119,21 +120,23 @@ def accuracy(opened: Opened, record: dict[str, Any] | None) -> list[dict[str, An
     """
     rows: dict[tuple, dict[str, Any]] = {}
 
-    def add(attack: str, epsilon: float, step: float | None, n: int, robust: int) -> None:
-        if n >= rows.get((attack, epsilon, step), {"n": 0})["n"]:
-            rows[attack, epsilon, step] = dict(attack=attack, epsilon=epsilon, step=step, n=n, robust=robust)
+    def add(norm: str, attack: str, epsilon: float, step: float | None, n: int, robust: int) -> None:
+        key = (norm, attack, epsilon, step)
+        if n >= rows.get(key, {"n": 0})["n"]:
+            rows[key] = dict(norm=norm, attack=attack, epsilon=epsilon, step=step, n=n, robust=robust)
 
     args = opened.args
+    norm = args.norm
     if record and "test_images" in record:
         n, pgd = record["test_images"], f"pgd-{args.test_iters}-{args.test_restarts}"
-        add("clean", 0.0, None, n, round(n * record["test_acc"]))
+        add(norm, "clean", 0.0, None, n, round(n * record["test_acc"]))
         if "fgsm_acc" in record:
-            add("fgsm", args.epsilon, args.epsilon, n, round(n * record["fgsm_acc"]))
-        add(pgd, args.epsilon, args.pgd_alpha, n, round(n * record["test_robust_acc"]))
+            add(norm, "fgsm", args.epsilon, args.epsilon, n, round(n * record["fgsm_acc"]))
+        add(norm, pgd, args.epsilon, args.pgd_alpha, n, round(n * record["test_robust_acc"]))
     network = fingerprint(opened.model)
     for each in evaluations(opened.folder):
         for row in each.get("attacks", []) if each.get("network") == network else []:
-            add(*(row[name] for name in ("attack", "epsilon", "step", "n", "robust")))
+            add(each.get("norm", "l_inf"), *(row[name] for name in ("attack", "epsilon", "step", "n", "robust")))
     return list(rows.values())
 
 
@@ -163,9 +166,8 @@ def card(known: dict[str, Any], opened: Opened, file: str, half: bool) -> str:
     if known["network"]["collapsed"]:
         lines += ["**Catastrophic overfitting**: the network withstands one step, and no multi-step attack.", ""]
     if known["accuracy"]:
-        lines += ["| attack | epsilon, 1/255 | step, 1/255 | test images | right |", "| --- | --- | --- | --- | --- |"]
-        lines += [f"| {row['attack']} | {row['epsilon']:g} | {'' if row['step'] is None else format(row['step'], 'g')} "
-                  f"| {row['n']:,} | {row['robust']:,} ({row['robust'] / row['n']:.1%}) |" for row in known["accuracy"]]
+        lines += ["| attack | norm | epsilon, 1/255 | step, 1/255 | test images | right |", f"|{6 * ' --- |'}"]
+        lines += map(table_row, known["accuracy"])
         lines += ["", *(["Measured before the weights were rounded to float16.", ""] if half else [])]
     lines += [
         "## Use", "", "```python", "from singlestep import load_run", "", f'model, args = load_run("{file}")', "```",
@@ -177,16 +179,26 @@ def card(known: dict[str, Any], opened: Opened, file: str, half: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+def table_row(row: dict[str, Any]) -> str:
+    """Return a row of the card's table."""
+    step = "" if row["step"] is None else f"{row['step']:g}"
+    share = row["robust"] / row["n"]
+    return (f"| {row['attack']} | {row['norm']} | {row['epsilon']:g} | {step} | {row['n']:,} | {row['robust']:,} "
+            f"({share:.1%}) |")
+
+
 def title(opened: Opened) -> str:
     """Return the network, its data set and, where it is known, its training."""
     run = opened.args
     name = f"{run.model} for {'synthetic images' if run.dummy else run.data_set}"
-    return f"{name}, trained by {run.method or run.attack} at epsilon {run.epsilon:g}/255" if opened.run else name
+    ball = f"epsilon {run.epsilon:g}/255" + ("" if run.norm == "l_inf" else f" in {run.norm}")
+    return f"{name}, trained by {run.method or run.attack} at {ball}" if opened.run else name
 
 
 def training(known: dict[str, Any], run: Args) -> list[str]:
     """Return the lines of a card about the run."""
-    lines = [f"* Method: `{options.as_flags(options.in_effect(run))}`", f"* Seed: {run.seed}"]
+    method = options.as_flags({**options.in_effect(run), "norm": run.norm})
+    lines = [f"* Method: `{method}`", f"* Seed: {run.seed}"]
     if known["network"]["epoch"] is not None:
         lines.append(f"* Epoch: {known['network']['epoch'] + 1} of {run.epochs}")
     results = known["results"]
@@ -204,16 +216,16 @@ def training(known: dict[str, Any], run: Args) -> list[str]:
 
 LOADER = '''"""{title}.
 
-For RobustBench: a new architecture, to be put into robustbench/model_zoo/architectures, and ENTRY, for the dict `linf`
-of robustbench/model_zoo/{data_set}.py. To load the network before that, in the folder of this file:
+For RobustBench: a new architecture, to be put into robustbench/model_zoo/architectures, and ENTRY, for the dict of
+{threat} in robustbench/model_zoo/{data_set}.py. To load the network before that, in the folder of this file:
 
     from {name} import ENTRY
     from robustbench.model_zoo import model_dicts
     from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
     from robustbench.utils import load_model
 
-    model_dicts[BenchmarkDataset("{data_set}")][ThreatModel.Linf].update([ENTRY])
-    model = load_model("{name}", model_dir="models", dataset="{data_set}", threat_model="Linf")
+    model_dicts[BenchmarkDataset("{data_set}")][ThreatModel.{threat}].update([ENTRY])
+    model = load_model("{name}", model_dir="models", dataset="{data_set}", threat_model="{threat}")
 """
 {source}
 
@@ -231,26 +243,28 @@ def for_robustbench(opened: Opened, args) -> dict[Path, bytes]:
     run = as_built(opened)
     if run.data_set not in ROBUSTBENCH:
         raise UsageError(f"--to={args.to}: RobustBench has {' and '.join(ROBUSTBENCH)}, not {run.data_set}")
-    data_set = ROBUSTBENCH[run.data_set]
+    data_set, threat = ROBUSTBENCH[run.data_set], THREATS[run.norm]
     name = args.name or re.sub(r"\W", "_", f"{run.method or run.attack}_{run.model}" if opened.run else run.model)
     keywords = {"num_classes": opened.dataset.classes, "mean": run.mean, "std": run.std,
                 **run.keywords(MODELS[run.model])}
     code, _, _ = inspect.getsource(networks).partition("\n\ndef new_network")
     code = "".join(line for line in code.splitlines(True) if not line.startswith("from ."))
-    loader = LOADER.format(name=name, title=title(opened), data_set=data_set, model=run.model,
+    loader = LOADER.format(name=name, title=title(opened), data_set=data_set, threat=threat, model=run.model,
                            source=code.partition('"""\n')[2].rstrip(),
                            keywords=", ".join(f"{keyword}={value!r}" for keyword, value in keywords.items()))
     weights = io.BytesIO()
     torch.save(opened.model.state_dict(), weights)
     entry = json.dumps(leaderboard_entry(opened, run, data_set), indent=2) + "\n"
     folder = Path(args.to)
-    return {folder / f"{name}.py": loader.encode(), folder / f"models/{data_set}/Linf/{name}.pt": weights.getvalue(),
-            folder / f"model_info/{data_set}/Linf/{name}.json": entry.encode()}
+    return {folder / f"{name}.py": loader.encode(),
+            folder / f"models/{data_set}/{threat}/{name}.pt": weights.getvalue(),
+            folder / f"model_info/{data_set}/{threat}/{name}.json": entry.encode()}
 
 
 def leaderboard_entry(opened: Opened, run: Args, data_set: str) -> dict[str, Any]:
     """Return RobustBench's JSON card: accuracies in %, as text. Prints what the user has to fill in."""
-    found = {row["attack"]: row for row in facts(opened)["accuracy"] if row["epsilon"] in (0.0, run.epsilon)}
+    found = {row["attack"]: row for row in facts(opened)["accuracy"]
+             if row["norm"] == run.norm and row["epsilon"] in (0.0, run.epsilon)}
     measured = {attack: f"{100 * row['robust'] / row['n']:.2f}" for attack, row in found.items()}
     say("# to be filled in: name, authors, venue")
     if "autoattack" not in found:
@@ -258,7 +272,8 @@ def leaderboard_entry(opened: Opened, run: Args, data_set: str) -> dict[str, Any
     source = METHODS[run.method].source if run.method else ""
     link = f"https://arxiv.org/abs/{source.removeprefix('arXiv ')}" if source.startswith("arXiv") else ""
     return {"link": link, "name": "", "authors": "", "additional_data": False, "number_forward_passes": 1,
-            "dataset": data_set, "venue": "", "architecture": run.model, "eps": f"{run.epsilon:g}/255",
+            "dataset": data_set, "venue": "", "architecture": run.model,
+            "eps": f"{run.epsilon:g}/255" if run.norm == "l_inf" else f"{run.epsilon / 255:.3g}",
             "clean_acc": measured.get("clean"), "reported": measured.get("autoattack"),
             "autoattack_acc": measured.get("autoattack")}
 

@@ -110,7 +110,7 @@ def test_the_card_says_that_the_network_collapsed(run, exported, tmp_path):
         exported(run, f"--to={tmp_path / 'x.safetensors'}")
         card = (tmp_path / "x.md").read_text()
         assert ("**Catastrophic overfitting**" in card) == there == ("; collapse in epoch 1\n" in card)
-        assert f"| pgd-1-1 | 8 | 2 | 8 | {8 * pgd:.0f} ({pgd:.1%}) |" in card and "Seed: 3\n" in card
+        assert f"| pgd-1-1 | l_inf | 8 | 2 | 8 | {8 * pgd:.0f} ({pgd:.1%}) |" in card and "Seed: 3\n" in card
         assert "* Command: `python train_cifar.py --dummy" in card and "* Commit " in card
 
 
@@ -244,6 +244,7 @@ def test_robustbenchs_card_has_its_fields_and_what_was_measured(run, exported, j
         dict(attack="autoattack", epsilon=8.0, step=None, n=1000, robust=281),
         dict(attack="clean", epsilon=0.0, step=None, n=1000, robust=501),
         dict(attack="autoattack", epsilon=4.0, step=None, n=1000, robust=350)]}]
+    records.append({**records[0], "norm": "l_2", "attacks": [dict(records[0]["attacks"][0], robust=999)]})
     (run / "evaluation.json").write_text(json.dumps(records))
     status, output, _ = exported(run, f"--to={tmp_path}/r/")
     assert status == 0 and "to be measured" not in output
@@ -252,6 +253,12 @@ def test_robustbenchs_card_has_its_fields_and_what_was_measured(run, exported, j
     assert card.items() >= dict(link="https://arxiv.org/abs/2202.01181", dataset="cifar10", eps="8/255",
                                 clean_acc="50.10", autoattack_acc="28.10").items()
     assert torch.equal(through_robustbench(tmp_path / "r", "n_fgsm_PreActResNet18")(X), logits(run))
+    saved = (run / "args.json").read_text()
+    (run / "args.json").write_text(saved.replace('"norm": "l_inf"', '"norm": "l_2"'))
+    (run / "state.pth").unlink()  # which evaluations follow
+    assert exported(run / "model_1.pth", f"--to={tmp_path}/l2/")[0] == 0
+    card = json.loads((tmp_path / "l2/model_info/cifar10/L2/n_fgsm_PreActResNet18.json").read_text())
+    assert card["eps"] == "0.0314" and card["autoattack_acc"] == "99.90"
     torch.save(WideResNet(10, 1).state_dict(), tmp_path / "x.pt")
     wide = ["--model=WideResNet", "--depth=10", "--width-factor=1"]
     status, _, error = exported(tmp_path / "x.pt", "--data-set=svhn", *wide, f"--to={tmp_path}/s/")
