@@ -514,6 +514,12 @@ class Args:
             setattr(self, name, value)
         return sorted(notes)
 
+    @staticmethod
+    def completed(before: dict[str, Any]) -> dict[str, Any]:
+        """The flags of an earlier run, with the defaults of flags that its version lacked, where they never vary."""
+        defaults = {name: each.default for name, each in FLAGS.items() if each.default is not None}
+        return {**defaults, **FORMER_DEFAULTS, **before} if before else {}
+
     def changed(self, before: dict[str, Any], trait: str) -> list[str]:
         """The flags with a trait (see `flag`) that differ from those of an earlier run, which may lack some.
 

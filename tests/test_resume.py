@@ -724,3 +724,14 @@ def test_a_run_of_an_older_version_is_continued_as_it_began(tmp_path, call, smal
     status, output, error = call("train_svhn.py", *flags, "--fname", tmp_path / "part", "--resume=auto")
     assert status == 0 and "--lr-max=0.01, as in the version that started the run" in output, error
     assert_same_run(tmp_path / "part", tmp_path / "whole")
+
+
+def test_a_run_of_an_older_version_is_not_continued_in_another_norm(tmp_path, call, small_dummy):
+    """Though its flags do not say in which norm it began."""
+    flags = [*SMALL, "--method=fgsm", "--epochs=1", "--fname", tmp_path / "run"]
+    assert call("train_cifar.py", *flags)[0] == 0
+    saved = torch.load(tmp_path / "run" / "state.pth", weights_only=True)
+    del saved["opt"]["run"]["args"]["norm"], saved["opt"]["run"]["args"]["ckpt_mode"]
+    torch.save(saved, tmp_path / "run" / "state.pth")
+    one_line(call("train_cifar.py", *flags, "--norm=l_2", "--epsilon=8", "--resume=auto"), "has --norm l_inf, not l_2")
+    assert call("train_cifar.py", *flags, "--resume=auto")[0] == 0

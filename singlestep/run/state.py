@@ -273,6 +273,7 @@ def resume(state: State, found: Checkpoint, args) -> list[str]:
     """
     before = state.load_training(found.training, found.source) if found.training is not None else {}
     notes = args.keep_defaults(before)
+    before = args.completed(before)
     if before.get("data_set", args.data_set) != args.data_set:
         raise UsageError(f"--resume: {found.source} is from a run on {before['data_set']}, not {args.data_set}")
     if found.epoch is not None:
