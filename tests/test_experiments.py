@@ -408,14 +408,15 @@ def test_the_report_gives_means_deviations_and_collapses(tmp_path):
             curves = [line for line in axes.lines if not line.get_label().startswith("_")]
             assert len(curves) > 1 and all(len(line.get_xdata()) > 1 for line in curves)
             assert max(max(line.get_ydata()) for line in curves) <= axes.get_ylim()[1] and axes.get_ylim()[0] == 0
-            assert {text.get_text() for text in axes.texts} == {line.get_label() for line in curves}
+            assert {text.get_text() for text in figure.legends[0].get_texts()} == {line.get_label() for line in curves}
 
 
 def test_rows_of_one_epsilon_make_no_curve_over_it(tmp_path):
     for flags in ("--attack=pgd", "--attack=pgd --epsilon=16 --pgd-alpha=4", "--attack=multigrad --multi-samps=3"):
         write_known(tmp_path, flags, 0, [0.4, 0.2])
     figure = report.figure_of_epsilons("epsilon", report.Results(tmp_path, "smoke"))
-    assert [text.get_text() for axes in figure.axes for text in axes.texts] == ["PGD-10", "PGD-10"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["PGD-10"]
+    assert [line.get_label() for axes in figure.axes for line in axes.lines] == ["PGD-10", "PGD-10"]
 
 
 def test_the_committed_reports_are_those_of_the_committed_results(tmp_path, monkeypatch):
