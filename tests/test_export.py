@@ -1,6 +1,7 @@
 """export.py: what is exported is loaded with equal logits, by these scripts and by RobustBench, and says what it is."""
 import importlib
 import json
+import re
 import shutil
 import sys
 from dataclasses import fields
@@ -8,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TINY, one_line, rows_of
+from helpers import ROOT, TINY, one_line, rows_of
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from singlestep import export, options, train
+from singlestep import checkpoints, export, options, train
 from singlestep.checkpoints import load_run
 from singlestep.networks import PreActResNet18, WideResNet
 from singlestep.run.console import UsageError
@@ -264,3 +265,19 @@ def test_robustbenchs_card_has_its_fields_and_what_was_measured(run, exported, j
     status, _, error = exported(tmp_path / "x.pt", "--data-set=svhn", *wide, f"--to={tmp_path}/s/")
     assert status == 2 and "RobustBench has CIFAR-10 and CIFAR-100, not SVHN" in error
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("name, collapsed", [("n-fgsm", False), ("fgsm", True)])
+def test_the_networks_that_ship_are_small_and_say_what_they_are(name, collapsed):
+    path = ROOT / f"networks/{name}.safetensors"
+    opened, known = checkpoints.open_run(path), metadata(path)
+    assert {value.dtype for value in load_file(path).values()} == {torch.float16, torch.int64}
+    assert path.stat().st_size < 2e6
+    assert opened.model(X).isfinite().all() and opened.args.base_width == 16 and opened.args.method == name
+    assert known["network"]["collapsed"] is collapsed
+    start, = known["starts"]
+    assert re.fullmatch("[0-9a-f]{40}", start["commit"]) and "--seed=0" in start["command"]
+    assert path.with_suffix(".md").read_text() == export.card(known, opened, path.name, half=True)
+    robust = {(row["attack"], row["epsilon"]): row["robust"] / row["n"] for row in known["accuracy"]}
+    fgsm, pgd = (robust[attack, opened.args.epsilon] for attack in ("fgsm", "pgd-50-1"))
+    assert pgd < fgsm / 10 if collapsed else pgd > 0.9 * fgsm
