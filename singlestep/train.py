@@ -87,6 +87,7 @@ class Run:
     test: Images
     screen: Screen = field(default_factory=Screen)
     event_files: EventFiles | None = None
+    classes: int = 10
 
     @property
     def steps(self) -> int:
@@ -325,7 +326,7 @@ def assemble(dataset: DataSet, args: Args, state: State, folder: Folder, world: 
     return Run(args, state, folder, world, signals, network, forward,
                partial(getattr(attacks, args.attack), **keywords), objective, alpha, schedule(args, dataset),
                momentum(args, dataset), augmentation(args, dataset), training, held_out, test,
-               screen or Screen(quiet=True), event_files)
+               screen or Screen(quiet=True), event_files, dataset.classes)
 
 
 def start(run: Run, plan: Plan) -> None:
@@ -450,7 +451,7 @@ def train_step(run: Run, batch: Batch) -> None:
     attack = ATTACKS[args.attack]
     step = Step(run.network, len(run.train), batch.whole, state.epoch, batch.number, state.epoch / args.epochs,
                 state.kept, world.rank, world.size, world.sum, OBJECTIVES[args.objective].graph, args.epochs,
-                batch.drawn, run.augmentation.padding, state.optimizer, args.statement["classes"], checks=False)
+                batch.drawn, run.augmentation.padding, state.optimizer, run.classes, checks=False)
     if attack.eval_mode:
         world.broadcast_buffers(state.model)  # eval mode reads the running statistics, of which a state has rank 0's
     seed_everything(STEP, args.seed, state.epoch, state.step, world.rank)

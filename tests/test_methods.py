@@ -1629,11 +1629,11 @@ def test_onecycle_is_pytorchs(steps, epochs, lr_max):
         warnings.simplefilter("ignore")
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr_max, total_steps=steps)
     peak = 0.3 * steps - 1
+    lr, momentum = rates(f"--lr-max={lr_max}", f"--epochs={epochs}", "--lr-schedule=onecycle")
     for s in range(steps):
         group = optimizer.param_groups[0]
         share = 0.3 * s / peak if s <= peak else (s + 1) / steps
         assert abs(share - (s + 1) / steps) <= 1 / steps + 1e-12
-        lr, momentum = rates(f"--lr-max={lr_max}", f"--epochs={epochs}", "--lr-schedule=onecycle")
         assert lr(share * epochs) == pytest.approx(group["lr"], rel=1e-6, abs=1e-9 * lr_max)
         assert momentum(share * epochs) == pytest.approx(group["momentum"], rel=1e-9)
         optimizer.step()

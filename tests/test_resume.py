@@ -651,7 +651,7 @@ def test_without_file_locks_a_warning_is_printed_and_all_continues(number, tmp_p
     for flags in ([], ["--resume=auto"], ["--eval", "--resume=auto"]):
         status, _, error = call("train_cifar.py", *SMALL, "--fname", run, *flags)
         assert (status, error) == (0, "" if flags else warning)
-    assert judged(run, "--attacks=clean", "--device=cpu")[0] == 0
+    assert judged(run, "--attacks=clean", "--device=cpu", "--again")[0] == 0
     assert len(json.loads((run / "evaluation.json").read_text())) == 2
 
 

@@ -498,7 +498,8 @@ def test_a_misspelt_flag_is_told_which_one_may_have_been_meant(tmp_path, call):
 
 @pytest.mark.parametrize("flags, hint", [
     ("--eps=8", "did you mean --epsilon or --eps-warmup?"), ("--gpu 0", "did you mean --device?"),
-    ("--alpha=2", "did you mean --fgsm-alpha or --pgd-alpha?"), ("--epsilons=8", "did you mean --epsilon?"),
+    ("--alpha=2", "did you mean --fgsm-alpha or --pgd-alpha or --uap-alpha?"),
+    ("--epsilons=8", "did you mean --epsilon?"),
     ("--lr=0.1", "did you mean --lr-schedule or --lr-max or --lr-drop?"), ("--no-compil", "did you mean --no-compile?"),
     ("--dampening=0", "arguments: --dampening=0\n"), ("--workers=2", "arguments: --workers=2\n"),
     ("--method=nfgsm", "did you mean --method=n-fgsm or --attack=nfgsm?"),

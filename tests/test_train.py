@@ -137,7 +137,7 @@ def test_the_size_of_an_evaluation_is_recorded(tmp_path, call, judged, small_dum
     assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path)[0] == 0
     assert json.loads((tmp_path / "args.json").read_text())["starts"][0]["evaluation_batch"] == 7
     for flags, expected in (([], 130), (["--batch-size=5"], 5)):
-        assert judged(tmp_path, "--attacks=clean", "--device=cpu", "--samples=8", *flags)[0] == 0
+        assert judged(tmp_path, "--attacks=clean", "--device=cpu", "--samples=8", "--again", *flags)[0] == 0
         assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["batch_size"] == expected
     assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path, "--eval", "--resume=auto")[0] == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["batch_size"] == 10
