@@ -676,7 +676,7 @@ def lap_gradient(model: nn.Module, x: Tensor, y: Tensor, eta: Tensor, beta: floa
     """
     layers = [weight for weight in step.network.parameters() if weight.dim() > 1 and weight.requires_grad]
     eta = eta.detach().requires_grad_()
-    scale = power_of_two(x)
+    scale = loss_scale(x)
     with torch.enable_grad():
         loss = F.cross_entropy(model(x + eta), y)
         grad, *slopes = torch.autograd.grad(loss * scale, [eta, *layers])
@@ -831,12 +831,12 @@ def gradient(model: nn.Module, x: Tensor, delta: Tensor, mean_loss: Callable[[Te
     delta = delta if keep else delta.detach().requires_grad_()
     with contextlib.nullcontext() if keep else frozen(model), torch.enable_grad():
         logits = model(x + delta)
-        scale = power_of_two(x)
+        scale = loss_scale(x)
         grad, = torch.autograd.grad(mean_loss(logits) * scale, delta, retain_graph=keep)
     return grad / scale, logits if keep else logits.detach()
 
 
-def power_of_two(x: Tensor) -> int:
+def loss_scale(x: Tensor) -> int:
     """Return the factor of a batch's mean loss that keeps float16 gradients from vanishing. Its product is exact."""
     return 8 * 2 ** (len(x) - 1).bit_length()
 

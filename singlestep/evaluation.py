@@ -145,8 +145,8 @@ def evaluate_network(path: str, network: Callable[[], tuple[Opened, Images]], ar
             job.screen.say(f"# {hint}")
     for attack, epsilon in attacks:
         if attack not in options.AUTOATTACK:
-            pgd = form_of_pgd(attack, epsilon, None, 0)
-            for hint in options.reach_hints(titled(attack, epsilon), pgd.steps, 255 * pgd.alpha, epsilon):
+            pgd = form_of_pgd(attack, epsilon)
+            for hint in options.reach_hints(attack_title(attack, epsilon), pgd.steps, 255 * pgd.alpha, epsilon):
                 job.screen.say(f"# {hint}")
     for hint in precision_hints(args, device):
         job.screen.say(f"# {hint}")
@@ -157,7 +157,7 @@ def evaluate_network(path: str, network: Callable[[], tuple[Opened, Images]], ar
     known = [name for name in attacks if name in rows]
     if known:
         job.screen.say(f"# not run, since evaluation.json holds the results (--again runs them): "
-                       f"{'; '.join(titled(*name) for name in known)}")
+                       f"{'; '.join(attack_title(*name) for name in known)}")
     try:
         with advice_on_failure(stop.signals, f"lower --batch-size (now {job.batch_size})"):
             for attack, epsilon in attacks:
@@ -184,7 +184,8 @@ def comparison(networks: list[Evaluated], by_seed: bool = False) -> tuple[tables
     found = {column for each in networks for column in each.by_column()}
     attacks = [row["attack"] for each in networks for row in each.rows]
     columns = sorted(found, key=lambda column: (column[0] == WORST, attacks.index(column[0]), *column[1:]))
-    heads = [titled(attack, epsilon) + ("" if norm == "l_inf" else f", {norm}") for attack, epsilon, norm in columns]
+    heads = [attack_title(attack, epsilon) + ("" if norm == "l_inf" else f", {norm}")
+             for attack, epsilon, norm in columns]
     table: tables.Table = [["network", "images", *heads]]
     for title, group in groups.items():
         rows = [each.by_column() for each in group]
@@ -391,7 +392,7 @@ def known_rows(job: Job) -> dict[tuple[str, float], dict[str, Any]]:
 
 def step_of(attack: str, epsilon: float) -> float | None:
     """The step of evaluate.py's attack in 1/255; None if it has none."""
-    pgd = None if attack in options.AUTOATTACK else form_of_pgd(attack, epsilon, None, 0)
+    pgd = None if attack in options.AUTOATTACK else form_of_pgd(attack, epsilon)
     return 255 * pgd.alpha if pgd and pgd.restarts else None
 
 
@@ -438,7 +439,7 @@ def measure_pgd(job: Job, attack: str, epsilon: float, alpha: float | None = Non
     """Attack the images by a form of PGD, and add a row. epsilon, alpha: radius and step in 1/255, the step a quarter
     of the radius by default."""
     pgd = form_of_pgd(attack, epsilon, alpha, job.opened.args.seed, job.opened.args.norm)
-    title = titled(attack, epsilon)
+    title = attack_title(attack, epsilon)
     announce(job, title, epsilon, 3 * pgd.steps * pgd.restarts or 1)
     began = time.perf_counter()
     result = attacked(job, title, pgd)
@@ -453,7 +454,8 @@ def measure_pgd(job: Job, attack: str, epsilon: float, alpha: float | None = Non
     return result
 
 
-def titled(attack: str, epsilon: float) -> str:
+def attack_title(attack: str, epsilon: float) -> str:
+    """Name an attack and its epsilon in 1/255, as in hints and in the heads of columns."""
     return attack if attack == "clean" else f"{attack}, epsilon {epsilon:g}"
 
 
