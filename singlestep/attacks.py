@@ -55,7 +55,7 @@ class Step:
         drawn: the augmentation of x: "top" and "left" of the crop in the padded image, "flip", each (B,).
         padding: pixels by which the augmentation pads each side of an image before the crop.
         optimizer: SGD with its momentum buffers and one parameter group, for an attack that moves the weights.
-        rows: number of the perturbation, common to several images, that each image starts from, (B,).
+        rows: index of the shared perturbation that each image starts from, (B,).
         start: perturbation at which the attack ran its first forward pass; with keeps_graph, a leaf of its graph.
         logits, gradient: logits at x + start, and the gradient of the mean cross-entropy with respect to start.
         direction: sora's direction of steepest ascent at its start.
@@ -103,7 +103,7 @@ class Step:
     def reserve(self, name: str, x: Tensor, *shape: int) -> None:
         """Make `kept[name]` a tensor of zeros, (images, *shape), if it is not yet one of that shape.
 
-        It is in half precision, but in that of x for images in float64 and for one number an image.
+        It is in float16; in the dtype of x if x is float64, or if each image has one number.
         """
         if name not in self.kept or self.kept[name].shape != (self.images, *shape):
             dtype = torch.float16 if shape and x.dtype is torch.float32 else x.dtype
@@ -306,7 +306,7 @@ def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, nor
     a = 2 epsilon min(1, 0.02 / (1 - v)). v measures how well g predicts g', the gradient at x + delta: it starts at
     0.99 and is updated after each step (see `sora_update`).
 
-    For l_2: d = g / norm2(g), as in a function of the authors' code that none of its flags selects.
+    For l_2, g / norm2(g) replaces sign(g), as in a function of the authors' code that none of its flags selects.
     """
     if "sora" not in step.kept:
         step.kept["sora"] = torch.full((), 0.99, dtype=torch.float64, device=x.device)
@@ -318,7 +318,8 @@ def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, nor
 
 
 def sora_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: float) -> None:
-    """Update SORA's v: v <- 0.95 v + 0.05 mean(<d, g'> / <d, g>), with g' = `grad` and the direction d = sign(g)."""
+    """Update SORA's v: v <- 0.95 v + 0.05 clip(mean(<d, g'> / <d, g>), -1, 1), g' = `grad`, d the step's
+    direction, sign(g)."""
     v = step.kept["sora"]
     along, before = ((step.direction * each).flatten(1).sum(dim=1) for each in (grad, step.gradient))
     ratio = along / before.clamp(min=1e-12)
@@ -386,7 +387,8 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     g is the gradient at x + D of the cross-entropy with label smoothing `smoothing`. Every `reset` epochs, D becomes a
     random corner of the ball and M becomes 0. D is not cropped or flipped with its image.
 
-    D and M are stored in half precision. M is stored times the number of entries of 128 images, which makes it about 1.
+    D and M are stored in half precision. M is stored multiplied by the number of entries of 128 images, so that its
+    entries are about 1.
     """
     for name in ("pgi", "pgi momentum"):
         step.reserve(name, x, *x.shape[1:])
@@ -409,7 +411,7 @@ def liet(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, s
     """LIET (ICCV 2025): FGSM from a perturbation of the label's class. Passes with the objective `liet`: 2.7.
 
         L_c = epsilon sign(gradient of nCE(f(G), c) with respect to G), in eval mode, G an image of 0.5
-        eta = t L_y, but for entries replaced by U(-h, h), each with probability rho
+        eta = t L_y, but for entries replaced by U(-h, h), each with probability rho; clipped to the pixel range
         delta = box(eta + alpha sign(g))
 
     g is the gradient of nCE at x + eta, nCE the cross-entropy with non-uniform label smoothing (`Step.nonuniform_ce`).
@@ -704,9 +706,9 @@ def atas(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, c: 
         a_i = 16/255 / (1 + sqrt(v_i) / c), clipped to [4/255, 14/255]
         delta_i = box(eta_i + a_i sign(g_i)), which also becomes D_i, unflipped, where D_i was cropped
 
-    g is the gradient with the model in eval mode. norm2(g_i) is that of a mean over 128 images, for which c was
-    published. In the first `warmup` epochs, a_i = epsilon, and v stays. D is uniform in the ball at first, and drawn
-    anew in every reset-th epoch but the last. D is stored in half precision. Passes: 2.
+    g is the gradient with the model in eval mode. norm2(g_i) is scaled as for a mean loss over 128 images; c
+    was published for that scale. In the first `warmup` epochs, a_i = epsilon, and v stays. D is uniform in the ball at
+    first, and drawn anew in every reset-th epoch but the last. D is stored in half precision. Passes: 2.
     """
     height, width = x.shape[2:]
     padded = (len(x), x.shape[1], height + 2 * step.padding, width + 2 * step.padding)
@@ -733,7 +735,7 @@ def atas(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, c: 
 
 
 def crop(x: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor | slice, ...]:
-    """Return the index of the crop that became each image of x, in the padded images before the flip.
+    """Return the index that cuts the images of x, before their flip, out of their padded images.
 
     Padded images (B, C, H', W') indexed by it are (B, H, W, C), flipped where the images are.
     """

@@ -19,7 +19,8 @@ from .run.console import UsageError, one_line_errors, say
 from .run.folder import atomic_write, evaluations, read_records
 from .run.state import read_metadata
 
-STARTED = ("commit", "python", "torch", "torchvision", "device", "threads", "processes", "epoch")  # shared of a start
+# Fields of a run's starts that are exported.
+STARTED = ("commit", "python", "torch", "torchvision", "device", "threads", "processes", "epoch")
 PATHS = ("data_dir", "fname")  # flags that are paths of the run's machine
 ROBUSTBENCH = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100"}
 THREATS = {"l_inf": "Linf", "l_2": "L2"}  # RobustBench's names of the norms
@@ -105,7 +106,7 @@ def epoch_of(opened: Opened, history: list[dict[str, Any]]) -> int | None:
 
 
 def as_built(opened: Opened) -> Args:
-    """Return the run's arguments, those of the network as it was built: a file may have constants of its own."""
+    """Return the run's arguments, with the normalization and the final norm of the loaded network."""
     model = opened.model
     constants = {name: model.get_buffer(f"normalize.{name}").flatten().numpy() for name in ("mean", "std")}
     shortest = {name: tuple(float(str(value)) for value in values) for name, values in constants.items()}
@@ -114,7 +115,7 @@ def as_built(opened: Opened) -> Args:
 
 
 def accuracy(opened: Opened, record: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return a row for each attack that the run or evaluate.py made on this network, on the most images.
+    """Return a row for each attack on this network by the run or by evaluate.py: the measurement on the most images.
 
     epsilon and step are in 1/255; robust: of n test images.
     """
@@ -164,9 +165,10 @@ def card(known: dict[str, Any], opened: Opened, file: str, half: bool) -> str:
         "- adversarial-training", "datasets:", f"- {short.get(run.data_set, run.data_set)}", "metrics:", "- accuracy",
         "---", "", f"# {title(opened)}", ""]
     if known["network"]["collapsed"]:
-        lines += ["**Catastrophic overfitting**: the network withstands one step, and no multi-step attack.", ""]
+        lines += ["**Catastrophic overfitting**: accuracy under multi-step attacks has collapsed; accuracy under FGSM "
+                  "has not.", ""]
     if known["accuracy"]:
-        lines += ["| attack | norm | epsilon, 1/255 | step, 1/255 | test images | right |", f"|{6 * ' --- |'}"]
+        lines += ["| attack | norm | epsilon, 1/255 | step, 1/255 | test images | correct |", f"|{6 * ' --- |'}"]
         lines += map(table_row, known["accuracy"])
         lines += ["", *(["Measured before the weights were rounded to float16.", ""] if half else [])]
     lines += [
@@ -200,7 +202,7 @@ def training(known: dict[str, Any], run: Args) -> list[str]:
     method = options.as_flags({**options.in_effect(run), "norm": run.norm})
     lines = [f"* Method: `{method}`", f"* Seed: {run.seed}"]
     if known["network"]["epoch"] is not None:
-        lines.append(f"* Epoch: {known['network']['epoch'] + 1} of {run.epochs}")
+        lines.append(f"* Saved after epoch {known['network']['epoch'] + 1} of {run.epochs}")
     results = known["results"]
     if results["best_robust_acc"] is not None:
         first = results["collapse_epoch"]

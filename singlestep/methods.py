@@ -20,11 +20,11 @@ class Attack:
 
     keywords: keyword of the function -> flag; also: other flags on which a keyword's value depends; start: the attack
     computes logits and gradient at its starting point, which an objective may use; eval_mode: it runs the network in
-    eval mode; update: function of attacks.py, called after backward with the loss's gradient at `update_at`, "delta" or
-    "start"; update_keywords: keyword of that function -> flag; replays: flag with the number of steps per batch;
-    moves_weights: it moves the weights after its start, with which no objective can then compare; stored: perturbations
-    that it stores for each training image, or, with `stored_padded`, for each padded one; norms: those of its published
-    forms; defaults: flag -> default with this attack; requires: flag -> required value.
+    eval mode; update: function of attacks.py, called after the optimizer's step with the loss's gradient at
+    `update_at`, "delta" or "start"; update_keywords: keyword of that function -> flag; replays: flag with the number of
+    steps per batch; moves_weights: it moves the weights after its first pass, so no objective can use the logits at its
+    start; stored: perturbations that it stores for each training image, or, with `stored_padded`, for each padded one;
+    norms: those of its published forms; defaults: flag -> default with this attack; requires: flag -> required value.
 
     Texts: starts_at: the starting point of delta; step: formula of the next delta, before the clip; clip: what the next
     delta is clipped to.
@@ -158,8 +158,8 @@ ATTACKS: dict[str, Attack] = {
         requires=dict(objective="ce", label_smoothing=0.0, amp_impl="native"),
         starts_at="U(±epsilon)",
         step="delta + a r sign(g); r ~ U(0, 1) for each entry; a = 2 epsilon min(1, 0.02 / (1 - v)); v: moving average "
-             "(weight 0.05, from 0.99) of the mean over images of sum(sign(g) g') / norm1(g); g': the gradient at the "
-             "next delta",
+             "(weight 0.05, from 0.99) of the mean over images of sum(sign(g) g') / norm1(g), clipped to ±1; g': the "
+             "gradient at the next delta",
         clip="pixels"),
     "ckpt": Attack(
         dict(alpha="fgsm_alpha", count="ckpt_count", mode="ckpt_mode", smoothing="attack_smoothing"), eval_mode=True,
@@ -186,16 +186,16 @@ ATTACKS: dict[str, Attack] = {
         step="delta + alpha sign(g), g with nCE, the objective's", clip="ball (up to epsilon 8), pixels"),
     "uap": Attack(
         dict(alpha="fgsm_alpha", a="uap_alpha", smoothing="label_smoothing"), **UAP,
-        starts_at="u, one for all images, at first ±a at random; a: `--uap-alpha`",
+        starts_at="box(u); u: one for all images, at first ±a at random; a: `--uap-alpha`",
         step="delta + alpha sign(g), g with smoothed labels; after the weights' step, m = `--uap-decay` m + mean(G) / "
              "norm1(G), u = u + a sign(m), clipped to ±a; G: the sum of g and the gradient of the loss at x + eta"),
     "cuap": Attack(
         dict(alpha="fgsm_alpha", a="uap_alpha", smoothing="label_smoothing"), **UAP,
-        starts_at="u_y, one for each class",
+        starts_at="box(u_y), one u for each class",
         step="as `uap`; u_k and m_k of the classes in the batch move, with the mean of G over their images"),
     "fuap": Attack(
         dict(alpha="fgsm_alpha", a="uap_alpha", count="fuap_rows", smoothing="label_smoothing"), **UAP,
-        starts_at="v + u_j, v ~ U(±epsilon), j one of `--fuap-rows` groups: the largest output of the first layer of "
+        starts_at="box(v + u_j), v ~ U(±epsilon), j one of `--fuap-rows` groups: the largest output of the first of "
                   "two linear layers on the features of x + v, which learn to classify them",
         step="as `cuap`, with j in place of y"),
     "pco": Attack(
@@ -327,8 +327,8 @@ METHODS: dict[str, Method] = {
              label_smoothing=4 / 9), "3", "arXiv 2308.12857",
         {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
         text="ConvergeSmooth: FGSM-RS without the clip to the ball; the loss at the start may not jump between epochs",
-        differs="the authors' penalty also rests in the last epoch, in the last one before each drop of the learning "
-                "rate, and in the first two after it; here it rests in the first two epochs of the run alone. Defaults "
+        differs="the authors' penalty is also 0 in the last epoch, in the epoch before each drop of the learning rate, "
+                "and in the two after it; here it is 0 only in the first two epochs of the run. Defaults "
                 "are those of their code, which is set to epsilon 16; the paper has more terms and other gaps"),
     "mep-cs": Method(
         dict(attack="pgi", fgsm_alpha=1.0, objective="smooth", smooth_at="clean", label_smoothing=4 / 9), "3",
@@ -395,17 +395,17 @@ METHODS: dict[str, Method] = {
     "nuat": Method(
         dict(attack="nuclear", fgsm_alpha=1.0, objective="nuclear"), "3.3", "NeurIPS 2021",
         text="one step, and a penalty on the nuclear norm of the change in a batch's logits",
-        differs="batches of 64 there"),
+        differs="the authors use batches of 64"),
     "gat": Method(
         dict(attack="guided", fgsm_alpha=1.0, objective="guided"), "3.3", "arXiv 2011.14969",
         text="one step, and a penalty on the change of each image's probabilities",
-        differs="batches of 64 there. The weight grows at 0.86 of the epochs under any schedule; in the authors' 100 "
-                "epochs, the second drop of the learning rate is there"),
+        differs="the authors use batches of 64. The weight grows at 0.86 of the epochs under any schedule; there, the "
+                "authors' 100 epochs have the second drop of the learning rate"),
     "trades": Method(
         dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573",
         text="multi-step training: ten steps that maximize the KL to the clean prediction, a KL penalty",
         differs="epsilon and alpha are those of the command line, theirs 0.031 and 0.007; their weight decay is "
-                "2e-4. They make one more clean pass in train mode, without a use for its output: clean images "
+                "2e-4. They make one more clean pass in train mode, whose output is unused: clean images "
                 "make up 67% of BatchNorm's running statistics there, 47% here (computed)"),
     "sora": Method(
         dict(attack="sora"), "2", "arXiv 2606.00738",

@@ -46,8 +46,8 @@ def gradalign(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: fl
 
     loss = CE(x + delta) + weight (1 - mean cos(g1, g2))
 
-    g1 is the input gradient at x + start, detached. g2 is the input gradient at x + eta, eta ~ U(-epsilon, epsilon),
-    with its graph; x + eta is not clipped to [0, 1]. The mean excludes images where g1 or g2 is 0.
+    g1 is the input gradient at x + start, detached. g2 is the input gradient at x + u, u ~ U(-epsilon, epsilon),
+    with its graph; x + u is not clipped to [0, 1]. The mean excludes images where g1 or g2 is 0.
     """
     loss, logits = ce(model, x, y, delta, epsilon, step, smoothing)
     noise = torch.empty_like(x).uniform_(-epsilon, epsilon).requires_grad_()

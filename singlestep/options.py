@@ -299,7 +299,7 @@ class Args:
 
     data_dir: str = flag("data", "folder of the data set; downloaded if none of its files is there", "", path,
                          fixed=False, named=False)
-    dummy: bool = flag("data", "train on synthetic images that can be learned: no files, no download", False,
+    dummy: bool = flag("data", "use synthetic images, which can be learned: no files, no download", False,
                        scores=True, orders=True)
     train_samples: int | None = flag("data", "train on the first N training images only", None, number(int, 1),
                                      metavar="N", orders=True)
@@ -326,7 +326,8 @@ class Args:
 
     epochs: int = flag("training", "passes over the training images", None, number(int, 1, 10**6))
     batch_size: int = flag("training", "images in a step, over all processes", 128, number(int, 1, 10**6), orders=True)
-    recipe: str | None = flag("training", "training protocol of another comparison: sets the defaults of other flags",
+    recipe: str | None = flag("training", "training protocol of the ZeroGrad paper or of FastAT_Benchmark: sets the "
+                              "defaults of other flags",
                               choices=RECIPES, fixed=False, named=False)
     pad_mode: str | None = flag("training", "padding of the images before the crop (default: the data set's)", None,
                                 choices=("reflect", "zero"))
@@ -350,8 +351,9 @@ class Args:
                               number(float, 0))
     elle_adaptive: bool = flag("training", "ELLE-A: elle's weight decays, and is restored when the regularizer jumps",
                                False)
-    aaer_lambdas: tuple[float, ...] = flag("training", "weights of aaer's three terms (default: as published for "
-                                           "--epsilon)", None, triple, metavar="L1,L2,L3")
+    aaer_lambdas: tuple[float, ...] = flag("training", "L1: weight of aaer's regularizer; L2, L3: of its two "
+                                           "terms (default: as published for --epsilon and the data set)", None, triple,
+                                           metavar="L1,L2,L3")
     trades_beta: float = flag("training", "weight of the divergence in trades", 6.0, number(float, 0))
     nuclear_lambda: float = flag("training", "weight of the nuclear norm in NuAT's attack and in its loss", 4.5,
                                  number(float, 0))
@@ -369,9 +371,10 @@ class Args:
                             number(float, 0))
     smooth_lambda: float = flag("training", "weight of the loss that smooth keeps from jumping between epochs", 1.0,
                                 number(float, 0))
-    smooth_gap: float = flag("training", "how far that loss may depart from its mean in the previous epoch", 0.03,
+    smooth_gap: float = flag("training", "change of that loss from its mean in the previous epoch that smooth allows",
+                             0.03,
                              number(float, 0))
-    smooth_at: str = flag("training", "point of that loss: clean images, or start (the attack's)", "clean",
+    smooth_at: str = flag("training", "where that loss is computed: at clean images, or at the attack's start", "clean",
                           choices=("clean", "start"))
     label_smoothing: float = flag("training", "label smoothing of the training loss", 0.0, number(float, 0, 1))
     ema: float = flag("training", "decay of a moving average of the network, BatchNorm's statistics included, which is "
@@ -396,7 +399,7 @@ class Args:
     zero_qval: float = flag("attack", "fraction of each image's gradient entries that zerograd sets to 0", None,
                             number(float, 0, 1))
     zero_iters: int = flag("attack", "steps of zerograd", 1, number(int, 1))
-    multi_samps: int = flag("attack", "random starts of multigrad", 3, number(int, 1, 1000))
+    multi_samps: int = flag("attack", "random points at which multigrad takes gradients", 3, number(int, 1, 1000))
     multi_th: int = flag("attack", "how many of multigrad's gradients must agree on a sign; -1: all", -1,
                          number(int, 1, also=(-1,)),
                          convert=lambda value, args: args.multi_samps if value == -1 else value)
@@ -450,8 +453,8 @@ class Args:
     eval: bool = flag("evaluation", "do not train: evaluate the network that --resume names", False, named=False)
 
     fname: str = flag("files", "folder of the logs and checkpoints", "", path)
-    like: str | None = flag("files", "take the flags of this run as defaults, but for those of files and machine, and "
-                            "--data-dir; flags beside it win; with --method, the run's attack and loss are left out",
+    like: str | None = flag("files", "defaults from this run, except --data-dir and the flags of files and machine; "
+                            "given flags win; --method drops the run's attack and loss",
                             None, path, metavar="RUN")
     resume: int | str = flag("files", "N: continue from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest "
                              "complete state, or start if there is none", 0, number(int, 0, also=("auto",)),

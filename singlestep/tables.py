@@ -1,4 +1,7 @@
-"""Tables of results: on the screen, as CSV, and for LaTeX. A table is a list of rows of cells; the first has heads."""
+"""Tables of results: on the screen, as CSV, and for LaTeX.
+
+A table is a list of rows of cells; the first row is the header.
+"""
 import argparse
 import csv
 import io
@@ -16,7 +19,7 @@ Table = list[list[Any]]  # of str, int and Accuracy
 class Accuracy:
     """The accuracy of the networks in a row: mean and deviation of several, one with its 95% interval; all in %.
 
-    note: what stands behind the number.
+    note: text printed after the number.
     """
 
     values: list[float]
@@ -25,7 +28,7 @@ class Accuracy:
     note: str = ""
 
     def numbers(self) -> dict[str, str]:
-        """The numbers and the note, by the ends of their columns' heads."""
+        """The numbers and the note, by what is appended to the column's header."""
         if not self.values:
             return {}
         parts = {"": statistics.mean(self.values)}
