@@ -78,7 +78,8 @@ def signs(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str = "l
     """Compute two metrics of the input gradients g1 at x (B, C, H, W) and g2 at a random point of the ball
     (see `attacks.in_ball`).
 
-    Puts the model in eval mode. Raises ValueError if images or epsilon are out of range.
+    The model is in eval mode meanwhile, and afterwards in the mode it had. Raises ValueError if images or epsilon are
+    out of range.
 
     Returns:
         alignment: mean cos(g1, g2) (Andriushchenko and Flammarion, arXiv 2007.02617); it falls from near 1 as the loss
@@ -87,9 +88,11 @@ def signs(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str = "l
     """
     check_images(x)
     check_epsilon(epsilon, norm)
+    training = model.training
     model.eval()
     here, _ = input_gradient(model, x, y, torch.zeros_like(x))
     there, _ = input_gradient(model, x, y, in_ball(x, epsilon, norm))
+    model.train(training)
     here, there = here.float().flatten(1), there.float().flatten(1)
     cosine = torch.cosine_similarity(here, there, dim=1)
     spread = (here.norm(p=1, dim=1) / here.norm(dim=1).clamp(min=1e-30)).square() / here.shape[1]

@@ -767,6 +767,9 @@ def flags_like(source: str, dataset: DataSet, new_method: bool) -> dict[str, Any
     run, stated = recorded(source)
     if not run:
         raise UsageError(f"--like {source} is not the folder of a run: it has no args.json")
+    if run["data_set"] == OWN != dataset.name:
+        raise UsageError(f"--like {source}: that run trained a network and images of yours; only train() in Python can "
+                         f"repeat it")
     gone = [option(name) for name in run if name not in (*FLAGS, "data_set")]
     if gone:
         say(f"# --like {source}: {', '.join(gone)} no longer exists and is left out", error=True)
@@ -952,10 +955,12 @@ def unit_hints(values: dict[str, Any]) -> list[str]:
                          f"{255 * values[name]:.3g}?")
     if values.get("norm") == "l_2" and 1 <= values["epsilon"] < 32:
         hints.append(f"--epsilon={values['epsilon']:g} is a small radius for --norm=l_2, where 128 is usual")
+    epsilon = values.get("epsilon") or 8.0
     for name in ("fgsm_alpha", "pgd_step"):
-        if (values.get(name) or 0) > 4:
-            hints.append(f"{option(name)}={values[name]:g} means {values[name]:g} epsilons: did you mean "
-                         f"{values[name] / (values.get('epsilon') or 8.0):.3g}?")
+        step = values.get(name) or 0
+        if step > 4 or 0 < step < 0.1:
+            meant = step / epsilon if step > 4 else 255 * step / epsilon
+            hints.append(f"{option(name)}={step:g} means {step:g} epsilons: did you mean {meant:.3g}?")
     for name in ("mean", "std"):
         if max(values.get(name) or (0,)) > 1:
             hints.append(f"{option(name)} is of pixels in [0, 1]: did you mean "

@@ -338,14 +338,25 @@ def start(run: Run, plan: Plan) -> None:
                          "source": plan.found.source if plan.found else None, "aside": plan.earlier})
     if run.writes:
         folders.write_logs(run.folder, state, args)
-    method, parameters = options.as_flags(options.in_effect(args)), sum(p.numel() for p in state.model.parameters())
+    method = options.as_flags(options.in_effect(args))
     images = (len(run.train), len(run.held_out), len(run.test))
-    run.screen.say(console.banner(args, method, parameters, run.network is not state.model, state.starts[-1], images,
-                                  run.steps))
+    run.screen.say(console.banner(args, method, described(args, state.model), run.network is not state.model,
+                                  state.starts[-1], images, run.steps))
     for note in notes(run, plan):
         run.screen.say(f"# {note}")
     for hint in options.unit_hints(args.flags()):
         run.screen.warn(hint)
+
+
+def described(args: Args, network: nn.Module) -> str:
+    """Return the network's architecture and number of parameters."""
+    if args.data_set == options.OWN:
+        title = type(network).__name__
+    elif args.model == "WideResNet":
+        title = f"WideResNet-{args.depth}-{args.width_factor}"
+    else:
+        title = f"{args.model} of base width {args.base_width}"
+    return f"{title}, {sum(p.numel() for p in network.parameters()) / 1e6:.1f} M parameters"
 
 
 def notes(run: Run, plan: Plan) -> Iterator[str]:
@@ -355,7 +366,8 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
         yield folders.resumed_line(run.state.starts[-1]).removeprefix("# ")
     if plan.earlier:
         yield f"files of an earlier run are now in {plan.earlier}"
-    if device.type == "cpu" and args.base_width >= 64 and args.model != "WideResNet" and not args.dummy:
+    standard = args.model != "WideResNet" and args.data_set != options.OWN
+    if device.type == "cpu" and args.base_width >= 64 and standard and not args.dummy:
         yield ("on a CPU, this network takes hours; --base-width=16 is some ten times as fast, and --last-samples=1000 "
                "shortens the last evaluation")
     yield from precision_hints(args, device)

@@ -123,7 +123,8 @@ def test_the_signs_are_their_formulas():
 
     for norm, point in (("l_inf", lambda: torch.empty_like(x).uniform_(-0.1, 0.1)), ("l_2", in_l2)):
         torch.manual_seed(1)
-        found = collapse.signs(model, x, y, 0.1, norm)
+        found = collapse.signs(model.train(), x, y, 0.1, norm)
+        assert model.training  # as before
         torch.manual_seed(1)
         g, other = gradient(torch.zeros_like(x)), gradient(point())
         cosine = (g * other).sum(1) / g.square().sum(1).sqrt() / other.square().sum(1).sqrt()

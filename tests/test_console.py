@@ -88,6 +88,8 @@ def test_the_command_after_a_run_takes_a_minute(seconds, images, samples, full):
     assert lines[1].endswith(f"python evaluate.py 'a run' --attacks=clean,fgsm,pgd-10-1 --samples={samples}")
     assert "PGD-50-10 on all 10,000 test images" in lines[2] and full in lines[2]
     assert "--attacks" not in console.results_lines(args, {}, 0)
+    few = console.results_lines(args, {"test_time": 1.0, "test_images": 12}, 12)
+    assert "--samples=12\n" in few  # not more than there are
 
 
 def test_a_long_final_evaluation_is_announced_after_the_first_epoch(call, tmp_path, small_dummy, monkeypatch):

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from helpers import ROOT, epochs_of
+from torch import nn
 
 import singlestep
 from singlestep import collapse, data, options
@@ -62,6 +63,18 @@ def test_without_test_images_no_epoch_is_evaluated_and_a_folder_can_be_resumed(t
     assert (tmp_path / "run" / "model_1.pth").exists() and epochs_of(tmp_path / "run") == again
     with pytest.raises(UsageError, match="a network of yours"):  # its normalization is not recorded
         singlestep.load_run(tmp_path / "run")
+    with pytest.raises(UsageError, match=r"only train\(\) in Python"):
+        options.arguments(options.CIFAR10, {"like": str(tmp_path / "run")})
+
+
+def test_a_network_of_ones_own_is_named_as_it_is(tmp_path, capsys):
+    images, labels = torch.rand(8, 3, 8, 8), torch.arange(8) % 2
+    train(nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), images, labels, "fgsm", epochs=1, test=(images, labels),
+          folder=tmp_path / "run", quiet=False)
+    output = capsys.readouterr().out
+    assert "network  Sequential, 0.0 M parameters" in output and "base-width" not in output
+    assert f"evaluate.py --network=MODULE:FUNCTION --weights={tmp_path}/run/model_0.pth --data-set=NAME" in output
+    assert "--samples=8" in output
 
 
 @pytest.mark.parametrize("flags, named", [

@@ -246,13 +246,13 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
 
 
-def banner(args, method: str, parameters: int, compiled: bool, start: dict[str, Any], images: tuple[int, int, int],
+def banner(args, method: str, network: str, compiled: bool, start: dict[str, Any], images: tuple[int, int, int],
            steps: int) -> str:
     """Return the first lines that a run prints: method, data, network and hardware, folder.
 
     Args:
         method: flags of the method.
-        parameters: number of the network's parameters.
+        network: its architecture and number of parameters.
         start: dict from `device.describe`.
         images: numbers of training, validation and test images.
         steps: steps in an epoch.
@@ -260,7 +260,6 @@ def banner(args, method: str, parameters: int, compiled: bool, start: dict[str, 
     train, held_out, test = images
     first = test if args.full_test else min(args.test_samples, test)
     last = min(max(first, args.last_samples or test), test)
-    width = f" of base width {args.base_width}" if args.model != "WideResNet" else f"-{args.depth}-{args.width_factor}"
     precision = args.amp_dtype if args.amp else "float32"
     return "\n".join([
         f"method   {args.method + ': ' if args.method else ''}{method}",
@@ -268,8 +267,7 @@ def banner(args, method: str, parameters: int, compiled: bool, start: dict[str, 
         f"{count(args.epochs, 'epoch')} of {count(steps, 'step')}; evaluated on "
         f"{f'{held_out:,} validation and ' if held_out else ''}{first:,} test images after an epoch, {last:,} after "
         f"the last",
-        f"network  {args.model}{width}, {parameters / 1e6:.1f} M parameters, "
-        f"{precision}{', compiled' * compiled}, on {start['device']}, threads: {start['threads']}, "
+        f"network  {network}, {precision}{', compiled' * compiled}, on {start['device']}, threads: {start['threads']}, "
         f"processes: {start['processes']}",
         f"folder   {args.fname}"])
 
@@ -328,15 +326,18 @@ def results_lines(args, record: dict[str, Any], images: int) -> str:
 
     record: of the last epoch; images: number of test images.
     """
-    flags, full = "", ""
+    flags, full, evaluated = "", "", shlex.quote(args.fname)
+    if args.data_set == "own":  # its network is no architecture of --model
+        file = shlex.quote(f"{args.fname}/model_{args.epochs - 1}.pth")
+        evaluated = f"--network=MODULE:FUNCTION --weights={file} --data-set=NAME"
     if record.get("test_images"):
         seconds = record["test_time"] / record["test_images"]
         within = int(60 / max(pgd_seconds(args, seconds, 10, 1, 1), 1e-9))  # how many images take a minute
-        flags = f" --attacks=clean,fgsm,pgd-10-1 --samples={max(10, min(1000, within // 10 * 10))}"
+        flags = f" --attacks=clean,fgsm,pgd-10-1 --samples={min(max(10, min(1000, within // 10 * 10)), images)}"
         full = (f"# (without these flags: PGD-50-10 on all {images:,} test images, about "
                 f"{duration(pgd_seconds(args, seconds, 50, 10, images))})\n")
     return (f"# results are in {args.fname}\n"
-            f"# evaluate the model:  python evaluate.py {shlex.quote(args.fname)}{flags}\n{full}"
+            f"# evaluate the model:  python evaluate.py {evaluated}{flags}\n{full}"
             f"# plot the run:        python plot.py {shlex.quote(args.fname)} "
             f"--out={shlex.quote(args.fname + '/curves.png')}")
 
