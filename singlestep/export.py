@@ -75,12 +75,20 @@ def read_history(opened: Opened) -> list[dict[str, Any]]:
 
 
 def read_starts(opened: Opened) -> list[dict[str, Any]]:
-    """Return the starts in args.json, without paths."""
+    """Return the starts in args.json, without paths, and with the flags that --like took from another run."""
     if not opened.run:
         return []
     starts = json.loads((opened.folder.path / "args.json").read_text(encoding="utf-8")).get("starts", [])
     return [{**{name: start[name] for name in STARTED if name in start},
-             "command": without_paths(start.get("command", []))} for start in starts]
+             "command": spelled_out(opened, without_paths(start.get("command", [])))} for start in starts]
+
+
+def spelled_out(opened: Opened, command: list[str]) -> list[str]:
+    """Return a command; one with --like gets all flags of the run in its place."""
+    if not any(word.partition("=")[0] == "--like" for word in command):
+        return command
+    flags = options.flags_like(str(opened.folder.path), opened.dataset, False)
+    return [command[0], *shlex.split(options.as_flags(flags))]
 
 
 def without_paths(command: list[str]) -> list[str]:
@@ -160,9 +168,10 @@ def card(known: dict[str, Any], opened: Opened, file: str, half: bool) -> str:
     """Return a model card of the Hugging Face Hub."""
     run, short = as_built(opened), {each.name: short for short, each in options.DATA_SETS.items()}
     network = options.as_flags({name: getattr(run, name) for name in ("model", *MODELS[run.model].values())})
+    data = [] if run.dummy else ["datasets:", f"- {short.get(run.data_set, run.data_set)}"]
     lines = [
         "---", "library_name: pytorch", "pipeline_tag: image-classification", "tags:", "- adversarial-robustness",
-        "- adversarial-training", "datasets:", f"- {short.get(run.data_set, run.data_set)}", "metrics:", "- accuracy",
+        "- adversarial-training", *data, "metrics:", "- accuracy",
         "---", "", f"# {title(opened)}", ""]
     if known["network"]["collapsed"]:
         lines += ["**Catastrophic overfitting**: accuracy under multi-step attacks has collapsed; accuracy under FGSM "
@@ -265,6 +274,8 @@ def for_robustbench(opened: Opened, args) -> dict[Path, bytes]:
 
 def leaderboard_entry(opened: Opened, run: Args, data_set: str) -> dict[str, Any]:
     """Return RobustBench's JSON card: accuracies in %, as text. Prints what the user has to fill in."""
+    if run.dummy:
+        say("# warning: this network was trained on synthetic images: it is none for RobustBench's leaderboard")
     found = {row["attack"]: row for row in facts(opened)["accuracy"]
              if row["norm"] == run.norm and row["epsilon"] in (0.0, run.epsilon)}
     measured = {attack: f"{100 * row['robust'] / row['n']:.2f}" for attack, row in found.items()}

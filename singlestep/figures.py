@@ -19,7 +19,7 @@ from unittest import mock
 
 from . import options, tables
 from .methods import ATTACKS, DEPENDENT, METHODS, OBJECTIVES
-from .options import FLAGS
+from .options import DATA_SETS, FLAGS
 from .run.console import UsageError, one_line_errors, say
 from .run.folder import Folder, atomic_write, read_records
 from .tables import Accuracy
@@ -133,7 +133,16 @@ def without_effect(flags: dict[str, Any]) -> set[str]:
 
 def differing(runs: list[dict[str, Any]]) -> list[str]:
     """Return the flags in which runs differ, without flags that do not affect training."""
-    return [name for name in runs[0] if name in NAMED and any(run.get(name) != runs[0][name] for run in runs)]
+    constants = next(({"mean": each.mean, "std": each.std} for each in DATA_SETS.values()
+                      if each.name == runs[0].get("data_set")), {})
+
+    def differ(run: dict[str, Any], other: dict[str, Any], name: str) -> bool:
+        stated = [tuple(each[name]) for each in (run, other) if each.get(name) is not None and name in constants]
+        if len(stated) == 1:  # the other has the constants of the data set
+            return stated[0] != constants[name]
+        return run.get(name) != other.get(name)
+
+    return [name for name in runs[0] if name in NAMED and any(differ(runs[0], run, name) for run in runs)]
 
 
 def ordered(runs: list[dict[str, Any]], among: list[str]) -> list[tuple[float, ...]] | None:

@@ -191,6 +191,26 @@ def test_a_truncated_file_is_one_line(part, run, exported, tmp_path, judged):
     one_line(judged(path, "--device=cpu"), f"{path} is a safetensors file that was truncated or altered")
 
 
+def test_the_command_of_a_run_like_another_has_all_its_flags(run, exported, tmp_path):
+    args = json.loads((run / "args.json").read_text())
+    args["starts"][0]["command"] = ["train_cifar.py", "--like=somewhere", "--seed=3", "--fname=private"]
+    (run / "args.json").write_text(json.dumps(args))
+    assert exported(run, f"--to={tmp_path / 'x.safetensors'}")[0] == 0
+    script, *flags = metadata(tmp_path / "x.safetensors")["starts"][0]["command"]
+    assert script == "train_cifar.py" and not any("like" in flag or "private" in flag for flag in flags)
+    repeated = options.parse(options.CIFAR10, argv=flags)
+    own = {name for name, each in options.FLAGS.items() if each.metadata["group"] not in ("files", "machine")}
+    wanted = {name: args["args"][name] for name in own - {"data_dir"}}
+    assert json.loads(json.dumps({name: getattr(repeated, name) for name in wanted})) == wanted
+
+
+def test_a_network_of_synthetic_images_is_said_to_be_one(run, exported, tmp_path):
+    assert exported(run, f"--to={tmp_path / 'x.safetensors'}")[0] == 0
+    card = (tmp_path / "x.md").read_text()
+    assert "datasets:" not in card and "for synthetic images" in card
+    assert "# warning: this network was trained on synthetic images" in exported(run, f"--to={tmp_path}/bench/")[1]
+
+
 @pytest.mark.parametrize("flags, named", [
     (["RUN", "--to=x.pth"], "--to: must end in .safetensors, or be a folder that ends in /, not 'x.pth'"),
     (["RUN"], "the following arguments are required: --to"),
