@@ -4,7 +4,7 @@
     python experiments/collapses.py --search    # print the errors of other thresholds on seeds 0 and 1
 
 labels.csv has a line for every run whose curves were judged by eye: the set of the run (a folder of results/, or
-public_logs), its name, its label (collapsed, sound or, of runs too short to tell, undecided), the epochs in collapse
+public_logs), its name, its label (collapsed, healthy or, of runs too short to tell, undecided), the epochs in collapse
 (from 1) and the reason. A run without a label counts as the rule finds it.
 """
 import csv
@@ -43,9 +43,11 @@ for all methods. The seeds of a method come from both processors that are named 
 
 ## Collapses
 
-*Collapsed* counts runs that are labelled as collapsed in some epoch ([labels.csv](../labels.csv)); *95%* is Wilson's
-interval for the share. Means are over the seeds, ± the sample standard deviation. A network that loses its FGSM
-accuracy too does not collapse: GradAlign at 16/255 does not train at all.
+*Collapsed* counts runs whose curves show a collapse by eye ([labels.csv](../labels.csv)), not runs that the rule flags,
+as [{scale}.md]({scale}.md) does; the errors of the rule are listed below. *95%* is Wilson's interval for the share of
+runs that collapse. Accuracies are means over the seeds ± the sample standard deviation. A network that loses its FGSM
+accuracy too has not collapsed: GradAlign at 16/255 does not train at all. The runs of ckpt are attacked in train mode
+(`--ckpt-mode=train`, the default when they were made).
 
 {counts}
 
@@ -57,10 +59,10 @@ accuracy too does not collapse: GradAlign at 16/255 does not train at all.
 
 ## Errors of the rule
 
-The [rule](../../docs/accuracy.md#the-watch) has four chosen thresholds, and a fixed one: half of the best. The four
-were chosen on seeds 0 and 1 of the public logs and of `{scale}` (`--search` repeats it); seeds 2 to 4 and the other
-sets were not used. A false alarm is a sound run that is in collapse in some epoch by the rule; a miss is a collapsed
-run that never is. Undecided runs are left out.
+The [rule](../../docs/collapse.md) has four chosen thresholds, and a fixed one: half of the best PGD accuracy. The four
+were chosen on seeds 0 and 1 of the public logs and of `{scale}` (`python experiments/collapses.py --search` repeats the
+choice). Seeds 2 to 4 and the other sets were not used. A false alarm is a healthy run that the rule flags in some
+epoch. A miss is a collapsed run that the rule flags in no epoch. Undecided runs are left out.
 
 {errors}
 
@@ -75,11 +77,11 @@ gap that collapsed later, out of all runs with a larger gap.
 
 {gaps}
 
-In the short runs at epsilon 8/255, the gap after one epoch foretells most collapses; at 16/255, sound runs have it
-too. In the public logs, whose learning rate rises slowly, no run that collapsed had it after one epoch. There, in
-{at_once} of the {fallen} runs that collapsed, the gap does not exceed 3 points before the epoch in which the collapse
-begins, and it exceeds 3 points in some epoch of {also} of the {sound} sound runs as well. So a gap under the rule's
-thresholds is no reason to stop a run, and the watch does not warn of it.
+In the 5-epoch runs at epsilon 8/255, a gap over 3 points after one epoch precedes most collapses. At 16/255, healthy
+runs have such a gap too. In the public logs, whose learning rate rises slowly, no collapsed run had it after one epoch.
+In {at_once} of the {fallen} collapsed runs of the logs, the gap does not exceed 3 points before the epoch in which the
+collapse begins; in {also} of their {healthy} healthy runs, it exceeds 3 points in some epoch. So a gap that the rule
+does not flag is no reason to stop a run, and no run warns of it.
 
 Written by `python experiments/collapses.py`.
 """
@@ -151,20 +153,20 @@ def by_seed(groups: dict[tuple[str, str], list[Run]]) -> str:
 
 
 def mistakes(runs: list[Run]) -> tuple[list[Run], list[Run]]:
-    """Return the sound runs that the rule flags, and the collapsed runs that it does not."""
+    """Return the healthy runs that the rule flags, and the collapsed runs that it does not."""
     flagged = [any(collapsed(run.epochs)) for run in runs]
-    return ([run for run, found in zip(runs, flagged) if found and run.label == "sound"],
+    return ([run for run, found in zip(runs, flagged) if found and run.label == "healthy"],
             [run for run, found in zip(runs, flagged) if not found and run.label == "collapsed"])
 
 
 def errors(runs: list[Run]) -> str:
-    lines = [["runs", "seeds 0 and 1: sound, false alarms", "collapsed, missed",
-              "seeds 2 to 4: sound, false alarms", "collapsed, missed"], ["---"] * 5]
+    lines = [["runs", "seeds 0 and 1: healthy, false alarms", "collapsed, missed",
+              "seeds 2 to 4: healthy, false alarms", "collapsed, missed"], ["---"] * 5]
     for group in dict.fromkeys(run.group for run in runs):
         cells = []
         for seeds in ((0, 1), (2, 3, 4)):
             own = [run for run in runs if run.group == group and run.seed in seeds]
-            for label, wrong in zip(("sound", "collapsed"), mistakes(own)):
+            for label, wrong in zip(("healthy", "collapsed"), mistakes(own)):
                 number = sum(run.label == label for run in own)
                 cells.append(f"{number}, {len(wrong)}" if number else "")
         lines.append([group, *cells])
@@ -172,13 +174,13 @@ def errors(runs: list[Run]) -> str:
 
 
 def gaps(runs: list[Run]) -> str:
-    lines = [["runs", "gap of runs that collapsed", "gap of sound runs", "over 3"], ["---"] * 4]
+    lines = [["runs", "gap of runs that collapsed", "gap of healthy runs", "over 3"], ["---"] * 4]
     for group in dict.fromkeys(run.group for run in runs):
         own = [run for run in runs if run.group == group and FGSM in run.epochs[0] and run.label != "undecided"]
-        fallen, sound = ([100 * gap(run.epochs[0]) for run in own if fell(run) is state] for state in (True, False))
+        fallen, healthy = ([100 * gap(run.epochs[0]) for run in own if fell(run) is state] for state in (True, False))
         over = [run for run in own if gap(run.epochs[0]) > WARNING]
         if own:
-            lines.append([group, *(f"{min(each):.1f} to {max(each):.1f}" if each else "" for each in (fallen, sound)),
+            lines.append([group, *(f"{min(each):.1f} to {max(each):.1f}" if each else "" for each in (fallen, healthy)),
                           f"{sum(map(fell, over))} of {len(over)}"])
     return markdown(lines)
 
@@ -202,7 +204,7 @@ def figure(groups: dict[tuple[str, str], list[Run]]) -> Any:
     drawn, panels = figures.subplots(1, 2, figsize=(9.5, 4.2), sharey=True)
     methods = list(dict.fromkeys(method for _, method in groups))
     for axes, epsilon in zip(panels, ("8", "16")):
-        for state, style, label in ((False, ("o", "#0072b2"), "sound"), (True, ("X", "#cc3311"), "collapsed")):
+        for state, style, label in ((False, ("o", "#0072b2"), "healthy"), (True, ("X", "#cc3311"), "collapsed")):
             points = [(100 * run.epochs[-1][PGD], methods.index(method)) for (size, method), runs in groups.items()
                       for run in runs if size == epsilon and fell(run) is state]
             axes.plot(*zip(*points), linestyle="", marker=style[0], color=style[1], alpha=0.75, label=label)
@@ -238,13 +240,14 @@ def main() -> None:
     groups = rows(runs)
     alarms, missed = mistakes(runs)
     public = [run for run in runs if run.group.startswith("public")]
-    sound = [run for run in public if not fell(run)]
+    healthy = [run for run in public if not fell(run)]
     text = TEXT.format(
         scale=SCALE, counts=counts(groups), by_seed=by_seed(groups), errors=errors(runs), gaps=gaps(runs),
         mistakes="\n".join([*(f"* false alarm: {run.group}, `{run.name}`, epochs {spans_text(collapsed(run.epochs))}"
                               for run in alarms), *(f"* miss: {run.group}, `{run.name}`" for run in missed)]),
-        fallen=len(public) - len(sound), sound=len(sound), at_once=sum(not ahead(run) for run in public if fell(run)),
-        also=sum(any(gap(record) > WARNING for record in run.epochs) for run in sound))
+        fallen=len(public) - len(healthy), healthy=len(healthy),
+        at_once=sum(not ahead(run) for run in public if fell(run)),
+        also=sum(any(gap(record) > WARNING for record in run.epochs) for run in healthy))
     figures.save(figure(groups), HERE / "report/collapses.png")
     with atomic_write(HERE / "report/collapses.md") as file:
         file.write(text.encode())

@@ -152,22 +152,22 @@ def _papers_commands() -> Table:
     rows = [(dataset, name, methods[name]) for dataset, quantile, methods in (
         ("cifar10", "0.35", METHODS), ("cifar100", "0.45", CIFAR100_METHODS), ("svhn", "0.7", SVHN_METHODS))
         for name in (f"ZeroGrad, q = {quantile}", "MultiGrad")]
-    return Table("The paper's commands", ("data set", "trained on"), tuple(
+    return Table("The paper's commands", ("data set", "trained with"), tuple(
         Row((dataset, name), dataset, flags, scales=("paper", "smoke")) for dataset, name, flags in rows))
 
 
 # In order of worth: where time is short, the first are made first.
 TABLES = {
     "paper": _papers_commands(),
-    "cifar10": Table("CIFAR-10, epsilon 8/255", ("trained on",), _methods("cifar10", {**METHODS, **PARALLEL})),
+    "cifar10": Table("CIFAR-10, epsilon 8/255", ("trained with",), _methods("cifar10", {**METHODS, **PARALLEL})),
     "rivals": Table("CIFAR-10: the methods against catastrophic overfitting, at epsilon 8/255 and 16/255",
-                    ("epsilon", "trained on"), tuple(
+                    ("epsilon", "trained with"), tuple(
                         Row((str(value), name), "cifar10", flags + _epsilon(value))
                         for value in (8, 16) for name, flags in RIVALS.items())),
     "quantile": Table("CIFAR-10: ZeroGrad over q", ("q",), tuple(
         Row((q,), "cifar10", f"--attack=zerograd --zero-qval={q}") for q in ("0", "0.2", "0.35", "0.5", "0.7", "0.9"))),
-    "cifar100": Table("CIFAR-100, epsilon 8/255", ("trained on",), _methods("cifar100", CIFAR100_METHODS)),
-    "epsilon": Table("CIFAR-10: epsilon, 1/255; PGD's step is a quarter of it", ("epsilon", "trained on"), tuple(
+    "cifar100": Table("CIFAR-100, epsilon 8/255", ("trained with",), _methods("cifar100", CIFAR100_METHODS)),
+    "epsilon": Table("CIFAR-10: epsilon, 1/255; PGD's step is a quarter of it", ("epsilon", "trained with"), tuple(
         Row((str(value), name), "cifar10", flags + _epsilon(value))
         for value in (4, 8, 12, 16, 2) for name, flags in METHODS.items())),
     "multigrad": Table("CIFAR-10: MultiGrad over its samples and how many must agree", ("samples", "agree"), tuple(
@@ -177,19 +177,19 @@ TABLES = {
         Row(("float32",), "cifar10", f"{ZEROGRAD} --no-amp --no-tf32", scales=("paper", "smoke")),
         Row(("TF32",), "cifar10", f"{ZEROGRAD} --no-amp", scales=("paper",)),  # CUDA's default
         Row(("bfloat16",), "cifar10", f"{ZEROGRAD} --amp", scales=("paper", "smoke")))),
-    "svhn": Table("SVHN, epsilon 8/255", ("trained on",), _methods("svhn", SVHN_METHODS)),
+    "svhn": Table("SVHN, epsilon 8/255", ("trained with",), _methods("svhn", SVHN_METHODS)),
     "collapse": _what_decides(8),
     "collapse12": _what_decides(12),
     "from_zero": _from_zero(),
     "methods": Table("CIFAR-10, epsilon 8/255: every `--method`", ("`--method`",), tuple(
         Row((f"`{name}`",), "cifar10", f"--method={name}", scales=("short",)) for name in BY_NAME)),
-    "attacks": Table("CIFAR-10, epsilon 8/255: two networks under many attacks, after 5 epochs", ("trained on",), tuple(
+    "attacks": Table("CIFAR-10, epsilon 8/255: two networks under many attacks after 5 epochs", ("trained with",), tuple(
         Row((name,), "cifar10", f"--method={method} --epochs=5", scales=("short",),
             attacks="clean,fgsm,pgd-10-1,pgd-50-10,cw,autoattack")
         for name, method in (("N-FGSM", "n-fgsm"), ("FGSM, zero initialization", "fgsm")))),
-    "seeds": Table("CIFAR-10, epsilon 8/255: ZeroGrad with q = 0.35 again", ("trained on",), (
+    "seeds": Table("CIFAR-10, epsilon 8/255: ZeroGrad with q = 0.35 again", ("trained with",), (
         Row(("ZeroGrad, q = 0.35",), "cifar10", ZEROGRAD, scales=("seeds",)),)),
-    "demo": Table("CIFAR-10, epsilon 16/255: FGSM collapses, N-FGSM does not", ("trained on",), tuple(
+    "demo": Table("CIFAR-10, epsilon 16/255: FGSM collapses, N-FGSM does not", ("trained with",), tuple(
         Row((name,), "cifar10", f"--method={method}{_epsilon(16)}", scales=("demo", "demo-bf16", "smoke"))
         for name, method in (("FGSM, zero initialization", "fgsm"), ("N-FGSM", "n-fgsm")))),
 }

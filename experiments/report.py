@@ -24,21 +24,22 @@ from singlestep.run.folder import atomic_write
 TRAINING = "train_robust_acc"
 
 NOTES = """
-* Accuracies are in %, on test images. With several seeds, you see the mean ± the sample standard deviation. The choice
-  of test images alone gives a standard error of up to 0.5 with 10,000 images, and of 1.6 with 1,000.
-* PGD-10-1 has 10 steps and 1 restart. An image is robust if it is right at every step. In older runs (without
-  `fgsm_acc` in their files), PGD-10 after an epoch is judged at its last step only.
-* The titles of the columns say how many test images the last epoch and the earlier ones are judged on. The best earlier
-  epoch is chosen on the same test images that it is reported on.
-* Epochs count from 1. "collapsed" is the first epoch of catastrophic overfitting or, with several seeds,
-  how many runs collapsed in some epoch. "then sound" means that the last epoch was no longer in collapse. In the
-  figures, a cross marks the first epoch in collapse, and a band spans the seeds.
+* Accuracies are in %, on test images: with several seeds, the mean ± the sample standard deviation. The choice of test
+  images alone gives a standard error of up to 0.5 with 10,000 images, and of 1.6 with 1,000.
+* PGD-10-1 has 10 steps and 1 restart. An image counts as robust if it is correct after every step. In older runs
+  (without `fgsm_acc` in their files), PGD-10 after an epoch looks at the last step only.
+* Column titles give the number of test images after the last epoch, and after the earlier epochs. The best earlier
+  epoch is chosen on the same test images that its accuracy is reported on.
+* Epochs count from 1. "flagged" is the first epoch in collapse by the rule of
+  [collapse.md](../../docs/collapse.md) or, with several seeds, the number of runs that the rule flags in some epoch;
+  "then healthy" means that the rule no longer flags the last epoch. Labels by eye differ for a few runs
+  ([collapses.md](collapses.md)). In the figures, a cross marks the first flagged epoch, and a band spans the seeds.
 * Seconds are medians over a run's epochs, on machines that did other work, too. They are orders of magnitude; for
   ratios, see benchmarks/README.md. A table whose runs come from several kinds of machine has no such column.
 """
 ELSEWHERE = """\
-* What was published elsewhere is from RobustBench's model cards, of other recipes: clean / robust as its authors report
-  it / under AutoAttack.
+* "published elsewhere" comes from RobustBench's model cards, whose training differs: clean / robust accuracy that the
+  authors report / accuracy under AutoAttack.
 """
 
 class Results:
@@ -131,7 +132,7 @@ def table_text(table: Table, results: Results) -> str:
             for start in record["starts"]}) == 1:
         columns["training, s an epoch"] = seconds
     published = any(row.published for row in table.at(results.scale)) and results.scale == "paper"
-    heads = [*table.columns, *columns, "collapsed", "seeds"] + (["published elsewhere"] if published else [])
+    heads = [*table.columns, *columns, "flagged", "seeds"] + (["published elsewhere"] if published else [])
     lines = [heads, ["---"] * len(heads)]
     for row, by_seed in zip(rows, found):
         found_in = [record["epochs"] for record in by_seed.values()]
@@ -199,7 +200,7 @@ def styles(table: Table, rows: list[Row], results: Results) -> list[figures.Styl
     """One for each row: of its method, in a table of methods."""
     flags = [results.flags(row) for row in rows]
     own = [style for each in flags if (style := figures.style_of_method(each))]
-    return own if table.columns[-1] == "trained on" and len(own) == len(rows) else figures.styles(flags)
+    return own if table.columns[-1] == "trained with" and len(own) == len(rows) else figures.styles(flags)
 
 
 def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable[[Result], float], name: str,
@@ -215,13 +216,13 @@ def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable
 
 @figures.own_style()
 def figure_of_epochs(name: str, results: Results) -> Any:
-    """PGD accuracy over epochs, in which a collapse shows, beside the accuracy on what is trained on."""
+    """Draw PGD accuracy, in which a collapse shows, and accuracy on the perturbed training images over the epochs."""
     table = TABLES[name]
     rows = sorted(measured(table, results), key=size)
     if len(rows) < 2:
         return None
     figure, panels = figures.subplots(1, 2, figsize=(9.5, 3.4))
-    titles = {PGD: "test images under PGD", TRAINING: "training images under the attack trained on"}
+    titles = {PGD: "test images under PGD", TRAINING: "training images under the run's attack"}
     for axes, (key, title) in zip(panels, titles.items()):
         over_epochs(axes, table, rows, results, key)
         axes.set_title(title)

@@ -221,16 +221,16 @@ def best(epochs: list[dict[str, Any]]) -> int:
 
 
 def collapse(runs: Iterable[list[dict[str, Any]]]) -> str:
-    """Describe the collapse of runs: "no", "epoch 5", "epoch 5, then sound" for one; "2 of 3, epoch 5-7" for several.
+    """Describe the collapse of runs: "no", "epoch 5", "epoch 5, then healthy" for one; "2 of 3, epoch 5-7" for several.
 
-    Epochs are the first in collapse, from 1. "then sound": the last epoch is not in collapse.
+    Epochs are the first in collapse, from 1. "then healthy": the last epoch is not in collapse.
     """
     runs = list(runs)
     states = [collapsed(epochs) for epochs in runs]
     first = [state.index(True) + 1 for state in states if any(state)]
     if len(states) > 1:
         return f"{len(first)} of {len(states)}" + (f", epoch {span(first)}" if first else "")
-    return f"epoch {first[0]}{'' if states[0][-1] else ', then sound'}" if first else "no"
+    return f"epoch {first[0]}{'' if states[0][-1] else ', then healthy'}" if first else "no"
 
 
 def row(title: str, runs: list[Run]) -> list[Any]:

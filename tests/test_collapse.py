@@ -74,7 +74,7 @@ def test_the_rule_errs_on_four_of_the_labelled_runs():
     """The report states these errors. With thresholds chosen anew, or more labels, it is written anew."""
     runs = collapses.read_all()
     labels = [run.label for run in runs]
-    assert (labels.count("collapsed"), labels.count("sound"), labels.count("undecided")) == (81, 244, 4)
+    assert (labels.count("collapsed"), labels.count("healthy"), labels.count("undecided")) == (81, 244, 4)
     alarms, missed = ([f"{run.group}: {run.name}" for run in each] for each in collapses.mistakes(runs))
     short = "cpu-short-bf16"
     assert alarms == [f"{short}, epsilon 16/255: cifar10_zerograd_zero-qval=0.7_epsilon=16_pgd-alpha=4_seed=0"]

@@ -223,7 +223,7 @@ def runs_of_a_row(cells: dict[str, str], scale: str = "") -> list[str]:
     epsilon = int(given[1] if given else cells.get("epsilon", 8))
     cifar100 = "CIFAR-100" in title + first
     scale = scale or ("cpu-bf16" if cifar100 or epsilon != 8 or first.endswith(", in bfloat16") else "cpu")
-    method = re.sub(r"^(epsilon \d+/255|CIFAR-100): |, (collapsed|in bfloat16).*", "", cells.get("trained on", first))
+    method = re.sub(r"^(epsilon \d+/255|CIFAR-100): |, (collapsed|in bfloat16).*", "", cells.get("trained with", first))
     return [f"{scale}/{stem(method, 'cifar100' if cifar100 else 'cifar10', epsilon)}_seed=0"]
 
 
@@ -268,7 +268,7 @@ ROWS = [pytest.param(cells, id=f"{page}: {' / '.join(list(cells.values())[:2])}"
 
 @pytest.mark.parametrize("cells", ROWS)
 def test_a_row_says_what_its_results_say(cells):
-    assert cells.keys() <= COLUMNS.keys() | {*list(cells)[:1], "trained on"}
+    assert cells.keys() <= COLUMNS.keys() | {*list(cells)[:1], "trained with"}
     assert cells == {title: COLUMNS[title](cells) if title in COLUMNS else cell for title, cell in cells.items()}
 
 

@@ -42,7 +42,7 @@ with labels smoothed twice, GAT with an attack on a softmax of a softmax in ever
 the logs at commit b99c0de (2026-05-06), rounded to 0.01.
 
 The benchmark reports each run's best checkpoint under PGD-10 on the validation images (of PGD: the last). So the
-leaderboard shows no collapse. By [our rule](../../docs/accuracy.md#the-watch), {ever} of the {runs} runs collapse in
+leaderboard shows no collapse. By [our rule](../../docs/collapse.md), {ever} of the {runs} runs collapse in
 some epoch, and {end} are still in collapse after the last.
 
 ![Collapses by method and epoch](ranks.png)
