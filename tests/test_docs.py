@@ -53,7 +53,7 @@ def takes(monkeypatch):
 
     def check(script: str, *flags: str) -> None:
         if script in DATASETS:
-            if flags != ("--method", "list"):
+            if flags not in (("--method", "list"), ("--help",)):
                 options.parse(DATASETS[script], argv=list(flags))
             return
         monkeypatch.setattr(sys, "argv", [script, *flags])
@@ -176,7 +176,7 @@ def test_every_flag_that_the_docs_name_exists_and_the_other_way_round():
     known = {option for script in DATASETS.values() for action in options.parser(script, None)._actions
              for option in action.option_strings if option.startswith("--")}
     named = set(re.findall(r"`(--[a-z][\w-]*)", "".join((ROOT / "docs" / name).read_text() for name in (
-        "flags.md", "methods.md", "accuracy.md", "long_runs.md"))))
+        "flags.md", "methods.md", "accuracy.md", "collapse.md", "long_runs.md", "sharing.md", "authors_scripts.md"))))
     elsewhere = {"--attacks", "--epsilons", "--samples", "--data-set", "--which", "--out", "--again", "--by-seed",
                  "--csv", "--latex", "--network", "--weights",  # of evaluate.py
                  "--to", "--half", "--name"}  # of export.py

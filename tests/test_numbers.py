@@ -304,7 +304,7 @@ def test_the_attacked_networks_have_the_accuracies_of_their_evaluations():
     assert len(rows) == len(matching(RESULTS, "short/*_epochs=5_*"))
     for row in rows:
         name, _, collapsed = next(iter(row.values())).partition(": ")
-        result = RESULTS[{"FGSM, zero initialization": "short/cifar10_method=fgsm_epochs=5_seed=0",
+        result = RESULTS[{"FGSM from zero": "short/cifar10_method=fgsm_epochs=5_seed=0",
                           "N-FGSM": "short/cifar10_method=n-fgsm_epochs=5_seed=0"}[name]]
         found = {each["attack"]: each for record in result["evaluations"] for each in record["attacks"]}
         assert any(collapse.collapsed(result["epochs"])) == bool(collapsed)
