@@ -146,6 +146,7 @@ def test_evaluate_counts_what_the_attack_leaves(small_dummy):
 def test_the_page_works_block_by_block(tmp_path, small_dummy, monkeypatch):
     """Its signatures apart, which are compared with the code."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "networks").symlink_to(ROOT / "networks")
     page = (ROOT / "docs/python.md").read_text()
     images, test = map(tensors, data.dummy(10))
     names = {"images": images[0][:32], "labels": images[1][:32], "x": test[0] / 255, "y": test[1]}
