@@ -2,7 +2,7 @@
 
     python docs/tables.py --write
 
-writes them into README.md and docs/methods.md, each in place of the table under its comment `<!-- table: NAME -->`.
+writes them into README.md and into pages of docs/, each in place of the table under its comment `<!-- table: NAME -->`.
 """
 import re
 import sys
@@ -11,11 +11,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from singlestep.methods import ATTACKS, METHODS, OBJECTIVES
+from singlestep.methods import ATTACKS, METHODS, OBJECTIVES, Method
 from singlestep.options import CIFAR10, DATA_SETS, Parser, arguments, as_flags, option
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = ("README.md", "docs/methods.md")
+PAGES = ("README.md", "docs/methods.md", "docs/comparisons.md")
 
 
 def table(*rows: tuple[str, ...]) -> str:
@@ -30,6 +30,19 @@ def methods() -> str:
                  *((f"`{name}`", method.text, paper(method.source), method.passes) for name, method in METHODS.items()))
 
 
+def settings() -> str:
+    """The attack and the objective of each method, and the other flags that it sets, a row each."""
+    def cells(flags: dict[str, Any]) -> tuple[str, str, str]:
+        others = {name: value for name, value in flags.items() if name not in ("attack", "objective")}
+        return f"`{flags['attack']}`", f"`{flags.get('objective', 'ce')}`", f"`{as_flags(others)}`" if others else ""
+
+    def on(method: Method) -> str:
+        return ", ".join(f"{data_set}: `{as_flags(flags)}`" for data_set, flags in method.on.items())
+
+    return table(("`--method`", "`--attack`", "`--objective`", "other flags that it sets", "on other data sets"),
+                 *((f"`{name}`", *cells(method.flags), on(method)) for name, method in METHODS.items()))
+
+
 def comparisons() -> str:
     """What each method was compared with, and what differs, a row each."""
     return table(("`--method`", "compared with", "what differs from the authors' code"),
@@ -39,7 +52,7 @@ def comparisons() -> str:
 
 def attacks() -> str:
     """The perturbations, a row each."""
-    return table(("`--attack`", "start", "step", "clip", "flags and defaults"),
+    return table(("`--attack`", "starting point (eta)", "next delta", "clip", "flags and defaults"),
                  *((f"`{name}`", attack.starts_at, attack.step, attack.clip, flags(attack.flags, attack=name))
                    for name, attack in ATTACKS.items()))
 
@@ -72,7 +85,8 @@ def flag(name: str, values: dict[str, Any]) -> str:
     return f"`{default or option(name)}`" + (f" ({', '.join(others)})" if others else "" if default else " (off)")
 
 
-TABLES = {"methods": methods, "comparisons": comparisons, "attacks": attacks, "objectives": objectives}
+TABLES = {"methods": methods, "settings": settings, "comparisons": comparisons, "attacks": attacks,
+          "objectives": objectives}
 
 
 def refreshed(text: str) -> str:

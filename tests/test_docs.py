@@ -69,7 +69,7 @@ def takes(monkeypatch):
 # Commands of others; their files are looked for, and they are not run.
 OTHERS = r"python -m venv|(\.venv/bin/)?(pip|ruff|mypy|python -m pytest|pytest)\b|source |pre-commit |git |mkdir |cd "
 # Commands that tests of their own run.
-TESTED = r"python (docs/tables\.py|tests/same_bits\.py|train_five\.py|evaluate\.py five_model|-m singlestep\.)"
+TESTED = r"pytest tests/|python (docs/tables\.py|tests/same_bits\.py|train_five\.py|evaluate\.py five_model|-m singlestep\.)"
 COMMANDS = {command: None for page in PAGES for command in commands(page.read_text())}
 
 
@@ -176,7 +176,8 @@ def test_every_flag_that_the_docs_name_exists_and_the_other_way_round():
     known = {option for script in DATASETS.values() for action in options.parser(script, None)._actions
              for option in action.option_strings if option.startswith("--")}
     named = set(re.findall(r"`(--[a-z][\w-]*)", "".join((ROOT / "docs" / name).read_text() for name in (
-        "flags.md", "methods.md", "accuracy.md", "collapse.md", "long_runs.md", "sharing.md", "authors_scripts.md"))))
+        "flags.md", "methods.md", "accuracy.md", "collapse.md", "comparisons.md", "long_runs.md",
+        "sharing.md", "authors_scripts.md"))))
     elsewhere = {"--attacks", "--epsilons", "--samples", "--data-set", "--which", "--out", "--again", "--by-seed",
                  "--csv", "--latex", "--network", "--weights",  # of evaluate.py
                  "--to", "--half", "--name"}  # of export.py
