@@ -69,7 +69,8 @@ def takes(monkeypatch):
 # Commands of others; their files are looked for, and they are not run.
 OTHERS = r"python -m venv|(\.venv/bin/)?(pip|ruff|mypy|python -m pytest|pytest)\b|source |pre-commit |git |mkdir |cd "
 # Commands that tests of their own run.
-TESTED = r"pytest tests/|python (docs/tables\.py|tests/same_bits\.py|train_five\.py|evaluate\.py five_model|-m singlestep\.)"
+TESTED = (r"pytest tests/|python (docs/tables\.py|tests/same_bits\.py|train_five\.py|evaluate\.py five_model|"
+          r"-m singlestep\.)")
 COMMANDS = {command: None for page in PAGES for command in commands(page.read_text())}
 
 
