@@ -34,15 +34,20 @@ def two_fifths(epochs: int) -> int:
 
 @dataclass(frozen=True)
 class DataSet:
-    """What distinguishes one data set from another.
+    """Definition of a data set.
 
-    name: as users write it; source: a class of torchvision.datasets by name, or a function of yours, best as
-    "package.module:function": (data_dir) -> (training images, labels), (test images, labels), the images uint8
-    (N, H, W, 3); mean, std: of the pixels in [0, 1], per channel; defaults: flags whose default is this data set's own;
-    augmentation: keywords of `data.Augmentation`, for the training images; peak: number of epochs -> the epoch at which
-    the cyclic learning rate is highest; validate: whether the best checkpoint is chosen on training images even
-    without --val-size; side: width and height of its synthetic images, a multiple of 4 (None:
-    data.DUMMY_SIDE); memory: bytes of all its images, printed before they are read, if they are many.
+    Attributes:
+        name: name for users.
+        source: name of a class of torchvision.datasets, or a function of yours, best as "package.module:function":
+            (data_dir) -> (training images, labels), (test images, labels), with images uint8 (N, H, W, 3).
+        classes: number of classes.
+        mean, std: of the pixels in [0, 1], per channel.
+        defaults: flag -> default on this data set.
+        augmentation: keywords of `data.Augmentation` for the training images.
+        peak: number of epochs -> epoch at which the cyclic learning rate is highest.
+        validate: choose the best checkpoint on training images even without --val-size.
+        side: width and height of the synthetic images, a multiple of 4; None: data.DUMMY_SIDE.
+        memory: bytes of all images, printed before the images are read; 0: print nothing.
     """
 
     name: str
@@ -58,12 +63,12 @@ class DataSet:
     memory: int = 0
 
     def flags(self) -> dict[str, Any]:
-        """The flags whose default depends on the data set: CIFAR-10's, where this one states none."""
+        """Return the flag defaults of this data set, with CIFAR-10's for flags that `defaults` lacks."""
         slug = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
         return {**CIFAR10.defaults, "fname": f"{slug}_model", **self.defaults}
 
     def statement(self) -> dict[str, Any]:
-        """What a run records, so that its network can be evaluated without the script that trained it."""
+        """Return the record of this data set in args.json; with it, evaluate.py does not need the training script."""
         source = self.source
         if not isinstance(source, str):
             source = f"{source.__module__}:{source.__qualname__}"
@@ -72,7 +77,10 @@ class DataSet:
 
     @classmethod
     def stated(cls, statement: dict[str, Any]) -> "DataSet":
-        """The data set of a run's record. Raises one of several errors if it is damaged."""
+        """Return the data set that a run recorded.
+
+        Raises ValueError, KeyError, TypeError, AttributeError or argparse.ArgumentTypeError if the record is damaged.
+        """
         module = str.partition(statement["source"], ":")[0]
         if module.partition(".")[0] in sys.stdlib_module_names:  # no data set, but os.system and the like
             raise ValueError
@@ -137,7 +145,7 @@ DATA_SETS = {"cifar10": CIFAR10, "cifar100": CIFAR100, "svhn": SVHN, "tiny": TIN
 
 
 def data_set(name: str) -> DataSet:
-    """The data set of that name, as the command line or as runs have it."""
+    """Return the data set with this name: a key of `DATA_SETS`, or `DataSet.name`."""
     for short, dataset in DATA_SETS.items():
         if name in (short, dataset.name):
             return dataset
@@ -179,12 +187,12 @@ def wide_depth(text: str) -> int:
 
 
 def in_255ths(text: str) -> float:
-    """An argparse type: a number of 255ths, from 0 to 255, which may be written as 8 or as 8/255."""
+    """An argparse type: a number from 0 to 255, in 1/255, written as 8 or as 8/255."""
     return number(float, 0, 255)(text.removesuffix("/255"))
 
 
 def triple(text: str) -> tuple[float, ...]:
-    """An argparse type: three numbers, with commas between them."""
+    """An argparse type: three numbers, separated by commas."""
     try:
         values = tuple(float(value) for value in text.split(","))
     except ValueError:
@@ -195,7 +203,7 @@ def triple(text: str) -> tuple[float, ...]:
 
 
 def positive_triple(text: str) -> tuple[float, ...]:
-    """An argparse type: three numbers above 0, with commas between them."""
+    """An argparse type: three numbers above 0, separated by commas."""
     values = triple(text)
     if min(values) <= 0:
         raise argparse.ArgumentTypeError(f"must be three numbers above 0, such as 0.25,0.25,0.25, not {text!r}")
@@ -203,7 +211,7 @@ def positive_triple(text: str) -> tuple[float, ...]:
 
 
 def shares(text: str) -> tuple[float, ...]:
-    """An argparse type: the bounds of a random fraction, with a comma between them."""
+    """An argparse type: lower and upper bound of a random fraction, separated by a comma."""
     try:
         low, high = map(float, text.split(","))
     except ValueError:
@@ -215,9 +223,9 @@ def shares(text: str) -> tuple[float, ...]:
 
 
 def path(text: str) -> str:
-    """An argparse type: a path, in which ~ is the home folder; an empty one is most likely an unset variable."""
+    """An argparse type: a path, in which ~ is the home folder. An empty path, usually an unset variable, is refused."""
     if not text:
-        raise argparse.ArgumentTypeError("must be a path, and is empty")
+        raise argparse.ArgumentTypeError("must be a path, not empty")
     return os.path.expanduser(text)
 
 
@@ -230,7 +238,7 @@ def new_file(text: str) -> str:
 
 
 def figure_path(text: str) -> str:
-    """An argparse type: the path of a figure, whose name ends with a format that plots can be in."""
+    """An argparse type: the path of a figure, ending in .png, .pdf or .svg."""
     if not text.lower().endswith((".png", ".pdf", ".svg")):
         raise argparse.ArgumentTypeError(f"must end in .png, .pdf or .svg, not {text}")
     return path(text)
@@ -249,18 +257,19 @@ AUTOATTACK = (*PARTS, "autoattack")
 
 
 def attack_names(text: str) -> tuple[str, ...]:
-    """An argparse type: evaluation attacks by name, with commas between them."""
+    """An argparse type: names of evaluation attacks, separated by commas."""
     names = tuple(dict.fromkeys(text.split(",")))
     for name in names:
         known = name in ("clean", "fgsm", "cw", "autoattack", *PARTS)
         if not known and not re.fullmatch(r"pgd-[1-9]\d*-[1-9]\d*(-\d+(\.\d+)?)?", name):
-            raise argparse.ArgumentTypeError(f"must be of clean, fgsm, pgd-STEPS-RESTARTS, pgd-STEPS-RESTARTS-STEP, "
-                                             f"cw, autoattack, {', '.join(PARTS)}, not {name!r}")
+            raise argparse.ArgumentTypeError(f"must be one of clean, fgsm, pgd-STEPS-RESTARTS, "
+                                             f"pgd-STEPS-RESTARTS-STEP, cw, autoattack, {', '.join(PARTS)}, not "
+                                             f"{name!r}")
     return names
 
 
 def radii(text: str) -> tuple[float, ...]:
-    """An argparse type: as `in_255ths`, with commas between them."""
+    """An argparse type: radii as in `in_255ths`, separated by commas."""
     return tuple(dict.fromkeys(map(in_255ths, text.split(","))))
 
 
@@ -275,12 +284,18 @@ def flag(group: str, help: str, default: Any = None, parse: Callable[[str], Any]
          choices: Collection[str] | None = None, metavar: str | None = None, negatable: bool = False,
          fixed: bool | None = None, scores: bool = False, orders: bool = False, named: bool | None = None,
          convert: Callable[[Any, Any], Any] | None = None) -> Any:
-    """A field of `Args`.
+    """Return a field of `Args`.
 
-    parse: argparse's type; negatable: there is a --no- form; fixed: resuming with another value is refused, unless
-    --allow-changes is given (default: flags that affect the weights); scores: affects an epoch's score: a change
-    resets the best score; orders: affects the order of the training images: a change restarts the epoch; named: part
-    of a run's name in plots; convert: (value, args) -> value in the function's unit.
+    Args:
+        group: key of `GROUPS`.
+        parse: argparse's type.
+        negatable: add a --no- form.
+        fixed: the flag affects the weights or the scores; --resume with another value needs --allow-changes
+            (default: all flags of the groups in `SCIENCE`).
+        scores: the flag affects an epoch's score; a change resets the best score.
+        orders: the flag affects the order of the training images; a change restarts the epoch.
+        named: the flag is part of a run's name in plots (default: all but those of the group files).
+        convert: (value, args) -> value in the unit of the function.
     """
     science = group in SCIENCE
     return field(default=default, metadata=dict(
@@ -291,15 +306,17 @@ def flag(group: str, help: str, default: Any = None, parse: Callable[[str], Any]
 
 @dataclass
 class Args:
-    """The flags of a training script. Epsilon, steps and radii are in 1/255 or in epsilons, as on the command line.
+    """The flags of a training script. Epsilon, step sizes and radii have the command line's units: 1/255 or epsilons.
 
-    data_set, statement: the data set's name and its statement; given: names of the flags that the user gave; dropped:
-    flags of the recipe that the method refuses.
+    Attributes beyond the flags:
+        data_set, statement: name of the data set, and its record (see `DataSet.statement`).
+        given: names of the flags that the user gave.
+        dropped: flags of the recipe that conflict with values that the method requires.
     """
 
-    data_dir: str = flag("data", "folder of the data set; downloaded if none of its files is there", "", path,
-                         fixed=False, named=False)
-    dummy: bool = flag("data", "use synthetic images, which can be learned: no files, no download", False,
+    data_dir: str = flag("data", "folder of the data set; if it holds none of the files, they are downloaded to it", "",
+                         path, fixed=False, named=False)
+    dummy: bool = flag("data", "use synthetic images instead of the data set: no files, no download", False,
                        scores=True, orders=True)
     train_samples: int | None = flag("data", "train on the first N training images only", None, number(int, 1),
                                      metavar="N", orders=True)
@@ -321,40 +338,43 @@ class Args:
                       "standard", choices=("standard", "nuat"))
     mean: tuple[float, ...] | None = flag("model", "normalization: subtracted from the pixels (default: the data "
                                           "set's)", None, triple, metavar="R,G,B")
-    std: tuple[float, ...] | None = flag("model", "normalization: the centred pixels are divided by it (default: the "
-                                         "data set's)", None, positive_triple, metavar="R,G,B")
+    std: tuple[float, ...] | None = flag("model", "normalization: divides the centered pixels (default: the data "
+                                         "set's)", None, positive_triple, metavar="R,G,B")
 
-    epochs: int = flag("training", "passes over the training images", None, number(int, 1, 10**6))
-    batch_size: int = flag("training", "images in a step, over all processes", 128, number(int, 1, 10**6), orders=True)
+    epochs: int = flag("training", "number of epochs", None, number(int, 1, 10**6))
+    batch_size: int = flag("training", "images in a training step, over all processes", 128, number(int, 1, 10**6),
+                           orders=True)
     recipe: str | None = flag("training", "training protocol of the ZeroGrad paper or of FastAT_Benchmark: sets the "
                               "defaults of other flags",
                               choices=RECIPES, fixed=False, named=False)
     pad_mode: str | None = flag("training", "padding of the images before the crop (default: the data set's)", None,
                                 choices=("reflect", "zero"))
-    rotate: float | None = flag("training", "rotate images by up to so many degrees (default: the data set's)", None,
+    rotate: float | None = flag("training", "random rotation by up to ±DEGREES (default: the data set's)", None,
                                 number(float, 0, 180), metavar="DEGREES")
     lr_schedule: str = flag("training", "learning rate over time. cyclic: linear up and down; onedrop: constant, then "
-                            "a tenth; onecycle: PyTorch's OneCycleLR; onecycle-epoch: the same, moved once an epoch",
+                            "a tenth; onecycle: PyTorch's OneCycleLR; onecycle-epoch: OneCycleLR, advanced once per "
+                            "epoch instead of once per step",
                             choices=("cyclic", "onedrop", "onecycle", "onecycle-epoch"))
     lr_max: float = flag("training", "highest learning rate", None, number(float, 0))
     lr_drop: float = flag("training", "epoch at which the schedule onedrop drops", 50, number(float, 0))
     momentum: float = flag("training", "SGD's momentum (default: 0.9; with onecycle 0.95)", None, number(float, 0, 1))
-    momentum_low: float = flag("training", "momentum at the highest learning rate: with cyclic and onecycle, momentum "
-                               "falls as the rate rises, and rises as it falls (default: --momentum; with onecycle "
-                               "0.85)", None, number(float, 0, 1))
+    momentum_low: float = flag("training", "momentum at the highest learning rate: with cyclic and onecycle, the "
+                               "momentum falls while the learning rate rises, and rises while the learning rate falls "
+                               "(default: --momentum; with onecycle 0.85)", None, number(float, 0, 1))
     weight_decay: float = flag("training", "SGD's weight decay, on all parameters", 5e-4, number(float, 0))
     seed: int = flag("training", "seed of all random numbers", 0, number(int, 0, 2**32 - 1), orders=True, named=False)
     objective: str = flag("training", "training loss", "ce", choices=OBJECTIVES)
-    gradalign_lambda: float = flag("training", "weight of gradalign's regularizer (default: as published for "
+    gradalign_lambda: float = flag("training", "gradalign: weight of the penalty (default: as published for "
                                    "--epsilon)", None, number(float, 0))
-    elle_lambda: float = flag("training", "weight of elle's regularizer (default: as published for --epsilon)", None,
+    elle_lambda: float = flag("training", "elle: weight of the penalty (default: as published for --epsilon)", None,
                               number(float, 0))
-    elle_adaptive: bool = flag("training", "ELLE-A: elle's weight decays, and is restored when the regularizer jumps",
-                               False)
-    aaer_lambdas: tuple[float, ...] = flag("training", "L1: weight of aaer's regularizer; L2, L3: of its two "
-                                           "terms (default: as published for --epsilon and the data set)", None, triple,
-                                           metavar="L1,L2,L3")
-    trades_beta: float = flag("training", "weight of the divergence in trades", 6.0, number(float, 0))
+    elle_adaptive: bool = flag("training", "ELLE-A: the penalty weight of elle becomes --elle-lambda after a batch "
+                               "whose penalty exceeds the mean of all earlier batches by 2 standard deviations; "
+                               "otherwise it is multiplied by 0.99", False)
+    aaer_lambdas: tuple[float, ...] = flag("training", "aaer: weights lambda_1 of the penalty, lambda_2 of its loss "
+                                           "term, lambda_3 of its logit term (default: as published for "
+                                           "--epsilon and the data set)", None, triple, metavar="L1,L2,L3")
+    trades_beta: float = flag("training", "trades: weight of the divergence", 6.0, number(float, 0))
     nuclear_lambda: float = flag("training", "weight of the nuclear norm in NuAT's attack and in its loss", 4.5,
                                  number(float, 0))
     guided_lambda: float = flag("training", "weight of the change of probabilities in GAT's attack and in its loss",
@@ -363,107 +383,118 @@ class Args:
                                 10.0, number(float, 0))
     liet_smoothing: float = flag("training", "non-uniform label smoothing in LIET's attack and in its loss (default: "
                                  "as published for the data set and --epsilon)", None, number(float, 0, 1))
-    liet_lambda: float = flag("training", "weight of the divergence in LIET's loss in the last epoch (default: as "
-                              "published for the data set and --epsilon)", None, number(float, 0))
+    liet_lambda: float = flag("training", "LIET: weight of the divergence in the last epoch, to which it grows "
+                              "linearly from epoch to epoch (default: as published for the data set and --epsilon)",
+                              None, number(float, 0))
     pco_lambda: float = flag("training", "weight of the difference of logits in FGSM-PCO's loss", 10.0,
                              number(float, 0))
     pco_scale: float = flag("training", "factor of the new perturbation in FGSM-PCO's blend with the previous one", 1.5,
                             number(float, 0))
-    smooth_lambda: float = flag("training", "weight of the loss that smooth keeps from jumping between epochs", 1.0,
-                                number(float, 0))
-    smooth_gap: float = flag("training", "change of that loss from its mean in the previous epoch that smooth allows",
-                             0.03,
-                             number(float, 0))
-    smooth_at: str = flag("training", "where that loss is computed: at clean images, or at the attack's start", "clean",
-                          choices=("clean", "start"))
+    smooth_lambda: float = flag("training", "smooth (ConvergeSmooth): weight of the penalty on a change of the loss L "
+                                "from its mean in the previous epoch", 1.0, number(float, 0))
+    smooth_gap: float = flag("training", "smooth: change of L, from its mean in the previous epoch, up to which there "
+                             "is no penalty", 0.03, number(float, 0))
+    smooth_at: str = flag("training", "smooth: where L is computed: at clean images, or at the attack's starting point",
+                          "clean", choices=("clean", "start"))
     label_smoothing: float = flag("training", "label smoothing of the training loss", 0.0, number(float, 0, 1))
-    ema: float = flag("training", "decay of a moving average of the network, BatchNorm's statistics included, which is "
-                      "then evaluated and saved; 0: no average", 0.0, number(float, 0, 1), metavar="DECAY")
+    ema: float = flag("training", "decay of an exponential moving average of the weights and BatchNorm's statistics; "
+                      "the average is evaluated and saved; 0: no average", 0.0, number(float, 0, 1), metavar="DECAY")
 
     method: str | None = flag("attack", "published method: sets the defaults of other flags; list: print all methods",
                               choices=(*METHODS, "list"), metavar="NAME", fixed=False, named=False)
     attack: str = flag("attack", "perturbation of the training images", "multigrad", choices=ATTACKS)
     epsilon: float = flag("attack", "radius of the ball in 1/255, in training and in evaluation", 8.0, in_255ths,
                           scores=True)
-    norm: str = flag("attack", "norm of the ball, in training and in evaluation; l_2 is for few attacks", "l_inf",
-                     choices=NORMS, scores=True)
-    eps_warmup: float = flag("attack", "epochs over which --epsilon and the attack's step grow from 0", 0.0,
+    norm: str = flag("attack", "norm of the ball, in training and in evaluation; l_2 works with the attacks fgsm, pgd, "
+                     "none and sora, and with the objective ce", "l_inf", choices=NORMS, scores=True)
+    eps_warmup: float = flag("attack", "epochs over which epsilon and the attack's step size grow linearly from 0", 0.0,
                              number(float, 0), metavar="EPOCHS")
-    fgsm_alpha: float = flag("attack", "step of single-step attacks, in epsilons (default: 2; of nfgsm, pgi, pco, "
-                             "nuclear, guided, n_lap, liet, uap, cuap, fuap 1; of ckpt, r_lap 1.25)", None,
-                             number(float, 0),
-                             convert=lambda value, args: value * args.epsilon / 255)
+    fgsm_alpha: float = flag("attack", "step size of single-step attacks, in epsilons (default: 2; 1 for nfgsm, pgi, "
+                             "pco, nuclear, guided, n_lap, liet, uap, cuap, fuap; 1.25 for ckpt, r_lap)", None,
+                             number(float, 0), convert=lambda value, args: value * args.epsilon / 255)
     attack_smoothing: float = flag("attack", "label smoothing of the attack's loss", 0.0, number(float, 0, 1))
     fgsm_init: str = flag("attack", "starting point of fgsm, zerograd, r_lap and, in training, pgd", "random",
                           choices=("zero", "random"))
-    zero_qval: float = flag("attack", "fraction of each image's gradient entries that zerograd sets to 0", None,
+    zero_qval: float = flag("attack", "zerograd: fraction of each image's gradient entries that are set to 0", None,
                             number(float, 0, 1))
-    zero_iters: int = flag("attack", "steps of zerograd", 1, number(int, 1))
-    multi_samps: int = flag("attack", "random points at which multigrad takes gradients", 3, number(int, 1, 1000))
-    multi_th: int = flag("attack", "how many of multigrad's gradients must agree on a sign; -1: all", -1,
+    zero_iters: int = flag("attack", "attack steps of zerograd", 1, number(int, 1))
+    multi_samps: int = flag("attack", "number of random points at which multigrad computes gradients", 3,
+                            number(int, 1, 1000))
+    multi_th: int = flag("attack", "number of multigrad's gradients that must agree in sign; -1: all", -1,
                          number(int, 1, also=(-1,)),
                          convert=lambda value, args: args.multi_samps if value == -1 else value)
-    multi_parallel: bool = flag("attack", "compute all starts of multigrad as one batch", False)
-    pgd_alpha: float = flag("attack", "PGD's step in 1/255, in training and in evaluation (default: 2; for l_2 15)",
-                            None, number(float, 0), scores=True, convert=lambda value, args: trained_step(args) / 255)
-    pgd_step: float | None = flag("attack", "step of pgd and kl in training, in epsilons (default: --pgd-alpha)", None,
-                                  number(float, 0))
-    pgd_iters: int = flag("attack", "steps of pgd and kl in training", 10, number(int, 1))
-    noise_k: float = flag("attack", "radius of the noise of nfgsm and n_lap, in epsilons (default: 2; on SVHN from "
-                          "epsilon 12 on 3; of WideResNet from epsilon 16 on 4)", None, number(float, 0))
-    ckpt_count: int = flag("attack", "parts into which ckpt divides its perturbation", 3, number(int, 2))
-    ckpt_mode: str = flag("attack", "mode of the network in ckpt's first pass; train as in FastAT_Benchmark", "eval",
-                          choices=("eval", "train"))
-    free_replays: int = flag("attack", "steps per batch with free; an epoch keeps its number of steps, so it covers "
-                             "fewer images", 8, number(int, 1))
-    pgi_reset: int = flag("attack", "epochs between two resets of pgi's stored perturbations", 40, number(int, 1))
-    atas_c: float = flag("attack", "atas: c of the step 16/255 / (1 + sqrt(v) / c)", 0.01, number(float, 1e-9))
-    atas_warmup: int = flag("attack", "first epochs, in which atas takes steps of epsilon", 5, number(int, 0))
-    atas_reset: int = flag("attack", "epochs between two resets of atas's stored perturbations", 10, number(int, 1))
-    uap_alpha: float = flag("attack", "step and radius of FGSM-UAP's perturbations, in 1/255", 10.0, in_255ths,
-                            convert=lambda value, args: value / 255)
-    uap_decay: float = flag("attack", "decay of the momentum of FGSM-UAP's perturbations", 0.3, number(float, 0, 1))
-    fuap_rows: int = flag("attack", "perturbations of FGSM-FUAP, one for each group of similar features", 50,
+    multi_parallel: bool = flag("attack", "compute the gradients of multigrad at all random points as one batch", False)
+    pgd_alpha: float = flag("attack", "PGD's step size in 1/255, in training and in evaluation (default: 2; for l_2 "
+                            "15)", None, number(float, 0), scores=True,
+                            convert=lambda value, args: trained_step(args) / 255)
+    pgd_step: float | None = flag("attack", "step size of pgd and kl in training, in epsilons (default: --pgd-alpha, "
+                                  "which is in 1/255)", None, number(float, 0))
+    pgd_iters: int = flag("attack", "attack steps of pgd and kl in training", 10, number(int, 1))
+    noise_k: float = flag("attack", "radius of the noise of nfgsm and n_lap, in epsilons (default: 2; 3 on SVHN if "
+                          "epsilon >= 12; 4 for WideResNet if epsilon >= 16)", None, number(float, 0))
+    ckpt_count: int = flag("attack", "ckpt: number of parts into which the perturbation is divided", 3, number(int, 2))
+    ckpt_mode: str = flag("attack", "ckpt: mode of the network in the forward and backward pass at the starting point; "
+                          "train: as in FastAT_Benchmark", "eval", choices=("eval", "train"))
+    free_replays: int = flag("attack", "free: training steps per batch; an epoch keeps its number of training steps, "
+                             "so it covers fewer images", 8, number(int, 1))
+    pgi_reset: int = flag("attack", "pgi: number of epochs between two resets of the stored perturbations", 40,
                           number(int, 1))
-    lap_beta: float = flag("attack", "share of its norm by which LAP moves a layer's weights (default: as published "
-                           "for --epsilon)", None, number(float, 0))
-    lap_up: bool = flag("attack", "move LAP's weights up the loss, as its paper says; its code moves them down", False)
-    liet_noise: tuple[float, ...] = flag("attack", "bounds of the fraction of LIET's start that is noise (default: as "
-                                         "published for --epsilon)", None, shares, metavar="LO,HI")
-    liet_every: int = flag("attack", "batches between two updates of LIET's perturbations of the classes (default: as "
-                           "published for the data set and --epsilon)", None, number(int, 1))
+    atas_c: float = flag("attack", "atas: c in the step size 16/255 / (1 + sqrt(v) / c); v: moving average of the "
+                         "squared norm of an image's gradient", 0.01, number(float, 1e-9))
+    atas_warmup: int = flag("attack", "atas: number of first epochs in which the step size is epsilon", 5,
+                            number(int, 0))
+    atas_reset: int = flag("attack", "atas: number of epochs between two resets of the stored perturbations", 10,
+                           number(int, 1))
+    uap_alpha: float = flag("attack", "FGSM-UAP: step size of the universal perturbations and bound on their entries, "
+                            "in 1/255", 10.0, in_255ths, convert=lambda value, args: value / 255)
+    uap_decay: float = flag("attack", "FGSM-UAP: decay of the momentum of the universal perturbations", 0.3,
+                            number(float, 0, 1))
+    fuap_rows: int = flag("attack", "FGSM-FUAP: number of universal perturbations, one for each group of similar "
+                          "features", 50, number(int, 1))
+    lap_beta: float = flag("attack", "LAP: length of the first layer's move, as a fraction of the norm of its weights "
+                           "(default: as published for --epsilon)", None, number(float, 0))
+    lap_up: bool = flag("attack", "LAP: move the weights up the loss, as in the paper (default: down, as in the "
+                        "authors' code)", False)
+    liet_noise: tuple[float, ...] = flag("attack", "LIET: range from which each batch draws the fraction of its "
+                                         "starting point's entries that are noise (default: as published for "
+                                         "--epsilon)", None, shares, metavar="LO,HI")
+    liet_every: int = flag("attack", "LIET: number of batches between two updates of the classes' perturbations "
+                           "(default: as published for the data set and --epsilon)", None, number(int, 1))
 
-    test_samples: int = flag("evaluation", "test images in the evaluation of an epoch", 1000, number(int, 1),
-                             metavar="N", fixed=True, scores=True)
-    last_samples: int | None = flag("evaluation", "test images in the evaluation of the last epoch, at least "
-                                    "--test-samples (default: all)", None, number(int, 1), metavar="N", named=False)
-    full_test: bool = flag("evaluation", "evaluate every epoch on the whole test set", False, fixed=True, scores=True)
-    test_iters: int = flag("evaluation", "PGD steps in the evaluation of an epoch", 10, number(int, 1), fixed=True,
+    test_samples: int = flag("evaluation", "number of test images in the evaluation after each epoch", 1000,
+                             number(int, 1), metavar="N", fixed=True, scores=True)
+    last_samples: int | None = flag("evaluation", "number of test images in the last-epoch evaluation, --test-samples "
+                                    "or more (default: all)", None, number(int, 1), metavar="N", named=False)
+    full_test: bool = flag("evaluation", "evaluate on all test images after every epoch", False, fixed=True,
                            scores=True)
-    test_restarts: int = flag("evaluation", "PGD restarts in the evaluation of an epoch", 1, number(int, 1),
+    test_iters: int = flag("evaluation", "PGD steps in the evaluation after each epoch", 10, number(int, 1), fixed=True,
+                           scores=True)
+    test_restarts: int = flag("evaluation", "PGD restarts in the evaluation after each epoch", 1, number(int, 1),
                               fixed=True, scores=True)
     final_iters: int = flag("evaluation", "PGD steps in the final evaluation; 0: no final evaluation", 50,
                             number(int, 0), named=False)
     final_restarts: int = flag("evaluation", "PGD restarts in the final evaluation", 10, number(int, 1), named=False)
-    final_samples: int | None = flag("evaluation", "test images in the final evaluation (default: all)", None,
+    final_samples: int | None = flag("evaluation", "number of test images in the final evaluation (default: all)", None,
                                      number(int, 1), metavar="N", named=False)
     on_collapse: str = flag("evaluation", "on catastrophic overfitting, print a warning and continue, or stop the run "
                             "with exit status 1", "warn", choices=("warn", "stop"), named=False)
-    final_model: str = flag("evaluation", "network of the final evaluation", "last", choices=("last", "best"))
+    final_model: str = flag("evaluation", "network for the final evaluation: last, or best (highest PGD accuracy after "
+                            "an epoch)", "last", choices=("last", "best"))
     eval: bool = flag("evaluation", "do not train: evaluate the network that --resume names", False, named=False)
 
     fname: str = flag("files", "folder of the logs and checkpoints", "", path)
-    like: str | None = flag("files", "defaults from this run, except --data-dir and the flags of files and machine; "
-                            "given flags win; --method drops the run's attack and loss",
-                            None, path, metavar="RUN")
-    resume: int | str = flag("files", "N: continue from model_{N-1}.pth and opt_{N-1}.pth; auto: from the newest "
-                             "complete state, or start if there is none", 0, number(int, 0, also=("auto",)),
-                             metavar="N|auto")
+    like: str | None = flag("files", "take the defaults from this run's flags, except --data-dir and the groups files "
+                            "and machine. Given flags override the run's. With --method, the run's attack, objective "
+                            "and their flags are not taken", None, path, metavar="RUN")
+    resume: int | str = flag("files", "N: continue after N epochs, from model_{N-1}.pth and opt_{N-1}.pth; auto: "
+                             "continue from the newest complete state, or begin a new run if there is none", 0,
+                             number(int, 0, also=("auto",)), metavar="N|auto")
     quiet: bool = flag("files", "print warnings and errors only", False)
     tensorboard: bool = flag("files", "also write the metrics of every epoch for TensorBoard", False)
-    allow_changes: bool = flag("files", "resume although flags differ from the run's", False)
-    chkpt_iters: int = flag("files", "epochs between two model_E.pth files", 10, number(int, 1))
-    chkpt_steps: int | None = flag("files", "also save the state every N steps", None, number(int, 1), metavar="N")
+    allow_changes: bool = flag("files", "allow --resume with flags that differ from the run's", False)
+    chkpt_iters: int = flag("files", "number of epochs between two files model_E.pth", 10, number(int, 1))
+    chkpt_steps: int | None = flag("files", "also save the state every N training steps", None, number(int, 1),
+                                   metavar="N")
 
     device: str = flag("machine", "auto, cpu, cuda or cuda:N", "auto", named=False)
     amp: bool = flag("machine", "mixed precision in training and in attacks", False, negatable=True, fixed=True)
@@ -477,8 +508,8 @@ class Args:
                          named=False)
     compile_mode: str = flag("machine", "mode of torch.compile; all but the default use CUDA graphs", "default",
                              choices=("default", "reduce-overhead", "max-autotune"), named=False)
-    deterministic: bool = flag("machine", "on CUDA, too, compute the same bits from the same seed; slower", False,
-                               named=False)
+    deterministic: bool = flag("machine", "make runs on CUDA bit-identical for a given seed, as runs on a CPU are; "
+                               "slower", False, named=False)
     sync_bn: bool = flag("machine", "under torchrun on CUDA: BatchNorm over the images of all processes", False,
                          fixed=True)
 
@@ -488,11 +519,11 @@ class Args:
     dropped: dict[str, Any] = field(default_factory=dict)
 
     def flags(self) -> dict[str, Any]:
-        """All flags by name, and the data set."""
+        """Return all flags by name, and the data set."""
         return {name: value for name, value in vars(self).items() if name in FLAGS or name == "data_set"}
 
     def keywords(self, keywords: dict[str, str]) -> dict[str, Any]:
-        """The values of a record's keywords, each in the unit of the function."""
+        """Return the values of a record's keywords, each in the unit of the function."""
         values = {}
         for keyword, name in keywords.items():
             convert = FLAGS[name].metadata["convert"]
@@ -500,9 +531,9 @@ class Args:
         return values
 
     def keep_defaults(self, before: dict[str, Any]) -> list[str]:
-        """Where the user gave no flag, take the defaults of the version that started the run. Returns notes to print.
+        """For flags that the user did not give, take the defaults of the version that began the run. Returns notes.
 
-        before: the run's flags.
+        before: flags of the run.
         """
         same = all(before.get(name) == getattr(self, name) for name in ("method", "recipe"))
         if not before or "ckpt_mode" in before or not same:
@@ -519,14 +550,15 @@ class Args:
 
     @staticmethod
     def completed(before: dict[str, Any]) -> dict[str, Any]:
-        """The flags of an earlier run, with the defaults of flags that its version lacked, where they never vary."""
+        """Return a run's flags, completed by the defaults of newer flags, if these depend on no other flag."""
         defaults = {name: each.default for name, each in FLAGS.items() if each.default is not None}
         return {**defaults, **FORMER_DEFAULTS, **before} if before else {}
 
     def changed(self, before: dict[str, Any], trait: str) -> list[str]:
-        """The flags with a trait (see `flag`) that differ from those of an earlier run, which may lack some.
+        """Return the flags with `trait` (see `flag`) whose value differs from `before`, the flags of an earlier run.
 
-        The order: first the flags that the user gave, last those whose default depends on others.
+        Flags that `before` lacks count as equal. Flags that the user gave come first, flags whose default depends on
+        other flags last.
         """
         names = [name for name, each in FLAGS.items() if each.metadata[trait]
                  and before.get(name, getattr(self, name)) != getattr(self, name)]
@@ -534,19 +566,20 @@ class Args:
 
 
 FLAGS = {each.name: each for each in dataclasses.fields(Args) if each.metadata}
-# Defaults that depend on the method or the recipe and were others in older versions, and flags that these did not have.
+# Flags whose default, set by a method or a recipe, was different in older versions; and flags that older versions
+# lacked, with the value that reproduces their runs.
 CHANGED_DEFAULTS = ("eps_warmup", "lr_max", "lr_schedule", "noise_k")
 FORMER_DEFAULTS = {"ckpt_mode": "train"}
 NETWORK = tuple(name for name, each in FLAGS.items() if each.metadata["group"] == "model")
 
 
 def option(name: str) -> str:
-    """A flag as the command line spells it."""
+    """Return the spelling of a flag on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 def trained_step(args: Args) -> float:
-    """The step of pgd and kl in training, in 1/255."""
+    """Return the step size of pgd and kl in training, in 1/255."""
     return args.pgd_alpha if args.pgd_step is None else args.pgd_step * args.epsilon
 
 
@@ -557,13 +590,14 @@ class Help(argparse.RawDescriptionHelpFormatter):
     """Keep the description's line breaks; append informative defaults."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        # "(default: ": also because BooleanOptionalAction of Python 3.10 appends its default to the help
         silent = action.default is None or action.default is False or action.default in ("", argparse.SUPPRESS)
-        unstated = action.option_strings and not silent and "(default: " not in (action.help or "")  # Python 3.10's is
+        unstated = action.option_strings and not silent and "(default: " not in (action.help or "")
         return (action.help or "") + (" (default: %(default)s)" if unstated else "")
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, but an error is one line and no usage text."""
+    """An ArgumentParser whose errors are one line, without a usage text."""
 
     def __init__(self, description: str | None, **options: Any):
         super().__init__(description=description, formatter_class=Help, allow_abbrev=False, **options)
@@ -582,13 +616,13 @@ class Parser(argparse.ArgumentParser):
         print_answer(self.format_help().rstrip())
 
 
-# Flags of other programs, and ours.
+# Common flag of other programs -> flag of this project, for "did you mean".
 FOREIGN = {"gpu": "device", "gpus": "device", "cuda": "device", "arch": "model", "dataset": "data-dir",
            "learning-rate": "lr-max", "output": "fname", "out": "fname"}
 
 
 def similar(name: str, names: Iterable[str]) -> list[str]:
-    """Return the names closest to an unknown one: those with a word that begins with it, else the nearest spelling."""
+    """Return the names closest to an unknown `name`: words that begin with it, else the nearest spelling."""
     plain = {each.strip("-").lower(): each for each in names}
     word = name.strip("-").lower().replace("_", "-")
     if FOREIGN.get(word) in plain:
@@ -603,13 +637,13 @@ def did_you_mean(names: list[str]) -> str:
 
 
 def absent(path: Path) -> UsageError:
-    """The error about a path that does not exist."""
+    """Return the error about a path that does not exist."""
     near = similar(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
     return UsageError(f"{path} is missing{did_you_mean([str(path.parent / name) for name in near])}")
 
 
 def not_a_choice(name: str, value: Any, choices: list[str]) -> str:
-    """The error about a value of a flag that is none of its choices: it may be another flag's."""
+    """Return the error about an invalid choice. It suggests flags (method, attack, objective) that have this value."""
     def plain(text: Any) -> str:
         return re.sub("[-_]", "", str(text).lower())
 
@@ -628,13 +662,13 @@ def print_answer(text: str) -> None:
         say(text, needed=True)
 
 
-def add_flags(p: Parser, names: Collection[str] = FLAGS) -> None:
-    """Add flags of `Args`, in their groups."""
+def add_flags(p: Parser, names: Collection[str] = FLAGS, one_group: Callable[..., Any] | None = None) -> None:
+    """Add flags of `Args`, in their groups; with `one_group`, add_argument of a group, all to this group."""
     for group, title in GROUPS.items():
         chosen = [each for name, each in FLAGS.items() if name in names and each.metadata["group"] == group]
         if not chosen:
             continue
-        add = p.add_argument_group(title).add_argument
+        add = one_group or p.add_argument_group(title).add_argument
         for each in chosen:
             settings = {name: each.metadata[name] for name in ("parse", "choices", "metavar")}
             common = dict(default=each.default, help=each.metadata["help"])
@@ -647,14 +681,14 @@ def add_flags(p: Parser, names: Collection[str] = FLAGS) -> None:
 
 def add_table_flags(add: Callable[..., Any]) -> None:
     """Add the flags of tables that compare runs. add: add_argument of a parser or of one of its groups."""
-    add("--by-seed", action="store_true", help="keep runs apart that differ only in the seed (default: their mean ± "
-        "deviation)")
+    add("--by-seed", action="store_true", help="print one row per seed (default: runs that differ only in the "
+        "seed share a row, mean ± deviation)")
     add("--csv", type=new_file, metavar="FILE", help="also write the table to this file, as CSV")
     add("--latex", type=new_file, metavar="FILE", help="also write the table to this file, for LaTeX")
 
 
 def parser(dataset: DataSet, description: str | None) -> Parser:
-    """The command line of the script that trains on `dataset`."""
+    """Return the command-line parser of the script that trains on `dataset`."""
     p = Parser(description, add_help=False, usage="%(prog)s [flags]")
     p.add_argument("-h", "--help", action="store_true", help="print this text; with --method NAME, that method's flags")
     add_flags(p)
@@ -663,14 +697,14 @@ def parser(dataset: DataSet, description: str | None) -> Parser:
 
 
 def parse(dataset: DataSet, description: str | None = None, argv: list[str] | None = None) -> Args:
-    """The arguments of the script that trains on `dataset`; --help and a mistake end the process."""
+    """Parse the command line of the script that trains on `dataset`. Exits on --help, --method list and wrong flags."""
     if argv is None:
         end_on_interrupt()
     p = parser(dataset, description)
     named, _ = p.parse_known_args(argv)
     if named.help or named.method == "list":
-        print_answer(methods_table() if named.method == "list" else method_help(dataset, named.method) if named.method
-                     else p.format_help().rstrip())
+        print_answer(methods_table(dataset) if named.method == "list" else
+                     method_help(dataset, named.method) if named.method else p.format_help().rstrip())
         p.exit()
     unset = object()
     values = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(FLAGS, unset))))
@@ -685,12 +719,14 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
 
 
 def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | None = None) -> Args:
-    """The arguments of a run, from the given flags and, for the others, from `run` and the defaults.
+    """Return the arguments of a run. Raises UsageError if a flag is wrong.
 
-    --method and --recipe set defaults and nothing else: a given flag wins over both, and a recipe over a method, except
-    for values that the method's attack or objective refuses. A flag without a default takes a required value. --like
-    adds the flags of another run to those given.
-    Raises UsageError where a flag is wrong.
+    Precedence, highest first: given flags; flags of the run that --like names; values that the attack or the objective
+    requires, in place of a recipe's value or of none; --recipe; --method; `run`; the data set; the field's default.
+
+    Args:
+        given: flags of the user.
+        run: flags of the run that is evaluated (see `evaluated_flags`).
     """
     if given.get("like"):
         given = {**flags_like(given["like"], dataset, "method" in given), **given}
@@ -713,7 +749,7 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
 
 
 def valid(name: str, value: Any) -> Any:
-    """The value of a flag as the command line would have it. Raises UsageError if the command line would refuse it."""
+    """Convert and check a flag's value, as the command line does. Raises UsageError if the value is wrong."""
     if name not in FLAGS:
         raise UsageError(f"there is no flag {option(name)}" + did_you_mean(similar(name, map(option, FLAGS))))
     settings, usual = FLAGS[name].metadata, FLAGS[name].default
@@ -734,9 +770,9 @@ def valid(name: str, value: Any) -> Any:
 
 
 def recorded_flags(flags: dict[str, Any], source: str | Path) -> dict[str, Any]:
-    """The flags of a run as the file `source` has them. Raises UsageError where the command line would refuse one."""
+    """Convert and check the flags of a run, read from the file `source`. Raises UsageError if a value is wrong."""
     needed = vars(arguments(CIFAR10, {}))
-    for name in flags.keys() & FLAGS.keys() - {"on_collapse"}:  # older runs have another choice of it
+    for name in flags.keys() & FLAGS.keys() - {"on_collapse"}:  # older runs may have a choice that no longer exists
         if flags[name] is None and needed[name] is not None:
             raise UsageError(f"{source}: {option(name)} has no value")
         try:
@@ -747,7 +783,7 @@ def recorded_flags(flags: dict[str, Any], source: str | Path) -> dict[str, Any]:
 
 
 def evaluated_flags(dataset: DataSet, folder: str) -> dict[str, Any]:
-    """The flags of the run in a folder that its evaluation shares with it."""
+    """Return the flags that --eval takes from the run in `folder`; {} if the run is on another data set."""
     run = run_flags(folder)
     if run.get("data_set") != dataset.name:
         return {}
@@ -756,11 +792,15 @@ def evaluated_flags(dataset: DataSet, folder: str) -> dict[str, Any]:
 
 
 def flags_like(source: str, dataset: DataSet, new_method: bool) -> dict[str, Any]:
-    """The flags of a run that repeat it: those in which it differs from the defaults of its method and data set.
+    """Return the flags that repeat a run: those that differ from the defaults of its method, recipe and data set.
 
-    source: the run's folder, or its args.json; dataset: of the script; new_method: leave out the run's attack and
-    objective, with their flags.
-    Raises UsageError if there is no such run, or a flag is wrong.
+    Args:
+        source: folder of the run, or its args.json.
+        dataset: data set of the script.
+        new_method: leave out the run's attack and objective, with their flags.
+
+    Raises:
+        UsageError: there is no such run, or a flag is wrong.
     """
     if not Path(source).exists():
         raise absent(Path(source))
@@ -768,11 +808,11 @@ def flags_like(source: str, dataset: DataSet, new_method: bool) -> dict[str, Any
     if not run:
         raise UsageError(f"--like {source} is not the folder of a run: it has no args.json")
     if run["data_set"] == OWN != dataset.name:
-        raise UsageError(f"--like {source}: that run trained a network and images of yours; only train() in Python can "
-                         f"repeat it")
+        raise UsageError(f"--like {source}: this run is on a network and images of your own; only train() in "
+                         f"Python can repeat it")
     gone = [option(name) for name in run if name not in (*FLAGS, "data_set")]
     if gone:
-        say(f"# --like {source}: {', '.join(gone)} no longer exists and is left out", error=True)
+        say(f"# --like {source}: {', '.join(gone)} ignored: no longer supported", error=True)
     own = dataset if run["data_set"] == dataset.name else stated or data_set(run["data_set"])
     flags = {name: run[name] for name, each in FLAGS.items()
              if name in run and each.metadata["group"] not in ("files", "machine") and name not in ("data_dir", "eval")}
@@ -788,14 +828,14 @@ def flags_like(source: str, dataset: DataSet, new_method: bool) -> dict[str, Any
 
 
 def run_flags(folder: str | Path) -> dict[str, Any]:
-    """The flags of the run in `folder`, as its args.json has them; none where there is no such file."""
+    """Return the flags in args.json of the run in `folder`; {} without args.json."""
     return recorded(folder)[0]
 
 
 def recorded(folder: str | Path) -> tuple[dict[str, Any], DataSet | None]:
-    """The flags of the run in `folder` and its data set, as args.json has them; none where there is no such file.
+    """Return flags and data set in args.json of the run in `folder`; {} and None without args.json.
 
-    `folder` can be an args.json, too.
+    `folder` can also be the path of an args.json.
     """
     file = Path(folder) if Path(folder).is_file() else Path(folder) / "args.json"
     wrong = UsageError(f"{file} is damaged: repair it, or move it away and give the run's flags")
@@ -809,10 +849,10 @@ def recorded(folder: str | Path) -> tuple[dict[str, Any], DataSet | None]:
 
 
 def described(text: str, source: str | Path, wrong: UsageError) -> tuple[dict[str, Any], DataSet | None]:
-    """The flags of a run and its data set, as the text of `source` has them; raises `wrong` if it is damaged.
+    """Return flags and data set of a run from `text`, the content of `source`. Raises `wrong` if it is damaged.
 
-    A relative --data-dir is resolved from the folder in which the run was started, if that folder exists. Runs of older
-    versions name neither that folder nor their data set's statement.
+    A relative --data-dir is resolved from the folder in which the run was launched, if that folder exists. Older runs
+    recorded neither this folder nor their data set; their data set is None.
     """
     try:
         saved = json.loads(text)
@@ -827,90 +867,93 @@ def described(text: str, source: str | Path, wrong: UsageError) -> tuple[dict[st
 
 
 def differing(given: dict[str, Any], run: dict[str, Any]) -> list[str]:
-    """Lines to print about given flags that override those of a run."""
+    """Return lines to print about given flags that override those of a run."""
     return [f"{option(name)} {value} overrides the run's {run[name]}" for name, value in given.items()
             if name in run and run[name] != value]
 
 
 def parse_evaluation(description: str | None = None, argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of evaluate.py; flags that default to the run's are None."""
+    """Return the arguments of evaluate.py; flags of the run that were not given are None."""
     if argv is None:
         end_on_interrupt()
     p = Parser(description)
-    p.add_argument("runs", nargs="*", type=path, metavar="RUN_OR_FILE", help="a run's folder, or a model's file")
+    p.add_argument("runs", nargs="*", type=path, metavar="RUN_OR_FILE", help="folder of a run, or file of a network")
     add = p.add_argument_group("a network of your own").add_argument
-    add("--network", type=function_name, metavar="PACKAGE.MODULE:FUNCTION", help="function that returns a network for "
-        "images in [0, 1], or normalized by --mean and --std; --data-set has the images")
+    add("--network", type=function_name, metavar="PACKAGE.MODULE:FUNCTION", help="function that returns a network, "
+        "whose input is images in [0, 1], or images normalized by --mean and --std; needs --data-set")
     add("--weights", type=path, metavar="FILE", help="state dict of --network (default: the function's weights)")
-    add = p.add_argument_group("what is measured").add_argument
+    add = p.add_argument_group("measurement").add_argument
     add("--attacks", type=attack_names, default="clean,fgsm,pgd-50-10", metavar="NAME,...",
         help="clean, fgsm (from zero, a step of epsilon), pgd-STEPS-RESTARTS (steps of epsilon/4), "
-        "pgd-STEPS-RESTARTS-STEP (STEP in 1/255), cw (PGD-50-10 on the margin), autoattack, or a part of it: apgd-ce, "
-        "apgd-t, fab-t, square")
+        "pgd-STEPS-RESTARTS-STEP (STEP in 1/255), cw (PGD-50-10 on the margin), autoattack, or one of its parts: "
+        "apgd-ce, apgd-t, fab-t, square")
     add("--epsilons", type=radii, metavar="E,...", help="radii of the ball in 1/255 (default: the run's, or 8)")
     add("--norm", choices=NORMS, help="norm of the ball (default: the run's, or l_inf)")
     add("--samples", type=number(int, 1), metavar="N", help="the first N test images (default: all)")
     add("--seed", type=number(int, 0, 2**32 - 1), help="seed of the random starts (default: the run's, or 0)")
-    add("--which", default="last", metavar="NAME", help="network of a run: last, best or healthy; of a file with "
-        "several networks: its key there (default: %(default)s)")
+    add("--which", default="last", metavar="NAME", help="network to load. Of a run: last, best (highest score) or "
+        "healthy (newest that has not collapsed). Of a file with several networks: the network's key (default: "
+        "%(default)s)")
     add("--out", type=path, metavar="FOLDER", help="folder of evaluation.json (default: the run's, or the file's)")
-    add("--again", action="store_true", help="run attacks again whose results evaluation.json holds")
+    add("--again", action="store_true", help="rerun attacks that already have a result in evaluation.json")
     add_table_flags(p.add_argument_group("table that compares the networks").add_argument)
-    add = p.add_argument_group("data and model (default: the run's)").add_argument
+    add = p.add_argument_group("data and model (each default: the run's)").add_argument
     add("--data-set", choices=DATA_SETS, help="data set on which the network was trained")
-    add_flags(p, RUNS)
+    add_flags(p, RUNS, add)
     p.set_defaults(**dict.fromkeys(RUNS))
     add = p.add_argument_group("machine").add_argument
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--batch-size", type=number(int, 1, 10**6), help="images at once (default: 128; on CUDA up to 512, as its "
-        "memory allows)")
-    add("--amp", action="store_true", help="run PGD, FGSM and CW in mixed precision; float32 decides what is robust")
+    add("--batch-size", type=number(int, 1, 10**6), help="images in an evaluation batch (default: 128; on CUDA up "
+        "to 512, as its memory allows)")
+    add("--amp", action="store_true", help="run PGD, FGSM and CW in mixed precision; results are confirmed in float32")
     add("--amp-dtype", choices=("bfloat16", "float16"), default="bfloat16", help="the lower precision of --amp")
-    add("--tf32", action="store_true", help="on CUDA, run PGD, FGSM and CW with convolutions in TF32; float32 decides")
+    add("--tf32", action="store_true", help="on CUDA, run PGD, FGSM and CW with convolutions in TF32; results are "
+        "confirmed in float32")
     p.set_defaults(amp_impl="native", deterministic=False)
     args = p.parse_args(argv)
     if not args.runs and not args.network:
         p.error("the following arguments are required: RUN_OR_FILE, or --network")
     if args.weights and not args.network:
-        p.error("--weights is for --network: give a model's file without it")
+        p.error("--weights works only with --network: give the file of a network as RUN_OR_FILE instead")
     return args
 
 
-# Flags that evaluate.py takes from a run.
+# Flags of data and model that evaluate.py takes from a run.
 RUNS = ("data_dir", "dummy", *NETWORK)
 
 
 def export_path(text: str) -> str:
-    """An argparse type: the path of a safetensors file, or of a folder, which ends in a slash."""
+    """An argparse type: the path of a safetensors file, or of a folder, ending in a slash."""
     if not text.endswith((".safetensors", "/")):
         raise argparse.ArgumentTypeError(f"must end in .safetensors, or be a folder that ends in /, not {text!r}")
     return path(text)
 
 
 def identifier(text: str) -> str:
-    """An argparse type: a name that Python can have for a module."""
+    """An argparse type: a Python identifier."""
     if not text.isidentifier():
         raise argparse.ArgumentTypeError(f"must be of letters, digits and _, such as Author2026Title, not {text!r}")
     return text
 
 
 def parse_export(description: str | None = None, argv: list[str] | None = None) -> argparse.Namespace:
-    """The arguments of export.py; flags that default to the run's are None."""
+    """Return the arguments of export.py; flags of the run that were not given are None."""
     if argv is None:
         end_on_interrupt()
     p = Parser(description)
-    p.add_argument("run", type=path, metavar="RUN_OR_FILE", help="a run's folder, or a model's file")
+    p.add_argument("run", type=path, metavar="RUN_OR_FILE", help="folder of a run, or file of a network")
     p.add_argument("--to", type=export_path, required=True, metavar="FILE.safetensors|FOLDER/",
-                   help="the weights with all that is needed to build the network, and FILE.md, a model card; or a "
-                   "folder in RobustBench's layout")
-    p.add_argument("--half", action="store_true", help="weights in float16: half the size of the file")
+                   help="FILE.safetensors: write the weights, with the metadata to rebuild the network, and a model "
+                   "card FILE.md. FOLDER/: write a folder in RobustBench's layout")
+    p.add_argument("--half", action="store_true", help="write the weights in float16, which halves the file")
     p.add_argument("--name", type=identifier, help="name of the network in RobustBench, such as Author2026Title "
                    "(default: from the method and the network)")
-    p.add_argument("--which", default="last", metavar="NAME", help="network of a run: last, best or healthy; of a file "
-                   "with several networks: its key there (default: %(default)s)")
-    add = p.add_argument_group("data and model (default: the run's)").add_argument
+    p.add_argument("--which", default="last", metavar="NAME", help="network to load. Of a run: last, best "
+                   "(highest score) or healthy (newest that has not collapsed). Of a file with several networks: "
+                   "the network's key (default: %(default)s)")
+    add = p.add_argument_group("data and model (each default: the run's)").add_argument
     add("--data-set", choices=DATA_SETS, help="data set on which the network was trained")
-    add_flags(p, NETWORK)
+    add_flags(p, NETWORK, add)
     p.set_defaults(**dict.fromkeys(NETWORK))
     return p.parse_args(argv)
 
@@ -919,13 +962,13 @@ def parse_export(description: str | None = None, argv: list[str] | None = None) 
 
 
 def in_effect(args: Args) -> dict[str, Any]:
-    """Attack and objective of a run, with the flags that each of them reads."""
+    """Return attack and objective of a run, with the flags that they read."""
     names = ["attack", *ATTACKS[args.attack].flags, "epsilon", "objective", *OBJECTIVES[args.objective].flags]
     return {name: getattr(args, name) for name in dict.fromkeys(names)}
 
 
 def idle_flags(args: Args) -> list[str]:
-    """Lines to print about given flags that this run ignores, and about flags that would act after its end."""
+    """Return notes about given flags that this run ignores, and about values that exceed --epochs."""
     used = {*in_effect(args), *MODELS[args.model].values(), "pgd_alpha", "norm"}
     ignored = {
         f"with --attack={args.attack}, --objective={args.objective}, --model={args.model}": method_flags() - used,
@@ -947,14 +990,15 @@ def idle_flags(args: Args) -> list[str]:
 
 
 def unit_hints(values: dict[str, Any]) -> list[str]:
-    """Lines to print about values that look as if another unit were meant, by the flags' names."""
+    """Return hints about values that look like the wrong unit. values: flag -> value."""
     hints = []
     for name, least in (("epsilon", 1.0), ("pgd_alpha", 0.05)):
         if 0 < (values.get(name) or 0) < least:
             hints.append(f"{option(name)}={values[name]:g} means {values[name]:g}/255: did you mean "
                          f"{255 * values[name]:.3g}?")
     if values.get("norm") == "l_2" and 1 <= values["epsilon"] < 32:
-        hints.append(f"--epsilon={values['epsilon']:g} is a small radius for --norm=l_2, where 128 is usual")
+        hints.append(f"--epsilon={values['epsilon']:g} means {values['epsilon']:g}/255, a small radius for "
+                     f"--norm=l_2: 128 is usual")
     epsilon = values.get("epsilon") or 8.0
     for name in ("fgsm_alpha", "pgd_step"):
         step = values.get(name) or 0
@@ -969,15 +1013,15 @@ def unit_hints(values: dict[str, Any]) -> list[str]:
 
 
 def reach_hints(attack: str, steps: int, alpha: float, epsilon: float) -> list[str]:
-    """A line to print if PGD's steps of `alpha` cannot lead from the centre of the ball to its surface."""
+    """Return a warning if PGD cannot reach the surface of the ball from its center, else []."""
     if steps * alpha >= epsilon * (1 - 1e-9) or not steps:
         return []
-    return [f"{attack}: steps of {alpha:g}/255 do not reach across the ball of {epsilon:g}/255, so accuracy may look "
-            f"too high: take more steps, or larger ones"]
+    return [f"{attack}: attack steps of {alpha:g}/255 cannot reach the surface of the ball, {epsilon:g}/255 from its "
+            f"center, so the accuracy may be too high: use more or larger attack steps"]
 
 
 def pgd_hints(args: Args) -> list[str]:
-    """Lines to print about a run's PGD, in training and in evaluation, where it is too weak."""
+    """Return warnings about PGD that is too weak, in training and in evaluation."""
     step = f"--pgd-alpha={args.pgd_alpha:g}"
     uses = [("test_iters", step, args.pgd_alpha), ("final_iters", step, args.pgd_alpha)]
     if "pgd_iters" in in_effect(args) and not args.eval:
@@ -988,14 +1032,14 @@ def pgd_hints(args: Args) -> list[str]:
 
 
 def method_flags() -> set[str]:
-    """Flags read by only some attacks, objectives or networks."""
+    """Return the flags that only some attacks, objectives or networks read."""
     attacks = {name for attack in ATTACKS.values() for name in attack.flags}
     objectives = {name for objective in OBJECTIVES.values() for name in objective.flags}
     return attacks | objectives | {name for keywords in MODELS.values() for name in keywords.values()}
 
 
 def as_flags(values: dict[str, Any]) -> str:
-    """Arguments as one writes them on the command line, without switches that are off and flags without a value."""
+    """Format flags as on the command line, without switches that are off and flags without a value."""
     def text(value: Any) -> str:
         return ",".join(map(text, value)) if isinstance(value, (tuple, list)) else \
             f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -1004,26 +1048,32 @@ def as_flags(values: dict[str, Any]) -> str:
                     for name, value in values.items() if value is not False and value is not None)
 
 
-def methods_table() -> str:
-    """The methods by name, a line each."""
-    rows = [("--method", "passes", "source", "stands for")]
-    rows += [(name, method.passes, method.source, as_flags(method.flags)) for name, method in METHODS.items()]
-    return "\n".join(f"{name:10} {passes:>6}  {source:17} {flags}" for name, passes, source, flags in rows)
+PASSES = "a pass is one forward and one backward pass; a forward pass alone counts 1/3"
+
+
+def methods_table(dataset: DataSet) -> str:
+    """Return two lines for each method: its description, and the flags that it sets."""
+    lines = [f"Passes: in a training step; {PASSES}.", "",
+             f"{'--method':10} {'passes':>6}  {'source':17} description; flags that the method sets on {dataset.name}"]
+    for name, method in METHODS.items():
+        lines += [f"{name:10} {method.passes:>6}  {method.source:17} {method.text}",
+                  f"{'':36}{as_flags(method.flags_on(dataset.name))}"]
+    return "\n".join(lines)
 
 
 def method_help(dataset: DataSet, name: str) -> str:
-    """A method's source and passes, the flags that it sets, and the flags that it reads."""
+    """Return a method's description, source and passes, the flags that it sets, and the flags that it reads."""
     method = METHODS[name]
     args = parse(dataset, argv=[f"--method={name}"])
-    lines = [f"--method={name} ({method.source}; passes in a training step: {method.passes}) stands for", "",
-             f"  {as_flags(method.flags_on(dataset.name))}", "", f"Its flags, with their values on {dataset.name}:", ""]
+    lines = [f"{name}: {method.text} ({method.source}).", f"Passes in a training step: {method.passes} ({PASSES}).", "",
+             f"--method={name} sets on {dataset.name}:", "", f"  {as_flags(method.flags_on(dataset.name))}", "",
+             f"The method reads these flags, shown with their values on {dataset.name}:", ""]
     for each, value in in_effect(args).items():
         text = FLAGS[each].metadata["help"]
-        if value is None:
+        if value is None or value is False:
             lines += [f"  {option(each)}", f"      {text}"]
         else:
-            lines.append(f"  {option(each)}={as_flags({each: value}).partition('=')[2] or value}")
-            lines.append(f"      {text.partition(' (default: ')[0]}")
+            lines += [f"  {as_flags({each: value})}", f"      {text.partition(' (default: ')[0]}"]
     return "\n".join(lines)
 
 
@@ -1032,19 +1082,20 @@ def check(args: Args) -> None:
     try:
         tempfile.gettempdir()
     except OSError:
-        raise UsageError("no folder for temporary files can be written: set TMPDIR to one") from None
+        raise UsageError("no folder for temporary files is writable: set TMPDIR to a writable folder") from None
     if args.tensorboard and not importlib.util.find_spec("tensorboard"):
         raise UsageError("--tensorboard needs the package tensorboard: pip install tensorboard")
     check_network(args)
     if args.multi_th > args.multi_samps:
         raise UsageError(f"--multi-th must be from 1 to --multi-samps ({args.multi_samps}), or -1, not {args.multi_th}")
     if args.sync_bn and args.compile:
-        raise UsageError("--sync-bn cannot be compiled: leave --compile or --sync-bn out")
+        raise UsageError("--sync-bn does not work with --compile: leave one of them out")
     attack, objective = ATTACKS[args.attack], OBJECTIVES[args.objective]
     parallel = args.attack == "multigrad" and args.multi_parallel
     if objective.start and (not attack.start or parallel):
-        raise UsageError(f"--objective {args.objective} compares with the attack's start, and --attack {args.attack}"
-                         f"{' --multi-parallel' if parallel else ''} has none: use fgsm or nfgsm, for example")
+        raise UsageError(f"--objective {args.objective} needs the attack's starting point, with its logits; --attack "
+                         f"{args.attack}{' --multi-parallel' if parallel else ''} has none: use --attack fgsm "
+                         f"or nfgsm, for example")
     for name, record in ((f"--attack {args.attack}", attack), (f"--objective {args.objective}", objective)):
         if any(getattr(args, flag) != value for flag, value in record.requires.items()):
             needed = " and ".join(f"{option(flag)} {value:g}" if isinstance(value, float) else f"{option(flag)} {value}"
@@ -1053,19 +1104,19 @@ def check(args: Args) -> None:
     if args.norm not in attack.norms or args.norm not in objective.norms:
         usable = ["/".join(name for name, each in records.items() if args.norm in each.norms)
                   for records in (ATTACKS, OBJECTIVES)]
-        raise UsageError(f"--norm {args.norm} is for --attack {usable[0]} with --objective {usable[1]}: no other has a "
-                         f"published form")
+        raise UsageError(f"--norm {args.norm} works only with --attack {usable[0]} and --objective {usable[1]}: the "
+                         f"others have no published form for this norm")
     if attack.moves_weights and objective.start:
-        raise UsageError(f"--objective {args.objective} compares with the attack's start, and --attack {args.attack} "
-                         f"moves the weights after it: use ce")
+        raise UsageError(f"--objective {args.objective} needs the logits at the attack's starting point, but --attack "
+                         f"{args.attack} changes the weights after it computes them: use --objective ce")
     if args.eval and args.resume == 0:
-        raise UsageError("--eval needs a model: --resume N for model_{N-1}.pth, or --resume auto")
+        raise UsageError("--eval needs a checkpoint: --resume N for model_{N-1}.pth, or --resume auto")
     if isinstance(args.resume, int) and args.resume > args.epochs and not args.eval:
         raise UsageError(f"--resume must be from 0 to --epochs ({args.epochs}), or auto, not {args.resume}")
 
 
 def check_network(args: Args) -> None:
-    """Raise UsageError if the network has no such shortcut, block or final BatchNorm."""
+    """Raise UsageError if --shortcut, --block or --no-final-norm does not fit the network."""
     if args.shortcut == "raw" and args.model not in ("PreActResNet18", "PreActResNet34"):
         raise UsageError(f"--shortcut raw is for PreActResNet18 and 34, not {args.model}")
     if args.block == "nuat" and args.model != "ResNet18":

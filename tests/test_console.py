@@ -122,7 +122,7 @@ def test_the_command_after_a_run_runs(call, judged, tmp_path, small_dummy):
 def test_a_runs_pgd_that_cannot_cross_the_ball_is_noted(flags, named):
     hints = pgd_hints(parse(data_set("cifar10"), argv=flags))
     assert [hint.partition(": ")[0] for hint in hints] == named
-    assert all("do not reach across the ball" in hint for hint in hints)
+    assert all("cannot reach the surface of the ball" in hint for hint in hints)
 
 
 def test_an_epochs_pgd_that_is_weaker_than_fgsm_is_noted(call, tmp_path, small_dummy, monkeypatch):

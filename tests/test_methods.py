@@ -1431,13 +1431,14 @@ def test_without_a_method_nothing_is_changed(script_name):
 
 @pytest.mark.parametrize("script_name", DATASETS)
 def test_method_list_shows_every_method(script_name, call):
-    """One line each, with the passes, the source and the flags; nothing is run."""
+    """With the passes, the source, the text, and the flags on the script's data set; nothing is run."""
     status, output, error = call(script_name, "--method=list", "--device=nonsense")
-    lines = {line.split()[0]: line for line in output.splitlines()}
-    assert status == 0 and error == "" and list(lines) == ["--method", *methods.METHODS]
-    for name, method in methods.METHODS.items():
-        assert lines[name].split()[1] == method.passes and method.source in lines[name]
-        assert f"--attack={method.flags['attack']}" in lines[name]
+    lines = output.splitlines()
+    rows = lines[next(number for number, line in enumerate(lines) if line.startswith("--method ")) + 1:]
+    assert status == 0 and error == "" and [line.split()[0] for line in rows[::2]] == list(methods.METHODS)
+    for described, flags, method in zip(rows[::2], rows[1::2], methods.METHODS.values(), strict=True):
+        assert described.split()[1] == method.passes and method.source in described and described.endswith(method.text)
+        assert flags.strip() == options.as_flags(method.flags_on(DATASETS[script_name].name))
     status, output, _ = call(script_name, "--help")
     assert status == 0 and "--method NAME" in output and "(default: None)" not in output
 
@@ -1589,7 +1590,7 @@ def test_liets_numbers_are_the_published_ones(dataset, epsilon, smoothing, weigh
       for attack in ("none", "free", "kl", "nuclear", "guided", "n_lap", "r_lap", "atas")
       for objective in ("gradalign", "aaer", "logits", "liet", "smooth", "pco")),
     ("--attack=multigrad --multi-parallel --objective=aaer", "--multi-parallel"),
-    *((f"--norm=l_2 {flags}", "--norm l_2 is for --attack fgsm/pgd/none/sora with --objective ce: ") for flags in (
+    *((f"--norm=l_2 {flags}", "--attack fgsm/pgd/none/sora and --objective ce: ") for flags in (
         "", "--method=zerograd", "--method=n-fgsm", "--method=gradalign", "--method=trades")),
     ("--method=sora --objective=elle", "--objective ce"),
     ("--method=sora --label-smoothing=0.1", "--label-smoothing 0"),

@@ -482,7 +482,7 @@ train.main(options.CIFAR10, options.parse(options.CIFAR10))
     ("--attack=fgsm --pgd-alpha=1", None), ("--attack=fgsm --pgd-step=1", "--pgd-step has no effect"),
     ("--attack=pgd --fgsm-alpha=1", "--fgsm-alpha has no effect"),
     ("--method=gradalign --gradalign-lambda=0.3", None), ("--gradalign-lambda=0.3", "--gradalign-lambda has no effect"),
-    ("--attack=fgsm --norm=l_2", "--epsilon=8 is a small radius for --norm=l_2, where 128 is usual"),
+    ("--attack=fgsm --norm=l_2", "--epsilon=8 means 8/255, a small radius for --norm=l_2"),
     ("--attack=none --norm=l_2 --epsilon=128", None), ("--norm=l_inf", None),
     ("--attack=fgsm --norm=l_2 --epsilon=0.5", "--epsilon=0.5 means 0.5/255: did you mean 128?"),
     ("--epsilon=0.031", "--epsilon=0.031 means 0.031/255: did you mean 7.9"), ("--epsilon=8/255", None)])
@@ -619,7 +619,7 @@ def test_a_run_that_cannot_be_repeated_is_one_line(tmp_path, call, small_dummy):
     one_line(call("train_cifar.py", "--like", tmp_path), "args.json is damaged")
     run = args_json(tmp_path / "args.json", args, rollbacks=3, rate=1)
     status, _, error = call("train_cifar.py", "--like", run, "--device=cpu", "--epochs=1", "--fname", tmp_path / "run")
-    assert status == 0 and error == f"# --like {run}: --rollbacks, --rate no longer exists and is left out\n"
+    assert status == 0 and error == f"# --like {run}: --rollbacks, --rate ignored: no longer supported\n"
     assert json.loads((tmp_path / "run/args.json").read_text())["args"]["train_samples"] == 80
 
 
