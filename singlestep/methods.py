@@ -1,4 +1,4 @@
-"""What the command line offers by name: attacks, objectives, published methods, networks. Records, data only.
+"""Registry of the attacks, objectives, methods, recipes and networks that flags select by name. Data only.
 
 The key of an attack, an objective or a network is the name of its function or class in attacks.py, objectives.py or
 networks.py. `keywords` says which flag each of its keywords gets its value from, in the unit that `options.Args`
@@ -18,16 +18,25 @@ NORMS = ("l_inf", "l_2")  # of the ball
 class Attack:
     """A perturbation of attacks.py.
 
-    keywords: keyword of the function -> flag; also: other flags on which a keyword's value depends; start: the attack
-    computes logits and gradient at its starting point, which an objective may use; eval_mode: it runs the network in
-    eval mode; update: function of attacks.py, called after the optimizer's step with the loss's gradient at
-    `update_at`, "delta" or "start"; update_keywords: keyword of that function -> flag; replays: flag with the number of
-    steps per batch; moves_weights: it moves the weights after its first pass, so no objective can use the logits at its
-    start; stored: perturbations that it stores for each training image, or, with `stored_padded`, for each padded one;
-    norms: those of its published forms; defaults: flag -> default with this attack; requires: flag -> required value.
-
-    Texts: starts_at: the starting point of delta; step: formula of the next delta, before the clip; clip: what the next
-    delta is clipped to.
+    Attributes:
+        keywords: keyword of the function -> flag.
+        also: other flags on which the value of a keyword depends.
+        start: the attack computes logits and gradient at its starting point, which an objective may use.
+        eval_mode: the attack runs the network in eval mode.
+        update: function of attacks.py, called after the optimizer's step with the gradient of the loss at `update_at`.
+        update_at: "delta" or "start".
+        update_keywords: keyword of `update` -> flag.
+        replays: flag with the number of training steps per batch.
+        moves_weights: the attack moves the weights after its first pass, so no objective can use the logits at its
+            starting point.
+        stored: number of perturbations stored for each training image.
+        stored_padded: the stored perturbations are of padded images.
+        norms: norms for which the attack has a published form.
+        defaults: flag -> default with this attack.
+        requires: flag -> required value.
+        starts_at: text: the starting point of delta.
+        step: text: formula of the next delta, before the clip.
+        clip: text: the set to which the next delta is clipped.
     """
 
     keywords: dict[str, str] = field(default_factory=dict)
@@ -50,7 +59,7 @@ class Attack:
 
     @property
     def flags(self) -> list[str]:
-        """The flags that this attack reads, beside --epsilon."""
+        """Flags that this attack reads, besides --epsilon."""
         return [*self.keywords.values(), *self.also, *self.update_keywords.values(),
                 *([self.replays] if self.replays else [])]
 
@@ -59,12 +68,16 @@ class Attack:
 class Objective:
     """A loss of objectives.py.
 
-    keywords: keyword of the function -> flag; start: needs the attack's logits and gradient at its start; graph:
-    backpropagates through those logits; second_derivative: differentiates an input gradient; whole_batch: not a mean
-    over images, so a process's share gives another value than the batch; norms: those of its published forms;
-    requires: flag -> required value.
-
-    Texts: loss: formula of the training loss; weighting: how the weight in it is chosen.
+    Attributes:
+        keywords: keyword of the function -> flag.
+        start: the objective needs the attack's logits and gradient at its starting point.
+        graph: the objective backpropagates through those logits.
+        second_derivative: the objective differentiates an input gradient.
+        whole_batch: the loss is not a mean over images, so it depends on how processes share the batch.
+        norms: norms for which the objective has a published form.
+        requires: flag -> required value.
+        loss: text: formula of the training loss.
+        weighting: text: how lambda is chosen.
     """
 
     keywords: dict[str, str] = field(default_factory=dict)
@@ -79,12 +92,12 @@ class Objective:
 
     @property
     def flags(self) -> list[str]:
-        """The flags that this objective reads, beside --epsilon."""
+        """Flags that this objective reads, besides --epsilon."""
         return list(self.keywords.values())
 
     @property
     def compiles(self) -> bool:
-        """Whether torch.compile works: it supports neither kept graphs nor double backward."""
+        """Whether torch.compile works with this objective: it supports no kept graphs and no double backward pass."""
         return not (self.graph or self.second_derivative)
 
 
@@ -92,9 +105,14 @@ class Objective:
 class Method:
     """A published pair of attack and objective.
 
-    flags: flag -> value; passes: forward-backward pairs per training step; source: its paper; on: data set's name ->
-    flags for that data set only; text: one-line description; compared: what it was compared with, and how; differs: how
-    it differs from the authors' code.
+    Attributes:
+        flags: flag -> value.
+        passes: forward-backward passes in a training step.
+        source: the paper.
+        on: name of a data set -> flags for this data set only.
+        text: one-line description.
+        compared: what the implementation was compared with, and how.
+        differs: differences from the authors' code.
     """
 
     flags: dict[str, Any]
@@ -106,7 +124,7 @@ class Method:
     differs: str = ""
 
     def flags_on(self, data_set: str) -> dict[str, Any]:
-        """The flags that it sets on a data set."""
+        """Return the flags that this method sets on a data set."""
         return {**self.flags, **self.on.get(data_set, {})}
 
 
@@ -114,8 +132,10 @@ class Method:
 class Recipe:
     """The training protocol of a paper or a benchmark, for any method.
 
-    flags: flag -> value; on: data set's name -> flags for that data set only; methods: method -> flags for that method
-    only.
+    Attributes:
+        flags: flag -> value.
+        on: name of a data set -> flags for this data set only.
+        methods: method -> flags for this method only.
     """
 
     flags: dict[str, Any]
@@ -123,11 +143,11 @@ class Recipe:
     methods: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def flags_on(self, data_set: str, method: str | None) -> dict[str, Any]:
-        """The flags that it sets for a method on a data set."""
+        """Return the flags that this recipe sets for a method on a data set."""
         return {**self.flags, **self.on.get(data_set, {}), **self.methods.get(method or "", {})}
 
 
-UAP: dict[str, Any] = dict(  # what FGSM-UAP and its variants have in common
+UAP: dict[str, Any] = dict(  # common to FGSM-UAP, FGSM-CUAP and FGSM-FUAP
     update="uap_update", update_at="start", update_keywords=dict(decay="uap_decay"), defaults=dict(fgsm_alpha=1.0),
     requires=dict(amp_impl="native"))
 
@@ -141,54 +161,57 @@ ATTACKS: dict[str, Attack] = {
     "zerograd": Attack(
         dict(alpha="fgsm_alpha", q="zero_qval", steps="zero_iters", init="fgsm_init", smoothing="attack_smoothing"),
         starts_at="0 or U(±epsilon)",
-        step="delta + alpha sign(z), `--zero-iters` times; z: g, but 0 where abs(g) is below the q-quantile of its "
+        step="delta + alpha * sign(z), `--zero-iters` times; z: g, but 0 where abs(g) is below the q-quantile of its "
              "image; q: `--zero-qval`"),
     "fgsm": Attack(
         dict(alpha="fgsm_alpha", init="fgsm_init", smoothing="attack_smoothing", norm="norm"), norms=NORMS,
-        starts_at="0 or U(±epsilon)", step="delta + alpha sign(g)"),
+        starts_at="0 or U(±epsilon)", step="delta + alpha * sign(g)"),
     "pgd": Attack(
         dict(alpha="pgd_alpha", steps="pgd_iters", init="fgsm_init", norm="norm"), also=("pgd_step",), norms=NORMS,
-        starts_at="0 or U(±epsilon)", step="delta + alpha sign(g), `--pgd-iters` times"),
+        starts_at="0 or U(±epsilon)", step="delta + alpha * sign(g), `--pgd-iters` times"),
     "none": Attack(start=False, norms=NORMS, starts_at="0", step="none", clip="none"),
     "nfgsm": Attack(
         dict(alpha="fgsm_alpha", k="noise_k", smoothing="attack_smoothing"), defaults=dict(fgsm_alpha=1.0),
-        starts_at="U(±k epsilon); k: `--noise-k`", step="delta + alpha sign(g)", clip="pixels"),
+        starts_at="U(±k * epsilon); k: `--noise-k`", step="delta + alpha * sign(g)", clip="pixels"),
     "sora": Attack(
         dict(norm="norm"), norms=NORMS, update="sora_update",
         requires=dict(objective="ce", label_smoothing=0.0, amp_impl="native"),
         starts_at="U(±epsilon)",
-        step="delta + a r sign(g); r ~ U(0, 1) for each entry; a = 2 epsilon min(1, 0.02 / (1 - v)); v: moving average "
-             "(weight 0.05, from 0.99) of the mean over images of sum(sign(g) g') / norm1(g), clipped to ±1; g': the "
-             "gradient at the next delta",
+        step="delta + a * r * sign(g); r ~ U(0, 1) for each entry; a = 2 * epsilon * min(1, 0.02 / (1 - v)); v: moving "
+             "average (weight 0.05, from 0.99) of the mean over images of sum(sign(g) * g') / norm1(g), clipped to ±1; "
+             "g': the gradient at the next delta",
         clip="pixels"),
     "ckpt": Attack(
         dict(alpha="fgsm_alpha", count="ckpt_count", mode="ckpt_mode", smoothing="attack_smoothing"), eval_mode=True,
         defaults=dict(fgsm_alpha=1.25),
         starts_at="U(±epsilon)",
-        step="(k / c) box(delta + alpha sign(g)); k: the smallest of 1, ..., c - 1 at which the network in eval mode "
-             "misclassifies the image, else c; k = 0 if the start is misclassified; c: `--ckpt-count`; the pass at the "
-             "start is in the mode `--ckpt-mode`"),
+        step="(k / c) * box(delta + alpha * sign(g)); k: the smallest of 1, ..., c - 1 at which the network in eval "
+             "mode misclassifies the image, else c; k = 0 if the start is misclassified; c: `--ckpt-count`; the pass "
+             "at the start is in the mode `--ckpt-mode`"),
     "free": Attack(
         start=False, update="free_update", replays="free_replays",
         starts_at="delta of the previous step",
-        step="delta + epsilon sign(g), for the next step; g is from the backward pass of the weights"),
+        step="delta + epsilon * sign(g), for the next step; g is from the backward pass of the weights"),
     "pgi": Attack(
         dict(alpha="fgsm_alpha", reset="pgi_reset", smoothing="label_smoothing"), stored=2,
         defaults=dict(fgsm_alpha=1.0),
         starts_at="D, stored for each image; every `--pgi-reset` epochs, D = ±epsilon at random and M = 0",
-        step="D + alpha sign(g), g with smoothed labels; then M = 0.3 M + g / norm1(g), D = box(D + alpha sign(M))"),
+        step="D + alpha * sign(g), g with smoothed labels; then M = 0.3 * M + g / norm1(g), D = box(D + alpha * "
+             "sign(M))"),
     "liet": Attack(
         dict(alpha="fgsm_alpha", smoothing="liet_smoothing", noise="liet_noise", every="liet_every"), eval_mode=True,
         defaults=dict(fgsm_alpha=1.0),
-        starts_at="t L_y, t = ±1 at random for each batch, but U(±h) in entries drawn with probability rho ~ "
-                  "U(`--liet-noise`); L_c = epsilon sign(gradient of nCE at a grey image for class c), in eval mode, "
-                  "made anew every `--liet-every` batches; h = epsilon, above epsilon 8 twice that",
-        step="delta + alpha sign(g), g with nCE, the objective's", clip="ball (up to epsilon 8), pixels"),
+        starts_at="t * L_y, in which each entry is replaced by U(±h) with probability rho; t = ±1 at random and rho ~ "
+                  "U(`--liet-noise`) for each batch; L_c = epsilon * sign(gradient of nCE at a gray image for class "
+                  "c), in eval mode, recomputed every `--liet-every` batches; h = epsilon, or 2 * epsilon above "
+                  "epsilon 8",
+        step="delta + alpha * sign(g), g with nCE, the objective's", clip="ball (up to epsilon 8), pixels"),
     "uap": Attack(
         dict(alpha="fgsm_alpha", a="uap_alpha", smoothing="label_smoothing"), **UAP,
         starts_at="box(u); u: one for all images, at first ±a at random; a: `--uap-alpha`",
-        step="delta + alpha sign(g), g with smoothed labels; after the weights' step, m = `--uap-decay` m + mean(G) / "
-             "norm1(G), u = u + a sign(m), clipped to ±a; G: the sum of g and the gradient of the loss at x + eta"),
+        step="delta + alpha * sign(g), g with smoothed labels; after the weights' step, m = `--uap-decay` * m + "
+             "mean(G) / norm1(G), u = u + a * sign(m), clipped to ±a; G: the sum of g and the gradient of the loss at "
+             "x + eta"),
     "cuap": Attack(
         dict(alpha="fgsm_alpha", a="uap_alpha", smoothing="label_smoothing"), **UAP,
         starts_at="box(u_y), one u for each class",
@@ -201,103 +224,104 @@ ATTACKS: dict[str, Attack] = {
     "pco": Attack(
         dict(alpha="fgsm_alpha", smoothing="label_smoothing"), stored=1, defaults=dict(fgsm_alpha=1.0),
         starts_at="D, stored for each image; in the first epoch ±epsilon at random",
-        step="D + alpha sign(g), g with smoothed labels; then D = the next delta"),
+        step="D + alpha * sign(g), g with smoothed labels; then D = the next delta"),
     "kl": Attack(
         dict(alpha="pgd_alpha", steps="pgd_iters"), also=("pgd_step",), start=False, eval_mode=True,
         starts_at="0.001 N(0, 1)",
-        step="delta + alpha sign(h), `--pgd-iters` times; h: the gradient of KL(p(x) ‖ p(x + delta)) in eval mode"),
+        step="delta + alpha * sign(h), `--pgd-iters` times; h: the gradient of KL(p(x) ‖ p(x + delta)) in eval mode"),
     "nuclear": Attack(
         dict(alpha="fgsm_alpha", weight="nuclear_lambda", smoothing="attack_smoothing"), start=False, eval_mode=True,
         defaults=dict(fgsm_alpha=1.0),
         starts_at="±epsilon / 2 at random",
-        step="delta + alpha sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda "
-             "norm_nuclear(f(x) - f(x + delta)) / B, with f(x + delta) in eval mode; lambda is that of the objective"),
+        step="delta + alpha * sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda * "
+             "norm_nuclear(f(x) - f(x + delta)) / B, with f(x + delta) in eval mode; lambda: as in the objective"),
     "n_lap": Attack(
         dict(alpha="fgsm_alpha", k="noise_k", beta="lap_beta", up="lap_up"), moves_weights=True,
         defaults=dict(fgsm_alpha=1.0), requires=dict(amp_impl="native"),
-        starts_at="U(±k epsilon); k: `--noise-k`",
-        step="delta + alpha sign(g); then, for the weights w_l of layer l = 1, ..., L, w_l - beta (1 - (ln l / ln "
-             "L)^0.3) norm2(w_l) b_l / norm2(b_l), + beta with `--lap-up`; b_l: SGD's next step, from the gradient of "
-             "CE(x + eta); beta: `--lap-beta`",
+        starts_at="U(±k * epsilon); k: `--noise-k`",
+        step="delta + alpha * sign(g); then, for the weights w_l of layer l = 1, ..., L, w_l - beta * (1 - (ln l / ln "
+             "L)^0.3) * norm2(w_l) * b_l / norm2(b_l), + beta with `--lap-up`; b_l: SGD's next step, from the gradient "
+             "of CE(x + eta); beta: `--lap-beta`",
         clip="pixels"),
     "r_lap": Attack(
         dict(alpha="fgsm_alpha", init="fgsm_init", beta="lap_beta", up="lap_up"), moves_weights=True,
         defaults=dict(fgsm_alpha=1.25), requires=dict(amp_impl="native"),
-        starts_at="0 or U(±epsilon)", step="delta + alpha sign(g), and the weights as with `n_lap`"),
+        starts_at="0 or U(±epsilon)", step="delta + alpha * sign(g), and the weights as in `n_lap`"),
     "atas": Attack(
         dict(c="atas_c", warmup="atas_warmup", reset="atas_reset"), start=False, eval_mode=True, stored=1,
         stored_padded=True, requires=dict(pad_mode="zero", rotate=0.0),
         starts_at="D, stored for each padded image, cropped and flipped with it; at first and in every "
                   "`--atas-reset`-th epoch but the last, D = U(±epsilon)",
-        step="delta + a sign(h), also stored in D; h: the gradient in eval mode; a = 16/255 / (1 + sqrt(v) / c), "
-             "clipped to [4/255, 14/255]; v: for each image, v = (v + (B norm2(h) / 128)^2) / 2; c: `--atas-c`; in the "
-             "first `--atas-warmup` epochs, a = epsilon and v = 0"),
+        step="delta + a * sign(h), also stored in D; h: the gradient in eval mode; a = 16/255 / (1 + sqrt(v) / c), "
+             "clipped to [4/255, 14/255]; v: for each image, v = (v + (B * norm2(h) / 128)^2) / 2; c: `--atas-c`; in "
+             "the first `--atas-warmup` epochs, a = epsilon and v = 0"),
     "guided": Attack(
         dict(alpha="fgsm_alpha", weight="guided_lambda", smoothing="attack_smoothing"), start=False, eval_mode=True,
         defaults=dict(fgsm_alpha=1.0),
         starts_at="±epsilon / 2 at random",
-        step="delta + alpha sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda "
-             "mean(norm2(p(x) - p(x + delta))^2), with f(x + delta) in eval mode; lambda is that of the objective"),
+        step="delta + alpha * sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda * "
+             "mean(norm2(p(x) - p(x + delta))^2), with f(x + delta) in eval mode; lambda: as in the objective"),
 }
 
 OBJECTIVES: dict[str, Objective] = {
     "ce": Objective(dict(smoothing="label_smoothing"), norms=NORMS, loss="CE(x + delta)", weighting="none"),
     "gradalign": Objective(
         dict(smoothing="label_smoothing", weight="gradalign_lambda"), start=True, second_derivative=True,
-        loss="CE(x + delta) + lambda (1 - mean cos(g(eta), g(u))); u ~ U(±epsilon); g(eta) is a constant",
+        loss="CE(x + delta) + lambda * (1 - mean(cos(g(eta), g(u)))); u ~ U(±epsilon); g(eta) is a constant",
         weighting="0.2 · 10^((epsilon - 8) / 8); on SVHN 2.5 · 10^((epsilon - 8) / 39.2)"),
     "elle": Objective(
         dict(smoothing="label_smoothing", weight="elle_lambda", adaptive="elle_adaptive"),
-        loss="CE(x + delta) + lambda mean((CE_i(x_c) - (1 - t) CE_i(x_a) - t CE_i(x_b))^2); x_a, x_b ~ x + "
-             "U(±epsilon); x_c = (1 - t) x_a + t x_b; t ~ U(0, 1)",
+        loss="CE(x + delta) + lambda * mean((CE_i(x_c) - (1 - t) * CE_i(x_a) - t * CE_i(x_b))^2); x_a, x_b ~ x + "
+             "U(±epsilon); x_c = (1 - t) * x_a + t * x_b; t ~ U(0, 1)",
         weighting="1000 up to epsilon 8, 5000 up to 20, 10000 above; with `--elle-adaptive`, 0 at first, 4000 after a "
                   "batch whose penalty exceeds mean + 2 standard deviations of all earlier batches, 0.99 times the "
                   "previous lambda otherwise"),
     "aaer": Objective(
         dict(smoothing="label_smoothing", weights="aaer_lambdas"), start=True, whole_batch=True,
-        loss="CE(x + delta) + l1 (n / B) (l2 mean_A(CE_i(x + eta) - CE_i(x + delta)) + l3 max(V_A - V_N, 0)); A: the n "
-             "images whose CE_i the attack lowered; N: the others; V: mean of norm2(f(x + eta) - f(x + delta))^2; no "
-             "penalty if A or N is empty",
-        weighting="l1, l2, l3 of the nearest published epsilon (8, 12, 16, 32); `nfgsm` has its own, 1,1.5,0.15 at "
-                  "epsilon 8; SVHN takes those of CIFAR-10, Tiny-ImageNet those of CIFAR-100"),
+        loss="CE(x + delta) + lambda_1 * (n / B) * (lambda_2 * mean_A(CE_i(x + eta) - CE_i(x + delta)) + lambda_3 * "
+             "max(V_A - V_N, 0)); A: the n images whose CE_i the attack lowered; N: the others; V: mean of norm2(f(x + "
+             "eta) - f(x + delta))^2; no penalty if A or N is empty",
+        weighting="lambda_1, lambda_2, lambda_3 of the nearest published epsilon (8, 12, 16, 32); `nfgsm` has its own: "
+                  "1,1.5,0.15 at epsilon 8; SVHN takes those of CIFAR-10, Tiny-ImageNet those of CIFAR-100"),
     "trades": Objective(
         dict(smoothing="label_smoothing", beta="trades_beta"),
-        loss="CE(x) + beta KL(p(x) ‖ p(x + delta))", weighting="fixed"),
+        loss="CE(x) + beta * KL(p(x) ‖ p(x + delta))", weighting="fixed"),
     "nuclear": Objective(
         dict(smoothing="label_smoothing", weight="nuclear_lambda"), whole_batch=True,
-        loss="CE(x) + lambda norm_nuclear(f(x) - f(x + delta)) / B",
+        loss="CE(x) + lambda * norm_nuclear(f(x) - f(x + delta)) / B",
         weighting="grows linearly from 0 to `--nuclear-lambda` over the first 0.9 of the epochs"),
     "guided": Objective(
         dict(smoothing="label_smoothing", weight="guided_lambda"),
-        loss="CE(x) + lambda mean(norm2(p(x) - p(x + delta))^2); the mean is over images",
+        loss="CE(x) + lambda * mean(norm2(p(x) - p(x + delta))^2); the mean is over images",
         weighting="`--guided-lambda`, four times as much from 0.86 of the epochs on"),
     "logits": Objective(
         dict(smoothing="label_smoothing", weight="logits_lambda"), start=True, graph=True,
-        loss="CE(x + delta) + lambda mean((f(x + delta) - f(x + eta))^2); the mean is over images and classes",
+        loss="CE(x + delta) + lambda * mean((f(x + delta) - f(x + eta))^2); the mean is over images and classes",
         weighting="fixed"),
     "liet": Objective(
         dict(smoothing="liet_smoothing", weight="liet_lambda"), start=True, graph=True,
         requires=dict(label_smoothing=0.0),
-        loss="nCE(x + delta) + lambda mean JSD(p(x + eta), p(x + delta)); nCE: CE with the target 1 - a for the label, "
-             "the rest of a shared in the proportions of U(0, 1) numbers, drawn for each image in each call; "
-             "a: `--liet-smoothing`",
+        loss="nCE(x + delta) + lambda * mean(JSD(p(x + eta), p(x + delta))); nCE: CE with the target 1 - a for the "
+             "label, the rest of a shared in the proportions of U(0, 1) numbers, drawn for each image in each call; a: "
+             "`--liet-smoothing`",
         weighting="`--liet-lambda` / epochs in the first epoch, growing linearly to `--liet-lambda` in the last; at "
                   "epsilon above 8, the published values for 16"),
     "pco": Objective(
         dict(smoothing="label_smoothing", weight="pco_lambda", scale="pco_scale"), start=True, graph=True,
-        loss="CE(x + d) + lambda abs(MSE(f(x + delta), f(x + eta)) - MSE(f(x + delta), f(x + d))); d = (1 - q) eta + "
-             "`--pco-scale` q delta, without a clip; q: the label's p(x + eta); MSE: mean over images and classes",
+        loss="CE(x + d) + lambda * abs(MSE(f(x + delta), f(x + eta)) - MSE(f(x + delta), f(x + d))); d = (1 - q) * eta "
+             "+ `--pco-scale` * q * delta, without a clip; q: the label's p(x + eta); MSE: mean over images and "
+             "classes",
         weighting="fixed"),
     "smooth": Objective(
         dict(smoothing="label_smoothing", weight="smooth_lambda", gap="smooth_gap", point="smooth_at"), start=True,
-        loss="CE(x + delta) + k lambda L; L: CE(x), or CE(x + eta) with `--smooth-at=start`; k = sign(L - U) if "
+        loss="CE(x + delta) + k * lambda * L; L: CE(x), or CE(x + eta) with `--smooth-at=start`; k = sign(L - U) if "
              "abs(L - U) > `--smooth-gap`, else 0; U: mean of L in the previous epoch; k = 0 in the first two epochs",
         weighting="fixed"),
 }
 
 PUBLISHED_CODE = "the code of arXiv 2103.15476: 216 perturbations equal to the bit, training to 1e-14 in float64"
 RECORDED = "steps that the authors' code took, to 1e-6 in float64"
-WARM_UP_ON_SVHN = {"SVHN": dict(eps_warmup=5.0, lr_max=0.05)}  # as in the authors' codes
+WARM_UP_ON_SVHN = {"SVHN": dict(eps_warmup=5.0, lr_max=0.05)}  # as in the authors' code
 
 METHODS: dict[str, Method] = {
     "fgsm": Method(
@@ -326,7 +350,7 @@ METHODS: dict[str, Method] = {
         dict(attack="nfgsm", fgsm_alpha=1.0, noise_k=1.0, objective="smooth", smooth_at="start",
              label_smoothing=4 / 9), "3", "arXiv 2308.12857",
         {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
-        text="ConvergeSmooth: FGSM-RS without the clip to the ball; the loss at the start may not jump between epochs",
+        text="ConvergeSmooth: FGSM-RS without the clip to the ball; penalty on jumps of the loss at the starting point",
         differs="the authors' penalty is also 0 in the last epoch, in the epoch before each drop of the learning rate, "
                 "and in the two after it; here it is 0 only in the first two epochs of the run. Defaults "
                 "are those of their code, which is set to epsilon 16; the paper has more terms and other gaps"),
@@ -334,7 +358,7 @@ METHODS: dict[str, Method] = {
         dict(attack="pgi", fgsm_alpha=1.0, objective="smooth", smooth_at="clean", label_smoothing=4 / 9), "3",
         "arXiv 2308.12857",
         {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
-        text="ConvergeSmooth: a step from a perturbation stored for each image; the clean loss may not jump",
+        text="ConvergeSmooth: one step from a perturbation stored for each image; penalty on jumps of the clean loss",
         differs="as rs-cs; D and M are stored in half precision and reset every 40 epochs on every data set"),
     "n-fgsm": Method(
         dict(attack="nfgsm", fgsm_alpha=1.0), "2", "arXiv 2202.01181", WARM_UP_ON_SVHN,
@@ -342,8 +366,8 @@ METHODS: dict[str, Method] = {
     "n-aaer": Method(
         dict(attack="nfgsm", fgsm_alpha=1.0, objective="aaer"), "2", "arXiv 2404.08154", WARM_UP_ON_SVHN,
         text="N-FGSM with a penalty on images whose loss the attack lowers",
-        differs="none in the training: the difference of the two cross-entropies (l2) carries no gradient, as in "
-                "the authors' code, so l2 changes the logged loss alone"),
+        differs="none in training. The term with lambda_2 has no gradient, as in the authors' code: lambda_2 changes "
+                "only the logged loss"),
     "rs-aaer": Method(
         dict(attack="fgsm", fgsm_alpha=1.25, objective="aaer"), "2", "arXiv 2404.08154", WARM_UP_ON_SVHN,
         text="FGSM-RS with a penalty on images whose loss the attack lowers",
@@ -353,28 +377,29 @@ METHODS: dict[str, Method] = {
         WARM_UP_ON_SVHN,
         text="FGSM with a penalty that aligns the gradients at two points of the ball",
         differs="the authors' clip halves the gradient at pixels that are exactly 0 or 1, 1.2% of the values in "
-                "CIFAR-10's training images (counted); here the gradient is whole"),
+                "CIFAR-10's training images (counted); here the gradient is not halved"),
     "elle": Method(
         dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle"), "5", "arXiv 2401.11618",
         WARM_UP_ON_SVHN,
         text="FGSM with a penalty on the deviation of the loss from a linear function",
-        differs="the authors clip the perturbation neither to the ball nor to the pixels; a step of one epsilon "
-                "from zero stays in the ball, so the clip to the pixels is the difference. Their loop steps the "
-                "optimizer twice a batch, and makes one more clean pass in train mode, which moves BatchNorm's "
-                "running statistics"),
+        differs="the authors do not clip delta. A step of epsilon from zero stays in the ball, so only the clip to the "
+                "pixels differs. The authors' loop steps the optimizer twice per batch, and makes one more clean "
+                "forward pass in train mode, which changes BatchNorm's running statistics"),
     "elle-a": Method(
         dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0, objective="elle", elle_adaptive=True), "5",
-        "arXiv 2401.11618", WARM_UP_ON_SVHN, text="ELLE; the weight is set when the penalty jumps, else decays",
+        "arXiv 2401.11618", WARM_UP_ON_SVHN,
+        text="ELLE; a jump of the penalty sets its weight, which then decays",
         differs="as elle"),
     "free": Method(
         dict(attack="free"), "1", "arXiv 1904.12843", {"SVHN": dict(lr_max=0.04)},
         text="several steps on each batch; one backward pass updates both weights and perturbation",
-        differs="delta of the last batch is clipped to the ball and the pixels of the new images. An epoch has as "
-                "many steps as with any other method: it trains on an eighth of the images, for eight steps each"),
+        differs="delta of the previous batch is clipped to the ball and the pixels of the new images. An epoch has as "
+                "many steps as with any other method: the network trains on an eighth of the images, for eight "
+                "training steps each"),
     "ckpt": Method(
         dict(attack="ckpt", fgsm_alpha=1.25), "2.7", "arXiv 2010.01799",
         text="FGSM-RS, scaled per image to the least length that fools the network",
-        differs="none with `--ckpt-mode=eval`, the default: their version of torchattacks attacks in eval mode. "
+        differs="none with `--ckpt-mode=eval`, the default: the authors' version of torchattacks attacks in eval mode. "
                 "FastAT_Benchmark attacks in train mode (`--ckpt-mode=train`), as this project did in older "
                 "versions; a run that an older version began keeps its mode"),
     "pgi": Method(
@@ -383,15 +408,15 @@ METHODS: dict[str, Method] = {
          "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
         text="FGSM-MEP (FGSM-PGI with momentum): one step from a perturbation stored for each image",
         differs="D and M are stored in half precision. Labels are smoothed by 4/9 and D, M reset every 40 epochs, "
-                "as published; on CIFAR-100 40/99 and 10"),
+                "as published; on CIFAR-100 by 40/99 and every 10 epochs"),
     "pco": Method(
         dict(attack="pco", fgsm_alpha=1.0, objective="pco", label_smoothing=4 / 9), "3.7", "arXiv 2407.12443",
         {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
         text="FGSM-PCO: one step from the image's previous perturbation; trained on a blend of both",
         compared=RECORDED,
         differs="none in the formulas; D is stored in half precision. The logged training accuracy is at x + d, as in "
-                "the authors' code; the logged mean perturbation is that of delta, not of d, which reaches 1.5 epsilon "
-                "and leaves the pixels"),
+                "the authors' code; the logged mean perturbation is that of delta. d reaches 1.5 epsilon and leaves "
+                "the pixel range"),
     "nuat": Method(
         dict(attack="nuclear", fgsm_alpha=1.0, objective="nuclear"), "3.3", "NeurIPS 2021",
         text="one step, and a penalty on the nuclear norm of the change in a batch's logits",
@@ -399,48 +424,52 @@ METHODS: dict[str, Method] = {
     "gat": Method(
         dict(attack="guided", fgsm_alpha=1.0, objective="guided"), "3.3", "arXiv 2011.14969",
         text="one step, and a penalty on the change of each image's probabilities",
-        differs="the authors use batches of 64. The weight grows at 0.86 of the epochs under any schedule; there, the "
-                "authors' 100 epochs have the second drop of the learning rate"),
+        differs="the authors use batches of 64. lambda is multiplied by 4 after 86% of the epochs, whatever the "
+                "schedule of the learning rate; in the authors' 100 epochs, this is the second drop of the learning "
+                "rate"),
     "trades": Method(
         dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573",
-        text="multi-step training: ten steps that maximize the KL to the clean prediction, a KL penalty",
-        differs="epsilon and alpha are those of the command line, theirs 0.031 and 0.007; their weight decay is "
-                "2e-4. They make one more clean pass in train mode, whose output is unused: clean images "
-                "make up 67% of BatchNorm's running statistics there, 47% here (computed)"),
+        text="multi-step training: ten steps that maximize a KL divergence, which is also the penalty",
+        differs="epsilon and alpha come from the command line; the authors use 0.031 and 0.007, and weight decay 2e-4. "
+                "The authors make one more clean forward pass in train mode, whose output is unused: clean images make "
+                "up 67% of BatchNorm's running statistics in their code, 47% in this one (computed)"),
     "sora": Method(
         dict(attack="sora"), "2", "arXiv 2606.00738",
         text="a step of random length, shorter as the loss becomes less linear"),
     "liet": Method(
         dict(attack="liet", fgsm_alpha=1.0, objective="liet"), "2.7", "ICCV 2025",
-        text="one step from a noisy perturbation of the label's class, labels smoothed at random, a penalty on the "
-             "change of the prediction",
+        text="one step from a noisy perturbation of the label's class, random label smoothing, a penalty on the change "
+             "of the prediction",
         compared=RECORDED,
         differs="none in the formulas. The paper compares p(x + delta) with p(x) instead of p(x + eta), smooths by 0.6 "
-                "on CIFAR-100, and makes L every 10 batches on CIFAR-10. The divergence is computed from logarithms of "
-                "probabilities; the authors' form has no finite gradient where a probability underflows at both "
-                "points. Their moving average of the weights belongs to their protocol, `--recipe=fastat`"),
+                "on CIFAR-100, and recomputes L every 10 batches on CIFAR-10. The divergence is computed from "
+                "logarithms of probabilities; the authors' form has no finite gradient where a probability underflows "
+                "at both points. The authors' moving average of the weights belongs to their protocol, "
+                "`--recipe=fastat`"),
     "uap": Method(
         dict(attack="uap", fgsm_alpha=1.0, objective="logits", label_smoothing=0.4), "2.7", "AAAI 2024",
         text="FGSM-UAP: one step from a perturbation that is common to all images",
-        differs="none in the formulas; the authors' repository calls it fgsm_one_uap. As in their code, u moves along "
-                "the sum of two gradients, that of the step and that of the training loss. Their moving average of the "
-                "weights (`--ema=0.9995`) and their 110 epochs belong to their protocol, not to the method"),
+        differs="none in the formulas; the authors' repository calls it fgsm_one_uap. As in that code, u moves along "
+                "the sum of two gradients: that of the attack's loss and that of the training loss. The authors' "
+                "moving average of the weights (`--ema=0.9995`) and 110 epochs belong to their protocol, not to the "
+                "method"),
     "cuap": Method(
         dict(attack="cuap", fgsm_alpha=1.0, objective="logits", label_smoothing=0.4), "2.7", "AAAI 2024",
         text="FGSM-CUAP: one step from a perturbation for each class",
-        differs="as uap; fgsm_class_uap there"),
+        differs="as uap; the authors' repository calls it fgsm_class_uap"),
     "fuap": Method(
         dict(attack="fuap", fgsm_alpha=1.0, objective="logits", label_smoothing=0.4), "3", "AAAI 2024",
         {"CIFAR-100": dict(fuap_rows=200), "Tiny-ImageNet": dict(fuap_rows=300)},
         text="FGSM-FUAP: one step from noise and a perturbation for each group of similar features",
-        compared=RECORDED, differs="as uap; fgsm_uap there. LIET's paper reports its collapse at epsilon 16"),
+        compared=RECORDED, differs="as uap; the authors' repository calls it fgsm_uap. LIET's paper reports its "
+                                   "collapse at epsilon 16"),
     "n-lap": Method(
         dict(attack="n_lap", fgsm_alpha=1.0), "2", "arXiv 2405.16262",
         text="N-FGSM that also moves the weights before each step, the first layers most",
         compared=RECORDED,
-        differs="none in the formulas. The weights move down the loss at the start, as in the code; the paper "
-                "describes a move up (`--lap-up`). They are never restored, on purpose: the moves add up. `--lap-beta` "
-                "is published for CIFAR-10 alone"),
+        differs="none in the formulas. The weights move down the loss at the starting point, as in the authors' code; "
+                "the paper describes a move up (`--lap-up`). The weights are never restored, on purpose: the moves "
+                "accumulate. `--lap-beta` is published for CIFAR-10 only"),
     "r-lap": Method(
         dict(attack="r_lap", fgsm_alpha=1.25), "2", "arXiv 2405.16262",
         text="FGSM-RS that also moves the weights before each step, the first layers most",
@@ -450,8 +479,8 @@ METHODS: dict[str, Method] = {
         text="one step from a perturbation stored for each image, shorter where the image's gradient is large",
         compared=RECORDED,
         differs="D is stored in half precision. The norm of an image's gradient is multiplied by B / 128, so that the "
-                "batch size does not change the step; theirs carries 1 / B. Their test images are padded, too. 4/255, "
-                "14/255 and 16/255 are the same at every epsilon, as there"),
+                "batch size does not change the step size; the authors' norm carries a factor 1 / B. The authors also "
+                "pad the test images. 4/255, 14/255 and 16/255 are the same at every epsilon, as in the authors' code"),
 }
 
 RECIPES: dict[str, Recipe] = {
@@ -479,18 +508,18 @@ MODELS: dict[str, dict[str, str]] = {
 
 
 def gradalign_lambda(args) -> float:
-    """Log-linear in epsilon; SVHN has its own offset and slope (arXiv 2007.02617)."""
+    """Return the weight published for epsilon, log-linear; SVHN has its own offset and slope (arXiv 2007.02617)."""
     return 2.5 * 10 ** ((args.epsilon - 8) / 39.2) if args.data_set == "SVHN" else 0.2 * 10 ** ((args.epsilon - 8) / 8)
 
 
 def elle_lambda(args) -> float:
-    """By epsilon; 4000 for ELLE-A (arXiv 2401.11618)."""
+    """Return the weight published for epsilon; for ELLE-A, 4000 (arXiv 2401.11618)."""
     return 4000.0 if args.elle_adaptive else 1000.0 if args.epsilon <= 8 else 5000.0 if args.epsilon <= 20 else 10000.0
 
 
 def aaer_lambdas(args) -> tuple[float, float, float]:
-    """For the nearest of the published epsilons, by data set, and by whether delta is clipped to the ball
-    (arXiv 2404.08154)."""
+    """Return the weights published for the data set, for attacks with or without a clip to the ball, at the nearest
+    published epsilon (arXiv 2404.08154)."""
     table = {("CIFAR-10", True): {8: (2.5, 1.5), 12: (5, 2.75), 16: (7, 3.25), 32: (5.75, 1.5)},
              ("CIFAR-10", False): {8: (1.5, 0.15), 12: (5, 0.55), 16: (8.5, 1.5), 32: (2.75, 0.75)},
              ("CIFAR-100", True): {8: (3.5, 1.5), 12: (3.5, 2.75), 16: (6, 2.25), 32: (5, 0.75)},
@@ -501,56 +530,57 @@ def aaer_lambdas(args) -> tuple[float, float, float]:
 
 
 def noise_k(args) -> float:
-    """2; 3 on SVHN at large epsilon, 4 for wide networks at larger ones (arXiv 2202.01181)."""
+    """Return 2; 3 on SVHN if epsilon >= 12; 4 for WideResNet if epsilon >= 16 (arXiv 2202.01181)."""
     if args.model == "WideResNet" and args.epsilon >= 16:
         return 4.0
     return 3.0 if args.data_set == "SVHN" and args.epsilon >= 12 else 2.0
 
 
 def momentum(args) -> float:
-    """0.9 as in arXiv 2103.15476; with onecycle as in PyTorch."""
+    """Return 0.9, as in arXiv 2103.15476; with onecycle 0.95, as in PyTorch."""
     return 0.95 if args.lr_schedule.startswith("onecycle") else 0.9
 
 
 def momentum_low(args) -> float:
-    """The momentum itself; with onecycle as in PyTorch."""
+    """Return --momentum; with onecycle 0.85, as in PyTorch."""
     return 0.85 if args.lr_schedule.startswith("onecycle") else args.momentum
 
 
 def lap_beta(args) -> float:
-    """For the nearest of the published epsilons, by attack and start; those of CIFAR-10 (arXiv 2405.16262)."""
+    """Return the value published for CIFAR-10, by attack and starting point, at the nearest published epsilon
+    (arXiv 2405.16262)."""
     values = {"noise": {8: 0.001, 12: 0.002, 16: 0.005, 32: 0.75}, "random": {8: 0.002, 12: 0.03, 16: 0.05, 32: 0.3},
               "zero": {8: 0.03, 12: 0.058, 16: 0.07, 32: 0.48}}["noise" if args.attack == "n_lap" else args.fgsm_init]
     return values[min(values, key=lambda epsilon: abs(epsilon - args.epsilon))]
 
 
 def liet_smoothing(args) -> float:
-    """By data set; 0.4 above epsilon 8 (LIET, ICCV 2025)."""
+    """Return the smoothing published for the data set; above epsilon 8, 0.4 (LIET, ICCV 2025)."""
     return 0.4 if args.epsilon > 8 else 0.8 if args.data_set == "CIFAR-100" else 0.6
 
 
 def liet_lambda(args) -> float:
-    """By data set; 20 above epsilon 8 (LIET, ICCV 2025)."""
+    """Return the weight published for the data set; above epsilon 8, 20 (LIET, ICCV 2025)."""
     return 20.0 if args.epsilon > 8 else 200.0 if args.data_set == "CIFAR-100" else 100.0
 
 
 def liet_noise(args) -> tuple[float, float]:
-    """From 0.1 to 0.5; above epsilon 8, from 0 to 1 (LIET, ICCV 2025)."""
+    """Return the range 0.1 to 0.5; above epsilon 8, 0 to 1 (LIET, ICCV 2025)."""
     return (0.0, 1.0) if args.epsilon > 8 else (0.1, 0.5)
 
 
 def liet_every(args) -> int:
-    """20 batches; above epsilon 8, 10 on CIFAR-10 (LIET, ICCV 2025)."""
+    """Return 20 batches; on CIFAR-10 above epsilon 8, 10 (LIET, ICCV 2025)."""
     return 10 if args.epsilon > 8 and args.data_set == "CIFAR-10" else 20
 
 
 def pgd_alpha(args) -> float:
-    """2 as in arXiv 2103.15476; for l_2 15, as in github.com/locuslab/robust_overfitting."""
+    """Return 2, as in arXiv 2103.15476; for l_2 15, as in github.com/locuslab/robust_overfitting."""
     return 15.0 if args.norm == "l_2" else 2.0
 
 
 def fgsm_alpha(args) -> float:
-    """The attack's own, else 2, as in arXiv 2103.15476."""
+    """Return the attack's default, else 2, as in arXiv 2103.15476."""
     return ATTACKS[args.attack].defaults.get("fgsm_alpha", 2.0)
 
 
