@@ -7,8 +7,8 @@ All attacks work in pixel space and share these arguments:
     y                 labels, (B,)
     epsilon, alpha    radius of the ball and step size, in the unit of x: 8/255, not 8
     smoothing         label smoothing of the cross-entropy whose gradient is taken
-    norm              "l_inf" or "l_2", that of the ball and of the step
-    step              context of the training step; required by the attacks that keep tensors between steps
+    norm              "l_inf" or "l_2": norm of the ball and of the attack step
+    step              context of the training step; required by attacks that store tensors between training steps
 
 An attack returns a detached perturbation delta of the shape of x with 0 <= x + delta <= 1. Unless its docstring says
 otherwise, abs(delta) <= epsilon (for l_2: the l_2 norm of each image's delta). The parameters, their `.grad` and the
@@ -18,7 +18,8 @@ running statistics, as in the published methods.
 "Passes: N" is the cost of one training step with this attack, including the weight update. One pass is a forward and a
 backward pass; a forward pass alone counts 1/3.
 
-In formulas, g is the gradient of the mean cross-entropy with respect to delta, and box(delta) projects delta to the
+In formulas, eta is the starting point, the perturbation from which delta is computed. g is the gradient of the mean
+cross-entropy with respect to the perturbation, at x + eta unless stated otherwise, and box(delta) projects delta to the
 ball and clips x + delta to [0, 1]. For l_2, g / norm2(g) of each image replaces sign(g), and a random point of the ball
 has a uniform direction and a length ~ U(0, epsilon).
 """
@@ -55,11 +56,11 @@ class Step:
         drawn: the augmentation of x: "top" and "left" of the crop in the padded image, "flip", each (B,).
         padding: pixels by which the augmentation pads each side of an image before the crop.
         optimizer: SGD with its momentum buffers and one parameter group, for an attack that moves the weights.
-        rows: index of the shared perturbation that each image starts from, (B,).
-        start: perturbation at which the attack ran its first forward pass; with keeps_graph, a leaf of its graph.
-        logits, gradient: logits at x + start, and the gradient of the mean cross-entropy with respect to start.
-        direction: sora's direction of steepest ascent at its start.
-        checks: whether to check images, epsilon, logits and gradients, for which the host waits for the device.
+        rows: for each image, the index of the shared perturbation of its starting point, (B,).
+        start: eta, the perturbation at the attack's first forward pass; with keeps_graph, a leaf of the graph.
+        logits, gradient: logits at x + eta, and the gradient of the mean cross-entropy with respect to eta.
+        direction: sora's direction of steepest ascent at its starting point.
+        checks: check images, epsilon, logits and gradients in every call, which synchronizes with the device.
     """
 
     network: nn.Module
@@ -101,9 +102,9 @@ class Step:
         return 4.0 if self.done >= 0.86 else 1.0
 
     def reserve(self, name: str, x: Tensor, *shape: int) -> None:
-        """Make `kept[name]` a tensor of zeros, (images, *shape), if it is not yet one of that shape.
+        """Allocate `kept[name]` as zeros, (images, *shape), unless it exists with this shape.
 
-        It is in float16; in the dtype of x if x is float64, or if each image has one number.
+        Its dtype is float16, but the dtype of x if x is not float32 or `shape` is empty.
         """
         if name not in self.kept or self.kept[name].shape != (self.images, *shape):
             dtype = torch.float16 if shape and x.dtype is torch.float32 else x.dtype
@@ -152,10 +153,10 @@ P = ParamSpec("P")
 
 
 def checked(attack: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Have an attack check its arguments, and the network's logits and gradients, unless `Step.checks` is False.
+    """Decorate an attack with checks of its arguments, logits and gradients, unless `Step.checks` is False.
 
-    The attack then raises ValueError if images or epsilon are out of range, or if a logit or the perturbation is not
-    finite. It warns if more than 1% of the images' gradients are 0.
+    The attack raises ValueError if images or epsilon are out of range, or if a logit or the perturbation is not
+    finite. It warns if the gradient is 0 for more than 1% of the images.
     """
     signature = inspect.signature(attack)
 
@@ -180,9 +181,9 @@ def checked(attack: Callable[P, Tensor]) -> Callable[P, Tensor]:
             delta = attack(*args, **kwargs)
         require_finite(delta)
         if torch.cat(vanished).mean() > 0.01:
-            warnings.warn("the gradient is 0 for more than 1% of the images, so this attack cannot move them: the "
-                          "network may only look robust; singlestep.evaluate has a gradient that does not vanish with "
-                          "confidence, and Square needs none", stacklevel=2)
+            warnings.warn("the gradient is 0 for more than 1% of the images, so the attack leaves them "
+                          "unchanged and the accuracy may be too high: use singlestep.evaluate, whose gradient does "
+                          "not vanish with confidence, or Square, an attack without gradients", stacklevel=2)
         return delta
 
     return call
@@ -193,7 +194,7 @@ def fgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, i
          step: Step | None = None, smoothing: float = 0.0, norm: str = "l_inf") -> Tensor:
     """FGSM (Goodfellow et al., arXiv 1412.6572) or, with a random start, FGSM-RS (Wong et al., arXiv 2001.03994).
 
-    delta = box(eta + alpha sign(g)), g the gradient at x + eta; eta = 0 with init "zero", eta ~ U(-epsilon, epsilon)
+    delta = box(eta + alpha * sign(g)), g the gradient at x + eta; eta = 0 with init "zero", eta ~ U(-epsilon, epsilon)
     with init "random". Passes: 2.
 
     For l_2: FGSM-RS as in issue 1 of github.com/locuslab/fast_adversarial.
@@ -208,8 +209,8 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: floa
              init: str = "random", step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """ZeroGrad (arXiv 2103.15476): FGSM that ignores the smallest gradient entries of each image.
 
-    delta = box(eta + alpha sign(g')); g' is the gradient g with at most a fraction `q` of each image's entries set to
-    0, those of the smallest magnitude (see `quantile_mask`). `steps` repeats this update. Passes: 1 + steps.
+    delta = box(eta + alpha * sign(g')); g' is g with the fraction `q` of each image's entries, or less, set to 0: the
+    entries of smallest magnitude (see `quantile_mask`). The update is repeated `steps` times. Passes: 1 + steps.
     """
     delta = start(x, epsilon, init)
     for _ in range(steps):
@@ -224,8 +225,8 @@ def multigrad(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: flo
               smoothing: float = 0.0) -> Tensor:
     """MultiGrad (arXiv 2103.15476): one step along the signs on which several gradients agree.
 
-    delta = box(alpha s); s is the sign on which the gradients at x + eta_i, eta_i ~ U(-epsilon, epsilon), i = 1 ..
-    samples, agree, and 0 where they disagree (see `sign_consensus`). Passes: 1 + samples.
+    delta = box(alpha * s); s is, for each entry, the common sign of the gradients at x + eta_1, ..., x + eta_samples,
+    or 0 if they disagree (see `sign_consensus`); eta_i ~ U(-epsilon, epsilon). Passes: 1 + samples.
 
     Args:
         samples: number of gradients, 1 or more.
@@ -248,12 +249,13 @@ def pgd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
         norm: str = "l_inf", early_stop: bool = False, step: Step | None = None, init: str = "random") -> Tensor:
     """PGD (Madry et al., arXiv 1706.06083).
 
-    delta <- box(delta + alpha sign(g)), `steps` times from each start. Passes with one restart: 1 + steps.
+    delta <- box(delta + alpha * sign(g)), `steps` times from each starting point; g is the gradient at x + delta.
+    Passes with one restart: 1 + steps.
 
     Args:
-        restarts: number of starts; of several, each image keeps the delta with the highest loss.
+        restarts: number of restarts, 1 or more; the result is, for each image, the delta with the highest loss.
         early_stop: stop updating an image once it is misclassified.
-        init: start: "random" in the ball, or "zero".
+        init: starting point: "random" in the ball, or "zero".
     """
     best_delta, best_loss = torch.zeros_like(x), x.new_full((len(x),), -math.inf)
     for _ in range(restarts):
@@ -288,8 +290,8 @@ def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
           step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """N-FGSM (de Jorge et al., arXiv 2202.01181): FGSM from larger noise, without projection to the ball.
 
-    delta = eta + alpha sign(g), eta ~ U(-k epsilon, k epsilon), clipped to the pixel range only, so abs(delta) can
-    reach k epsilon + alpha. Passes: 2.
+    delta = eta + alpha * sign(g), eta ~ U(-k * epsilon, k * epsilon), clipped to the pixel range only, so abs(delta)
+    can reach k * epsilon + alpha. Passes: 2.
     """
     eta = start(x, k * epsilon)
     grad, _ = input_gradient(model, x, y, eta, step, smoothing)
@@ -300,13 +302,13 @@ def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
 def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, norm: str = "l_inf") -> Tensor:
     """SORA (arXiv 2606.00738): a step of random length that shrinks as the loss becomes less linear. Passes: 2.
 
-    delta = eta + a r sign(g), eta ~ U(-epsilon, epsilon), r ~ U(0, 1) for each entry, clipped to the pixel range only,
-    so abs(delta) can reach 3 epsilon.
+    delta = eta + a * r * sign(g), eta ~ U(-epsilon, epsilon), r ~ U(0, 1) for each entry, clipped to the pixel range
+    only, so abs(delta) can reach 3 * epsilon.
 
-    a = 2 epsilon min(1, 0.02 / (1 - v)). v measures how well g predicts g', the gradient at x + delta: it starts at
+    a = 2 * epsilon * min(1, 0.02 / (1 - v)). v measures how well g predicts g', the gradient at x + delta: it starts at
     0.99 and is updated after each step (see `sora_update`).
 
-    For l_2, g / norm2(g) replaces sign(g), as in a function of the authors' code that none of its flags selects.
+    For l_2, g / norm2(g) replaces sign(g). The authors' code has a function for this, but no flag that selects it.
     """
     if "sora" not in step.kept:
         step.kept["sora"] = torch.full((), 0.99, dtype=torch.float64, device=x.device)
@@ -318,8 +320,10 @@ def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, nor
 
 
 def sora_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: float) -> None:
-    """Update SORA's v: v <- 0.95 v + 0.05 clip(mean(<d, g'> / <d, g>), -1, 1), g' = `grad`, d the step's
-    direction, sign(g)."""
+    """Update SORA's v: v <- 0.95 * v + 0.05 * clip(mean(<d, g'> / <d, g>), -1, 1).
+
+    g' = `grad`; d = sign(g) or, for l_2, g / norm2(g).
+    """
     v = step.kept["sora"]
     along, before = ((step.direction * each).flatten(1).sum(dim=1) for each in (grad, step.gradient))
     ratio = along / before.clamp(min=1e-12)
@@ -332,10 +336,10 @@ def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, c
          step: Step | None = None, mode: str = "eval", smoothing: float = 0.0) -> Tensor:
     """FGSM-RS with checkpoints (Kim et al., arXiv 2010.01799). Passes: 2 + (count - 1) / 3.
 
-    delta = (k / count) delta_RS. For each image, k is the smallest of 1 .. count - 1 at which the model in eval mode
-    misclassifies the image, else count. delta = 0 for an image that is misclassified at its random start. The pass at
-    the start, which gives delta_RS, is in eval mode, as in the authors' code, or in the model's own mode with `mode`
-    "train", as in FastAT_Benchmark.
+    delta = (k / count) * delta_RS; delta_RS is the result of FGSM-RS. For each image, k is the smallest of
+    1 .. count - 1 at which the model in eval mode misclassifies the image, else count. delta = 0 for an image that is
+    misclassified at its random starting point. The pass at the starting point, which gives delta_RS, is in eval mode,
+    as in the authors' code, or, with `mode` "train", in the model's current mode, as in FastAT_Benchmark.
     """
     eta = start(x, epsilon)
     with eval_mode(model) if mode == "eval" else contextlib.nullcontext():
@@ -354,9 +358,9 @@ def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, c
 def free(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> Tensor:
     """Free adversarial training (Shafahi et al., arXiv 1904.12843). Passes: 1.
 
-    delta <- box(delta + epsilon sign(g)). One backward pass gives the gradient of the weights and g. Each batch is
-    used --free-replays times. delta belongs to a position in the batch: the next batch starts from the delta of the
-    last one, clipped for the new images, and the first batch from 0.
+    delta <- box(delta + epsilon * sign(g)). One backward pass gives the gradient of the weights and g. Each batch is
+    used --free-replays times. delta is stored by position in the batch: a new batch starts from the delta of the
+    previous batch, clipped for the new images; the first batch starts from 0.
     """
     places = torch.arange(len(step.whole), device=x.device)
     kept = step.kept.get("free")
@@ -366,7 +370,7 @@ def free(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step) -> 
 
 
 def free_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: float) -> None:
-    """Update Free's delta: delta <- box(delta + epsilon sign(g)), with g = `grad`."""
+    """Update Free's delta: delta <- box(delta + epsilon * sign(g)), with g = `grad`."""
     places = torch.arange(len(step.whole), device=x.device)
     step.store("free", box(delta + epsilon * grad.sign().nan_to_num(), x, epsilon), places)
 
@@ -380,15 +384,14 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
 
     For each training image, an initial perturbation D and a momentum M are stored:
 
-        delta = box(D + alpha sign(g))
+        delta = box(D + alpha * sign(g))
         M <- 0.3 M + g / norm1(g), with norm1 over the global batch
-        D <- box(D + alpha sign(M))
+        D <- box(D + alpha * sign(M))
 
     g is the gradient at x + D of the cross-entropy with label smoothing `smoothing`. Every `reset` epochs, D becomes a
     random corner of the ball and M becomes 0. D is not cropped or flipped with its image.
 
-    D and M are stored in half precision. M is stored multiplied by the number of entries of 128 images, so that its
-    entries are about 1.
+    D and M are stored in half precision. M is stored multiplied by 128 * C * H * W, so that its entries are about 1.
     """
     for name in ("pgi", "pgi momentum"):
         step.reserve(name, x, *x.shape[1:])
@@ -410,14 +413,14 @@ def liet(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, s
          noise: tuple[float, float], every: int) -> Tensor:
     """LIET (ICCV 2025): FGSM from a perturbation of the label's class. Passes with the objective `liet`: 2.7.
 
-        L_c = epsilon sign(gradient of nCE(f(G), c) with respect to G), in eval mode, G an image of 0.5
-        eta = t L_y, but for entries replaced by U(-h, h), each with probability rho; clipped to the pixel range
-        delta = box(eta + alpha sign(g))
+        L_c = epsilon * sign(gradient of nCE(f(G), c) with respect to G), in eval mode; all pixels of G are 0.5
+        eta = t * L_y, each entry replaced, with probability rho, by U(-h, h); then clipped to the pixel range
+        delta = box(eta + alpha * sign(g))
 
     g is the gradient of nCE at x + eta, nCE the cross-entropy with non-uniform label smoothing (`Step.nonuniform_ce`).
-    L is made anew in the first batch of an epoch and every `every` batches. t = 1 or -1 and rho ~ U(noise) are one
-    number each for a batch. Up to epsilon 8/255, h = epsilon. Above, h = 2 epsilon, and box clips to the pixel range
-    only, so abs(delta) can reach 2 epsilon + alpha.
+    L is recomputed every `every` batches, counted from the first batch of an epoch. t = 1 or -1 and rho ~ U(noise) are
+    drawn once per batch. Up to epsilon 8/255, h = epsilon. Above, h = 2 * epsilon, and box clips to the pixel range
+    only, so abs(delta) can reach 2 * epsilon + alpha.
     """
     if step.batch % every == 0 or "liet" not in step.kept:
         grey, classes = x.new_full((step.classes, *x.shape[1:]), 0.5), torch.arange(step.classes, device=x.device)
@@ -443,7 +446,7 @@ def uap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     Passes with the objective `logits`: 2.7.
 
         eta = box(u)
-        delta = box(eta + alpha sign(g))
+        delta = box(eta + alpha * sign(g))
 
     g is the gradient at x + eta of the cross-entropy with label smoothing `smoothing`. u starts at a random corner of
     the ball of radius a, and moves after each step (see `uap_update`).
@@ -477,7 +480,7 @@ def fuap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, s
 
 def _from_universal(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, step: Step, a: float,
                     smoothing: float, count: int, rows: Tensor, v: Tensor | float = 0.0) -> Tensor:
-    """Return delta after a step from eta = box(v + u_k), k = `rows`, (B,), for each image. u is kept in units of a."""
+    """Return delta after one step from eta = box(v + u_k); k = `rows`, (B,), for each image. u is stored as u / a."""
     if "uap" not in step.kept or len(step.kept["uap"]) != count:
         u = (2 * torch.rand(count, *x.shape[1:], dtype=x.dtype, device=x.device) - 1).sign()
         step.kept["uap"], step.kept["uap momentum"] = step.same(u), torch.zeros_like(u)
@@ -490,11 +493,11 @@ def _from_universal(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alph
 def uap_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: float, decay: float) -> None:
     """Update the perturbations u_k that images of the global batch started from (FGSM-UAP and its variants).
 
-        m_k <- decay m_k + mean(G_i) / norm1(G), the mean over the images i that started from u_k
-        u_k <- clip(u_k + a sign(m_k), -a, a)
+        m_k <- decay * m_k + mean(G_i) / norm1(G), the mean over the images i that started from u_k
+        u_k <- clip(u_k + a * sign(m_k), -a, a)
 
-    G = g + `grad`, the gradient of the training loss with respect to eta: as in the authors' code, where both
-    accumulate in one tensor.
+    G = g + g'. g is the gradient of the attack's loss, g' = `grad` that of the training loss, both with respect to eta.
+    The authors' code accumulates the two gradients in one tensor, too.
     """
     u, m = step.kept["uap"], step.kept["uap momentum"]
     total = len(x) * (step.gradient + grad)  # of the sum over images, since the processes' shares can differ by one
@@ -520,12 +523,14 @@ def features(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def fuap_groups(phi: Tensor, y: Tensor, step: Step, count: int, smoothing: float) -> Tensor:
-    """Return the group of each image, (B,), from 0 to count - 1; then train the head that forms the groups.
+    """Return the group of each image, (B,), from 0 to count - 1.
+
+    The groups come from a head, a small classifier of the features phi with two linear layers, A, b and C, d:
 
         s = A phi + b; group = argmax(s); loss = CE(C relu(s) + d, y)
 
-    The head takes one step of Adam (learning rate 0.001, betas 0.9 and 0.999, epsilon 1e-8) down its loss, the mean
-    over the global batch with label smoothing `smoothing`. It is initialized as nn.Linear is.
+    Each call also trains the head: one step of Adam (learning rate 0.001, betas 0.9 and 0.999, epsilon 1e-8) on the
+    mean loss of the global batch, with label smoothing `smoothing`. The head is initialized like nn.Linear.
 
     Args:
         phi: features, (B, features).
@@ -558,7 +563,8 @@ def pco(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
         smoothing: float = 0.0) -> Tensor:
     """The attack of FGSM-PCO (Wang et al., arXiv 2407.12443). Passes with the objective `pco`: 3.7.
 
-    delta = box(D + alpha sign(g)), which is then stored as the image's D; D starts at a random corner of the ball.
+    delta = box(D + alpha * sign(g)); then D <- delta, stored for each image. In the first epoch, D is a random corner
+    of the ball.
 
     g is the gradient at x + D of the cross-entropy with label smoothing `smoothing`. D is not cropped or flipped with
     its image, x + D is not clipped to [0, 1], and D is stored in half precision.
@@ -576,8 +582,8 @@ def kl(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, ste
        step: Step | None = None) -> Tensor:
     """The attack of TRADES (Zhang et al., arXiv 1901.08573). Passes with the objective `trades`: 2.3 + steps.
 
-    delta <- box(delta + alpha sign(g)), `steps` times from 0.001 N(0, 1); g is the gradient of KL(p(x) || p(x + delta))
-    with the model in eval mode.
+    delta <- box(delta + alpha * sign(g)), `steps` times from 0.001 * N(0, 1); g is the gradient of
+    KL(p(x) || p(x + delta)) with the model in eval mode.
     """
     delta = 0.001 * torch.randn_like(x)
     with eval_mode(model):
@@ -595,9 +601,12 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
             step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """The attack of NuAT (Sriramanan et al., NeurIPS 2021). Passes with the objective `nuclear`: 3.3.
 
-    delta = box(eta + alpha sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
-    x + eta of CE(f(x + eta), y) and, in every second batch, of CE(f(x + eta), y) + ramp weight norm_nuclear(f(x) -
-    f(x + eta)) / B, with `Step.ramp`. f(x) is computed in train mode, f(x + eta) in eval mode.
+    delta = box(eta + alpha * sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
+    x + eta of CE(f(x + eta), y) and, in every second batch, of
+
+        CE(f(x + eta), y) + ramp * weight * norm_nuclear(f(x) - f(x + eta)) / B, with `Step.ramp`.
+
+    f(x) is computed in train mode, f(x + eta) in eval mode.
     """
     return alternating(model, x, y, epsilon, alpha, smoothing, step, lambda step, clean, logits: weight * step.ramp * (
         torch.linalg.matrix_norm(clean - logits, ord="nuc") / len(x)))
@@ -608,9 +617,12 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float,
            step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """The attack of GAT (Sriramanan et al., arXiv 2011.14969). Passes with the objective `guided`: 3.3.
 
-    delta = box(eta + alpha sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
-    x + eta of CE(f(x + eta), y) and, in every second batch, of CE(f(x + eta), y) + boost weight mean_i sum_c (p_c(x) -
-    p_c(x + eta))^2, with `Step.boost`. p(x) is computed in train mode, f(x + eta) in eval mode.
+    delta = box(eta + alpha * sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
+    x + eta of CE(f(x + eta), y) and, in every second batch, of
+
+        CE(f(x + eta), y) + boost * weight * mean_i(sum_c((p_c(x) - p_c(x + eta))^2)), with `Step.boost`.
+
+    p(x) is computed in train mode, f(x + eta) in eval mode.
     """
     return alternating(model, x, y, epsilon, alpha, smoothing, step, lambda step, clean, logits: weight * step.boost * (
         (clean.softmax(dim=1) - logits.softmax(dim=1)).square().sum(dim=1).mean()))
@@ -618,7 +630,7 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float,
 
 def alternating(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, smoothing: float,
                 step: Step | None, term: Callable[[Step, Tensor, Tensor], Tensor]) -> Tensor:
-    """FGSM in eval mode from corners of the ball of epsilon / 2, with a term added to the loss in every second batch.
+    """Return FGSM's delta in eval mode from random corners, ±epsilon / 2; every second batch adds `term` to its loss.
 
     Args:
         term: (step, f(x) in train mode, f(x + delta)) -> scalar; both logits in float32.
@@ -641,9 +653,9 @@ def n_lap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
           up: bool = False) -> Tensor:
     """N-LAP: N-FGSM with layer-aware weight perturbations (Lin et al., arXiv 2405.16262). Passes: 2.
 
-    delta = eta + alpha sign(g), eta ~ U(-k epsilon, k epsilon), clipped to the pixel range only, so abs(delta) can
-    reach k epsilon + alpha. The backward pass that gives g also moves the weights, at which the loss is then computed
-    (see `lap_gradient`).
+    delta = eta + alpha * sign(g), eta ~ U(-k * epsilon, k * epsilon), clipped to the pixel range only, so abs(delta)
+    can reach k * epsilon + alpha. The backward pass that gives g also gives the gradients of the weights, with which
+    `lap_gradient` moves the weights. The training loss is computed at the moved weights.
     """
     eta = start(x, k * epsilon)
     grad = lap_gradient(model, x, y, eta, beta, up, step)
@@ -655,8 +667,7 @@ def r_lap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
           init: str = "random", up: bool = False) -> Tensor:
     """R-LAP and, with init "zero", LAP from zero (Lin et al., arXiv 2405.16262). Passes: 2.
 
-    delta = box(eta + alpha sign(g)) as in `fgsm`. The backward pass that gives g also moves the weights, at which the
-    loss is then computed (see `lap_gradient`).
+    delta = box(eta + alpha * sign(g)) as in `fgsm`. The weights move as in `n_lap`.
     """
     eta = start(x, epsilon, init)
     grad = lap_gradient(model, x, y, eta, beta, up, step)
@@ -664,17 +675,17 @@ def r_lap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
 
 
 def lap_gradient(model: nn.Module, x: Tensor, y: Tensor, eta: Tensor, beta: float, up: bool, step: Step) -> Tensor:
-    """Return g, the gradient at x + eta with respect to eta, and move the weights, by the same backward pass.
+    """Return g, the gradient at x + eta with respect to eta, and move the weights, with one backward pass for both.
 
-        w_l <- w_l - beta (1 - (ln l / ln L)^0.3) norm2(w_l) b_l / norm2(b_l), with + in place of - if `up`
+        w_l <- w_l - beta * (1 - (ln l / ln L)^0.3) * norm2(w_l) * b_l / norm2(b_l), with + in place of - if `up`
 
     w_1, ..., w_L are the weights of two or more dimensions, in the order of the network's parameters; biases and
-    BatchNorm's weights stay. b_l = mu m_l + G_l + lambda w_l is the step that SGD would take next, with its momentum
-    mu, momentum buffer m_l and weight decay lambda; G_l is the gradient of the global batch's mean cross-entropy at
-    x + eta. At the learning rate 0, nothing moves.
+    BatchNorm's weights stay. b_l = mu * m_l + G_l + lambda * w_l is the step that SGD would take next, with its
+    momentum mu, momentum buffer m_l and weight decay lambda; G_l is the gradient of the global batch's mean
+    cross-entropy at x + eta. At the learning rate 0, nothing moves.
 
-    Source: the authors' code, which moves the weights down the loss; the paper (arXiv 2405.16262) says up. Neither
-    restores them.
+    Source: the authors' code, which moves the weights down the loss; the paper (arXiv 2405.16262) moves them up.
+    Neither restores the weights.
     """
     layers = [weight for weight in step.network.parameters() if weight.dim() > 1 and weight.requires_grad]
     eta = eta.detach().requires_grad_()
@@ -699,16 +710,17 @@ def atas(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, c: 
          reset: int = 10) -> Tensor:
     """ATAS (Huang et al., arXiv 2206.02417): a step from a stored perturbation, shorter where gradients are large.
 
-    For each training image i, a perturbation D_i of the padded image and a number v_i, at first 0, are stored:
+    For each training image i, a perturbation D_i of the padded image and a number v_i, which starts at 0, are stored:
 
-        eta_i = box(D_i), cropped and flipped as the image
+        eta_i = box(D_i), cropped and flipped like the image
         v_i <- (v_i + norm2(g_i)^2) / 2
         a_i = 16/255 / (1 + sqrt(v_i) / c), clipped to [4/255, 14/255]
-        delta_i = box(eta_i + a_i sign(g_i)), which also becomes D_i, unflipped, where D_i was cropped
+        delta_i = box(eta_i + a_i * sign(g_i))
+        the cropped window of D_i <- delta_i, flipped back
 
-    g is the gradient with the model in eval mode. norm2(g_i) is scaled as for a mean loss over 128 images; c
-    was published for that scale. In the first `warmup` epochs, a_i = epsilon, and v stays. D is uniform in the ball at
-    first, and drawn anew in every reset-th epoch but the last. D is stored in half precision. Passes: 2.
+    g is the gradient with the model in eval mode. norm2(g_i) is multiplied by B / 128, since c was published for
+    batches of 128. In the first `warmup` epochs, a_i = epsilon, and v stays. D is drawn uniformly from the ball in the
+    first epoch and in every reset-th epoch but the last. D is stored in half precision. Passes: 2.
     """
     height, width = x.shape[2:]
     padded = (len(x), x.shape[1], height + 2 * step.padding, width + 2 * step.padding)
@@ -735,9 +747,13 @@ def atas(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, c: 
 
 
 def crop(x: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor | slice, ...]:
-    """Return the index that cuts the images of x, before their flip, out of their padded images.
+    """Return the index that cuts each image's crop, flipped like the image, out of its padded image.
 
-    Padded images (B, C, H', W') indexed by it are (B, H, W, C), flipped where the images are.
+    padded[index] of padded images (B, C, H', W') is (B, H, W, C). An assignment to padded[index] flips back.
+
+    Args:
+        x: images, (B, C, H, W).
+        drawn: "top", "left" and "flip" of the augmentation, each (B,).
     """
     rows, cols = (torch.arange(size, device=x.device) for size in x.shape[2:])
     top, left, flip = (drawn[name].view(-1, 1, 1) for name in ("top", "left", "flip"))
@@ -751,7 +767,7 @@ def pgd_step(delta: Tensor, grad: Tensor, x: Tensor, epsilon: float, alpha: floa
 
 
 def steepest(grad: Tensor, norm: str) -> Tensor:
-    """Return the step of norm 1 along which the loss grows most: sign(g) or, for "l_2", each image's g / norm2(g)."""
+    """Return the direction of norm 1 in which the loss grows fastest: sign(g) or, for "l_2", g / norm2(g)."""
     if norm == "l_inf":
         return grad.sign()
     grad = grad.nan_to_num()  # entries may overflow in float16; the sign of NaN is 0, too
@@ -779,7 +795,7 @@ def sign_consensus(grads: Tensor, threshold: int) -> Tensor:
     """Return the sign on which at least `threshold` of n gradients agree, and 0 where they do not.
 
     As published, computed from the sum of signs: s = sum_i sign(g_i); the result is sign(s) where abs(s) >=
-    2 threshold - n, else 0. Both definitions are equal if no gradient entry is 0 and threshold > n / 2.
+    2 * threshold - n, else 0. Both definitions are equal if no gradient entry is 0 and threshold > n / 2.
 
     Args:
         grads: the gradients g_i, (n, B, C, H, W).
@@ -839,7 +855,7 @@ def gradient(model: nn.Module, x: Tensor, delta: Tensor, mean_loss: Callable[[Te
 
 
 def loss_scale(x: Tensor) -> int:
-    """Return the factor of a batch's mean loss that keeps float16 gradients from vanishing. Its product is exact."""
+    """Return a power of 2 that, as a factor of the batch's mean loss, keeps float16 gradients from vanishing."""
     return 8 * 2 ** (len(x) - 1).bit_length()
 
 
@@ -866,7 +882,7 @@ def confident_gradient(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor,
 
 @torch.no_grad()
 def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") -> Tensor:
-    """Return the initial perturbation: "zero", or "random" in the ball of `norm`, clipped to the pixel range.
+    """Return the starting point: "zero", or "random" in the ball of `norm`, clipped to the pixel range.
 
     Raises:
         ValueError: init is not "zero" or "random", or norm is not "l_inf" or "l_2".
@@ -879,8 +895,10 @@ def start(x: Tensor, epsilon: float, init: str = "random", norm: str = "l_inf") 
 
 
 def in_ball(like: Tensor, epsilon: float, norm: str = "l_inf") -> Tensor:
-    """Return a random point of each image's ball, of the shape of `like`: uniform or, for "l_2", of uniform direction
-    and length."""
+    """Return a random point of each image's ball, of the shape of `like`.
+
+    "l_inf": uniform in the ball. "l_2": uniform direction, length ~ U(0, epsilon).
+    """
     if norm == "l_inf":
         return torch.empty_like(like).uniform_(-epsilon, epsilon)
     delta = torch.randn_like(like)
@@ -911,14 +929,16 @@ def check_images(x: Tensor) -> None:
 
 
 def require_finite(values: Tensor) -> None:
+    """Raise ValueError unless all values are finite."""
     if not values.isfinite().all():
         raise ValueError("the network's logits or gradients are not finite")
 
 
 def check_epsilon(epsilon: float, norm: str = "l_inf") -> None:
-    """Raise ValueError unless epsilon is in pixel units: from 0 to 1 or, for "l_2", 0 or more."""
+    """Raise ValueError unless epsilon is from 0 to 1 or, for "l_2", 0 or more."""
     if not 0 <= epsilon <= (1 if norm == "l_inf" else math.inf):
-        raise ValueError(f"epsilon must be in pixel units, from 0 to 1: 8/255, not {epsilon}")
+        rule = "from 0 to 1, such as 8/255" if norm == "l_inf" else "0 or more, such as 128/255"
+        raise ValueError(f"epsilon must be in pixel units, {rule}, not {epsilon}")
 
 
 @torch.no_grad()

@@ -429,7 +429,7 @@ METHODS: dict[str, Method] = {
                 "rate"),
     "trades": Method(
         dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573",
-        text="multi-step training: ten steps that maximize a KL divergence, which is also the penalty",
+        text="multi-step training: ten steps that maximize a KL divergence, also the penalty",
         differs="epsilon and alpha come from the command line; the authors use 0.031 and 0.007, and weight decay 2e-4. "
                 "The authors make one more clean forward pass in train mode, whose output is unused: clean images make "
                 "up 67% of BatchNorm's running statistics in their code, 47% in this one (computed)"),
