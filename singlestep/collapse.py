@@ -1,7 +1,7 @@
 """Detection of catastrophic overfitting: metrics, and the rule that decides whether a run has collapsed.
 
-Catastrophic overfitting: the network becomes robust to the single-step attack of its training only, and its accuracy
-under multi-step attacks falls to near zero. Accuracies are from 0 to 1, and are measured on the same images.
+Catastrophic overfitting: the network becomes robust to nothing but the single-step attack of its training, and its
+accuracy under multi-step attacks falls to near zero. Accuracies are from 0 to 1 and are measured on the same images.
 """
 from typing import Any
 
@@ -11,25 +11,26 @@ from torch import Tensor, nn
 
 from .attacks import check_epsilon, check_images, in_ball, input_gradient
 
-# Thresholds, chosen on labelled runs; experiments/collapses.py measures their errors.
-MISLED = 0.5  # PGD accuracy / FGSM accuracy under which a collapse starts
-AGREES = 0.75  # PGD accuracy / FGSM accuracy at which it can end
-LEARNED = 0.25  # FGSM accuracy / clean accuracy above which a network has become robust to FGSM
-FALLEN = 0.85  # PGD accuracy / best PGD accuracy of earlier epochs under which it counts as a fall
+# Thresholds, chosen on runs labelled by eye; experiments/collapses.py measures the errors of the rule.
+MISLED = 0.5  # a collapse begins below this PGD accuracy / FGSM accuracy
+AGREES = 0.75  # a collapse can end from this PGD accuracy / FGSM accuracy on
+LEARNED = 0.25  # the network is robust to FGSM above this FGSM accuracy / clean accuracy
+FALLEN = 0.85  # PGD accuracy has fallen below this PGD accuracy / best PGD accuracy of earlier epochs
 
 
 def collapsed(history: list[dict[str, Any]]) -> list[bool]:
-    """Return for each epoch whether the run is in collapse after it.
+    """Return, for each epoch, whether the network is collapsed at the end of the epoch.
 
     With P, F and C the accuracies under PGD, under FGSM and without a perturbation, and B the best P of earlier epochs,
     a collapse starts at an epoch with
 
-        P < F / 2   and   F > C / 4   and   P < 0.85 B,
+        P < F / 2   and   F > C / 4   and   P < 0.85 * B,
 
     that is, the network is robust to FGSM, is not robust to PGD, and was more robust before. It ends at the next epoch
-    with P >= 3/4 F and P >= B / 2. The first epoch has no B and needs the first two conditions only.
+    with P >= 3/4 * F and P >= B / 2. The first epoch has no B and needs the first two conditions only.
 
-    Records of older runs have no F: there, a collapse is an epoch with P < B / 2. Records without C need no F > C / 4.
+    Records of older runs have no F: for these, the network is collapsed if P < B / 2. Records without C do not need
+    F > C / 4.
     """
     states: list[bool] = []
     best: float | None = None
@@ -51,7 +52,7 @@ def collapsed(history: list[dict[str, Any]]) -> list[bool]:
 
 
 def summary(history: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the first epoch in collapse, the number of epochs in collapse, and the best and the last PGD accuracy."""
+    """Return the first collapsed epoch, the number of collapsed epochs, and the best and the last PGD accuracy."""
     states, robust = collapsed(history), [record["test_robust_acc"] for record in history]
     return {"collapse_epoch": states.index(True) if any(states) else None, "collapsed_epochs": sum(states),
             "best_robust_acc": max(robust, default=None), "last_robust_acc": robust[-1] if robust else None}
@@ -61,7 +62,7 @@ def abnormal(at_start: Tensor | None, logits: Tensor, y: Tensor) -> tuple[Tensor
     """Count abnormal images: those whose cross-entropy the attack lowered (Lin et al., arXiv 2404.08154).
 
     Args:
-        at_start: logits at the attack's start, (B, classes); None if the attack did not compute them.
+        at_start: logits at the attack's starting point, (B, classes); None if the attack did not compute them.
         logits: logits at x + delta, (B, classes).
         y: labels, (B,).
 
@@ -75,11 +76,11 @@ def abnormal(at_start: Tensor | None, logits: Tensor, y: Tensor) -> tuple[Tensor
 
 
 def signs(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str = "l_inf") -> dict[str, float]:
-    """Compute two metrics of the input gradients g1 at x (B, C, H, W) and g2 at a random point of the ball
-    (see `attacks.in_ball`).
+    """Compute two metrics of g1, the input gradient at x (B, C, H, W), and g2, the input gradient at a random point of
+    the ball (see `attacks.in_ball`), with the model in eval mode.
 
-    The model is in eval mode meanwhile, and afterwards in the mode it had. Raises ValueError if images or epsilon are
-    out of range.
+    Raises:
+        ValueError: images or epsilon are out of range.
 
     Returns:
         alignment: mean cos(g1, g2) (Andriushchenko and Flammarion, arXiv 2007.02617); it falls from near 1 as the loss
@@ -90,10 +91,10 @@ def signs(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str = "l
     check_epsilon(epsilon, norm)
     training = model.training
     model.eval()
-    here, _ = input_gradient(model, x, y, torch.zeros_like(x))
-    there, _ = input_gradient(model, x, y, in_ball(x, epsilon, norm))
+    at_x, _ = input_gradient(model, x, y, torch.zeros_like(x))
+    at_point, _ = input_gradient(model, x, y, in_ball(x, epsilon, norm))
     model.train(training)
-    here, there = here.float().flatten(1), there.float().flatten(1)
-    cosine = torch.cosine_similarity(here, there, dim=1)
-    spread = (here.norm(p=1, dim=1) / here.norm(dim=1).clamp(min=1e-30)).square() / here.shape[1]
+    at_x, at_point = at_x.float().flatten(1), at_point.float().flatten(1)
+    cosine = torch.cosine_similarity(at_x, at_point, dim=1)
+    spread = (at_x.norm(p=1, dim=1) / at_x.norm(dim=1).clamp(min=1e-30)).square() / at_x.shape[1]
     return {"alignment": cosine.mean().item(), "participation": spread.mean().item()}

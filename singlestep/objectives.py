@@ -6,14 +6,15 @@ All objectives share these arguments:
     x, y         images in [0, 1], (B, C, H, W), and labels, (B,)
     delta        perturbation from the attack, of the shape of x
     epsilon      radius of the ball in the unit of x
-    step         context of the training step, with the attack's logits and gradient at its start
+    step         context of the training step, with the attack's logits and gradient at its starting point
     smoothing    label smoothing of the cross-entropy
 
 An objective returns the loss, a scalar, and the logits at x + delta, (B, classes). Extra forward passes use
 `step.network`, which has the same weights as `model`.
 
-In formulas, f(x) are logits, p(x) = softmax(f(x)), CE(x) is the mean cross-entropy of f(x) and y, and start is the
-initial perturbation of the attack. "Passes: N" counts forward and backward passes, excluding those of the attack.
+In formulas, f(x) are logits, p(x) = softmax(f(x)), CE(x) is the mean cross-entropy of f(x) and y, and eta is the
+attack's starting point, `step.start`. "Passes: N" is the cost of a training step without that of the attack. One pass
+is a forward and a backward pass; a forward pass alone counts 1/3.
 """
 import math
 from typing import TYPE_CHECKING
@@ -44,9 +45,9 @@ def gradalign(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: fl
               smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """GradAlign (Andriushchenko and Flammarion, arXiv 2007.02617). Passes: 4, one of them a double backward pass.
 
-    loss = CE(x + delta) + weight (1 - mean cos(g1, g2))
+    loss = CE(x + delta) + weight * (1 - mean(cos(g1, g2)))
 
-    g1 is the input gradient at x + start, detached. g2 is the input gradient at x + u, u ~ U(-epsilon, epsilon),
+    g1 is the input gradient at x + eta, detached. g2 is the input gradient at x + u, u ~ U(-epsilon, epsilon),
     with its graph; x + u is not clipped to [0, 1]. The mean excludes images where g1 or g2 is 0.
     """
     loss, logits = ce(model, x, y, delta, epsilon, step, smoothing)
@@ -54,21 +55,21 @@ def gradalign(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: fl
     g2, = torch.autograd.grad(F.cross_entropy(step.network(x + noise), y), noise, create_graph=True)
     g1, g2 = step.gradient.flatten(1), g2.flatten(1)
     norms = g1.norm(dim=1) * g2.norm(dim=1)
-    there = norms.detach() > 0
-    cosine = (g1 * g2).sum(dim=1) / norms.where(there, 1)
-    return loss + weight * (1 - cosine).where(there, 0).sum() / there.sum().clamp(min=1), logits
+    nonzero = norms.detach() > 0
+    cosine = (g1 * g2).sum(dim=1) / norms.where(nonzero, 1)
+    return loss + weight * (1 - cosine).where(nonzero, 0).sum() / nonzero.sum().clamp(min=1), logits
 
 
 def elle(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
          adaptive: bool = False, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """ELLE and, with `adaptive`, ELLE-A (Abad Rocamora et al., arXiv 2401.11618). Passes: 4.
 
-    loss = CE(x + delta) + weight mean((l(x_c) - (1 - t) l(x_a) - t l(x_b))^2)
+    loss = CE(x + delta) + weight * mean((l(x_c) - (1 - t) * l(x_a) - t * l(x_b))^2)
 
-    l is the cross-entropy of each image, x_c = (1 - t) x_a + t x_b, and t ~ U(0, 1) for each image. x_a and x_b are
+    l is the cross-entropy of each image, x_c = (1 - t) * x_a + t * x_b, and t ~ U(0, 1) for each image. x_a and x_b are
     independent samples of x + U(-epsilon, epsilon), not clipped to [0, 1].
 
-    ELLE-A starts with weight 0. After a batch whose mean squared error exceeds the mean of all earlier batches (three
+    ELLE-A's weight is 0 at first. After a batch whose mean squared error exceeds the mean of all earlier batches (three
     or more) by more than two standard deviations, its weight becomes `weight`; otherwise, it is multiplied by 0.99.
     """
     loss, logits = ce(model, x, y, delta, epsilon, step, smoothing)
@@ -96,11 +97,11 @@ def aaer(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
          weights: tuple[float, float, float], smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """AAER, abnormal adversarial examples regularization (Lin et al., NeurIPS 2023, arXiv 2404.08154). Passes: 1.
 
-    loss = CE(x + delta) + lambda_1 (n_a / B) (lambda_2 D_a + lambda_3 max(V_a - V_n, 0))
+    loss = CE(x + delta) + lambda_1 * (n_a / B) * (lambda_2 * D_a + lambda_3 * max(V_a - V_n, 0))
 
     An image is abnormal (a) if the attack lowered its cross-entropy l, else normal (n). n_a is the number of abnormal
-    images and D_a their mean of l(x + start) - l(x + delta). V_a and V_n are the means of norm2(f(x + start) -
-    f(x + delta))^2 over abnormal and over normal images. The regularizer is 0 if all images of the batch are abnormal
+    images and D_a their mean of l(x + eta) - l(x + delta). V_a and V_n are the means of norm2(f(x + eta) -
+    f(x + delta))^2 over abnormal and over normal images. The penalty is 0 if all images of the batch are abnormal
     or all are normal. As in the authors' code, only V_a has a gradient, through f(x + delta).
 
     Args:
@@ -125,7 +126,7 @@ def trades(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """TRADES (Zhang et al., arXiv 1901.08573). Passes: 2.
 
-    loss = CE(x) + beta KL(p(x) || p(x + delta)), with gradients through both p(x) and p(x + delta).
+    loss = CE(x) + beta * KL(p(x) || p(x + delta)), with gradients through both p(x) and p(x + delta).
     """
     step.check(x, epsilon)
     clean, logits = step.network(x), model(perturbed(x, delta))
@@ -138,7 +139,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: floa
             smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """NuAT (Sriramanan et al., NeurIPS 2021). Passes: 2.
 
-    loss = CE(x) + ramp weight norm_nuclear(f(x) - f(x + delta)) / B, with `Step.ramp`.
+    loss = CE(x) + ramp * weight * norm_nuclear(f(x) - f(x + delta)) / B, with `Step.ramp`.
     """
     step.check(x, epsilon)
     logits, clean = model(perturbed(x, delta)), step.network(x)
@@ -150,7 +151,7 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """GAT (Sriramanan et al., arXiv 2011.14969). Passes: 2.
 
-    loss = CE(x) + boost weight mean_i sum_c (p_c(x) - p_c(x + delta))^2, with `Step.boost`.
+    loss = CE(x) + boost * weight * mean_i(sum_c((p_c(x) - p_c(x + delta))^2)), with `Step.boost`.
     """
     step.check(x, epsilon)
     logits, clean = model(perturbed(x, delta)), step.network(x)
@@ -163,7 +164,7 @@ def logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """The objective of FGSM-MEP (Jia et al., arXiv 2207.08859) and of FGSM-UAP (Pan et al., AAAI 2024). Passes: 1.7.
 
-    loss = CE(x + delta) + weight mean((f(x + delta) - f(x + start))^2), a mean over images and classes, with gradients
+    loss = CE(x + delta) + weight * mean((f(x + delta) - f(x + eta))^2), a mean over images and classes, with gradients
     through both logits.
     """
     loss, attacked = ce(model, x, y, delta, epsilon, step, smoothing)
@@ -174,7 +175,7 @@ def liet(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
          weight: float) -> tuple[Tensor, Tensor]:
     """The objective of LIET (ICCV 2025). Passes: 1.7.
 
-    loss = nCE(x + delta) + weight (e + 1) / E mean JSD(p(x + start), p(x + delta)), with gradients through both.
+    loss = nCE(x + delta) + weight * (e + 1) / E * mean(JSD(p(x + eta), p(x + delta))), with gradients through both.
 
     nCE is the cross-entropy with non-uniform label smoothing (`Step.nonuniform_ce`), e the epoch from 0, E the number
     of epochs. JSD(p, q) = (KL(p || m) + KL(q || m)) / 2, m = (p + q) / 2, computed from logarithms, which stay finite
@@ -194,11 +195,11 @@ def pco(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, s
         scale: float, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """The objective of FGSM-PCO (Wang et al., arXiv 2407.12443), as in its authors' code. Passes: 2.7.
 
-    loss = CE(x + d) + weight abs(MSE(f(x + delta), f(x + start)) - MSE(f(x + delta), f(x + d)))
+    loss = CE(x + d) + weight * abs(MSE(f(x + delta), f(x + eta)) - MSE(f(x + delta), f(x + d)))
 
-    d = (1 - q) start + scale q delta, with q = p_y(x + start) of each image. Gradients flow through all three logits
-    and through q. MSE is the mean over images, of all processes, and classes. x + start and x + d are not clipped to
-    [0, 1]. The logits that it returns are f(x + d).
+    d = (1 - q) * eta + scale * q * delta, with q = p_y(x + eta) of each image. Gradients flow through all three logits
+    and through q. MSE is the mean over classes and over the images of all processes. x + eta and x + d are not
+    clipped to [0, 1]. Returns the loss and f(x + d).
     """
     step.check(x, epsilon)
     q = (-F.cross_entropy(step.logits, y, reduction="none")).exp().view(-1, 1, 1, 1)
@@ -214,10 +215,10 @@ def smooth(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
            gap: float, point: str, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
     """ConvergeSmooth (Zhao et al., arXiv 2308.12857), as in its authors' code. Passes: 2.
 
-    loss = CE(x + delta) + k weight L, with L = CE(x) for point "clean", CE(x + start) for point "start"
+    loss = CE(x + delta) + k * weight * L, with L = CE(x) for point "clean", CE(x + eta) for point "start"
 
-    k = sign(L - U) if abs(L - U) > gap, else 0; U is the mean of L over the images of the previous epoch, and L is that
-    of the global batch. So the penalty has the gradient of weight abs(L - U). k = 0 in the first two epochs.
+    k = sign(L - U) if abs(L - U) > gap, else 0; U is the mean of L over the previous epoch. L is the mean over the
+    global batch. So the penalty has the gradient of weight * abs(L - U). k = 0 in the first two epochs.
     """
     loss, logits = ce(model, x, y, delta, epsilon, step, smoothing)
     b = x if point == "clean" else x + step.start.detach()
