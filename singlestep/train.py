@@ -1,7 +1,7 @@
 """One run, from top to bottom.
 
-`main` is what the training scripts call, `train` the same for networks and images of your own. The functions below
-are the steps of a run, in the order in which they are taken.
+The training scripts call `main`; `train` does the same for a network and images of your own. The other functions are
+the parts of a run, in the order of their calls.
 """
 import contextlib
 import copy
@@ -47,7 +47,7 @@ from .run.distributed import Stop, World
 from .run.folder import EventFiles, Folder
 from .run.state import Average, Checkpoint, State, named_sums
 
-# Purpose of random numbers: first integer of every seed key. (robustness.STARTS is 3.)
+# First integer of every seed key, one for each purpose of random numbers; 3 is robustness.STARTS.
 ORDER, STEP, WATCH, WEIGHTS = 0, 1, 2, 4
 
 WATCHED = 128  # test images on which an epoch's input gradients are compared
@@ -63,10 +63,14 @@ TIMED_STEPS = 20  # print a time estimate after this many steps
 class Run:
     """Everything a run needs. Only `state` changes.
 
-    network: model for attacks, compiled with --compile; forward: model for the loss, `network` or, with several
-    processes, its DistributedDataParallel; attack, objective: functions of attacks.py and objectives.py, with their
-    keywords; alpha: the attack's step in pixel units, if it has one; schedule, momentum: time in epochs -> learning
-    rate, momentum; held_out: training images on which the best model is chosen, if there are any.
+    Attributes:
+        network: network for attacks, compiled with --compile.
+        forward: network for the loss: `network` or, with several processes, its DistributedDataParallel.
+        attack, objective: functions of attacks.py and objectives.py, with their keywords.
+        alpha: step size of the attack in pixel units; None if the attack has none.
+        schedule, momentum: time in epochs -> learning rate, momentum.
+        train, test: training and test images.
+        held_out: validation images, on which the best network is chosen; may be empty.
     """
 
     args: Args
@@ -91,18 +95,18 @@ class Run:
 
     @property
     def steps(self) -> int:
-        """Steps in an epoch; the last may be on a smaller batch."""
+        """Number of training steps in an epoch; the last batch may be smaller."""
         return math.ceil(len(self.train) / self.args.batch_size)
 
     @property
     def replays(self) -> int:
-        """Steps on each batch."""
+        """Number of training steps on each batch."""
         flag = ATTACKS[self.args.attack].replays
         return getattr(self.args, flag) if flag else 1
 
     @cached_property
     def update(self) -> Callable[..., None] | None:
-        """What the attack does with a gradient that the backward pass leaves."""
+        """Update function of the attack, called after every optimizer step; None if it has none."""
         attack = ATTACKS[self.args.attack]
         if not attack.update:
             return None
@@ -110,7 +114,7 @@ class Run:
 
     @cached_property
     def evaluation_batch(self) -> int:
-        """Images that this process evaluates at once."""
+        """Number of images in an evaluation batch of this process."""
         return evaluation_batch(self.args.batch_size, self.state.model, self.train.batch(slice(2))[0])
 
     @property
@@ -127,8 +131,11 @@ class Run:
 class Batch:
     """A process's share of a batch.
 
-    x, y: images (B, C, H, W) and labels (B,); whole: (global batch,) training-set indices of all processes' images;
-    drawn: the crops, flips and angles of x; number: of the batch, counted from 0 in the epoch.
+    Attributes:
+        x, y: images, (B, C, H, W), and labels, (B,).
+        whole: training-set indices of the images of all processes, (global batch,).
+        drawn: crops, flips and angles of x.
+        number: number of the batch in the epoch, from 0.
     """
 
     x: Tensor
@@ -139,10 +146,14 @@ class Batch:
 
 
 class Plan(NamedTuple):
-    """What rank 0 decides before training.
+    """Decisions of rank 0 before training.
 
-    found: the checkpoint to continue from; notes: lines to print about it; images: to train on, to choose the best
-    model on, to test on; complete: whether nothing is left to do; earlier: where files of an earlier run are now.
+    Attributes:
+        found: checkpoint from which the run continues; None for a new run.
+        notes: lines to print about the checkpoint.
+        images: training, validation and test images.
+        complete: the run is finished.
+        earlier: folder to which the files of an earlier run were moved; None if there were none.
     """
 
     found: Checkpoint | None
@@ -153,7 +164,7 @@ class Plan(NamedTuple):
 
 
 def main(dataset: DataSet, args: Args) -> None:
-    """Train or evaluate on `dataset` as the arguments ask; an error ends the process."""
+    """Train or, with --eval, evaluate on `dataset`. An error ends the process."""
     with one_line_errors(args.fname), StopSignals() as signals, advice_on_failure(signals, NO_ROOM):
         if args.eval:
             evaluation.evaluate_training(dataset, args, signals)
@@ -168,9 +179,9 @@ def main(dataset: DataSet, args: Args) -> None:
 def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, epochs: int, seed: int = 0,
           augment: dict[str, Any] | None = None, test: tuple[Tensor, Tensor] | None = None,
           folder: str | Path | None = None, **flags: Any) -> list[dict[str, Any]]:
-    """Train a network of yours by a method of this package.
+    """Train a network of your own with a method of this package.
 
-    Leaves the network in eval mode on --device; with --ema, with the averaged weights.
+    Afterwards, the network is in eval mode on --device; with --ema, it has the averaged weights.
 
     Args:
         network: images in [0, 1], (B, C, H, W), to logits (B, classes).
@@ -178,7 +189,7 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, ep
         method: a name of --method.
         augment: keywords of `data.Augmentation`, such as dict(padding=4, flip=True); None: no augmentation.
         test: images and labels for the evaluation of every epoch; None: no evaluation.
-        folder: where checkpoints and logs go; None: nothing is written.
+        folder: folder for checkpoints and logs; None: no file is written.
         flags: flags of train_cifar.py, with its defaults except quiet=True and final_iters=0.
 
     Returns:
@@ -208,9 +219,10 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, ep
 
 def run_training(dataset: DataSet, args: Args, folder: Folder, signals: StopSignals, network: nn.Module | None = None,
                  images: tuple[Images, Images, Images] | None = None) -> State:
-    """Build the run, continue it where it was, train epoch by epoch, and evaluate the result.
+    """Build a run, load its checkpoint if it resumes, train, and run the final evaluation. Returns the state.
 
-    network, images: those to use; if None, the ones that the arguments name.
+    Args:
+        network, images: used instead of those that `args` describe.
     """
     device = choose_device(args)
     world = World.join(device)
@@ -219,7 +231,7 @@ def run_training(dataset: DataSet, args: Args, folder: Folder, signals: StopSign
         state, layout = build(dataset, args, device, world, network)
         plan = world.from_main(lambda: prepare(dataset, args, state, folder, world, signals, screen, images))
         if plan.found and not world.is_main:
-            resume(state, plan.found, args)  # rank 0 has done so
+            resume(state, plan.found, args)  # rank 0 resumed in `prepare`
     signals.deferred = True
     for note in plan.notes:
         screen.say(f"# {note}")
@@ -256,7 +268,7 @@ def build(dataset: DataSet, args: Args, device: torch.device, world: World,
     model = network.to(device).to(memory_format=layout)
     optimizer = torch.optim.SGD(model.parameters(), args.lr_max, args.momentum, weight_decay=args.weight_decay,
                                 fused=True)
-    for parameter in model.parameters():  # or where float16's scaler skips the first step, it would stay uninitialized
+    for parameter in model.parameters():  # uninitialized if float16's scaler skips the first step
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     precision.prepare(model, optimizer)
     return State(model, optimizer, precision, Average(model, args.ema) if args.ema else None), layout
@@ -264,12 +276,12 @@ def build(dataset: DataSet, args: Args, device: torch.device, world: World,
 
 def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: World, signals: StopSignals,
             screen: Screen, images: tuple[Images, Images, Images] | None) -> Plan:
-    """On rank 0: find the checkpoint and load it, read the images, and make the folder ready for the epochs to come."""
+    """On rank 0: load the checkpoint, read the images, lock the folder, and move old files away."""
     found = None
     if folder.exists:
         folder.require_writable()
         if folder.names(r"\.lock|(state|(model|opt)_\d+)\.pth"):
-            folder.lock()  # before anything of it is read
+            folder.lock()  # before any of its files is read
         found = states.find_checkpoint(folder, args.resume) if args.resume else None
     notes = [f"{found.source}: {note}" for note in resume(state, found, args)] if found else []
     if images is None:
@@ -281,7 +293,7 @@ def prepare(dataset: DataSet, args: Args, state: State, folder: Folder, world: W
         raise UsageError(f"the last batch has fewer images than processes ({world.size}): change "
                          f"--train-samples or --batch-size")
     if found and state.epoch == args.epochs and is_complete(args, state, folder, len(images[2])):
-        if state.final and not (folder.path / "final.json").exists():  # a kill came between the state and its logs
+        if state.final and not (folder.path / "final.json").exists():  # killed between writing the state and the logs
             states.remove_unfinished(folder)
             folders.write_logs(folder, state, args)
         return Plan(found, notes, images, True, None)
@@ -306,12 +318,12 @@ def resume(state: State, found: Checkpoint, args: Args) -> list[str]:
 
 def assemble(dataset: DataSet, args: Args, state: State, folder: Folder, world: World, signals: StopSignals,
              images: Iterable[Images], screen: Screen | None = None) -> Run:
-    """Compile the network, join it with those of the other processes, and turn names into functions."""
+    """Return the run: network compiled and distributed, functions of attack, objective and schedules, and images."""
     if not world.is_main:
         state.sums = torch.zeros_like(state.sums)  # the saved sums are those of all processes
     network = state.model
     if args.compile and OBJECTIVES[args.objective].compiles:
-        share = len(range(world.rank, args.batch_size, world.size))  # of a whole batch
+        share = len(range(world.rank, args.batch_size, world.size))  # images of this process in a full batch
         network = Compiled(state.model, share, args.compile_mode)
     forward = network
     if world.size > 1:
@@ -330,7 +342,7 @@ def assemble(dataset: DataSet, args: Args, state: State, folder: Folder, world: 
 
 
 def start(run: Run, plan: Plan) -> None:
-    """Record what is about to run, and print it."""
+    """Record this launch in the state and the logs, and print the banner."""
     args, state, world = run.args, run.state, run.world
     state.final = None
     state.starts.append({**describe(world.device, world.size), "epoch": state.epoch, "step": state.step,
@@ -360,7 +372,7 @@ def described(args: Args, network: nn.Module) -> str:
 
 
 def notes(run: Run, plan: Plan) -> Iterator[str]:
-    """Lines to print under the banner."""
+    """Yield notes to print under the banner."""
     args, device = run.args, run.world.device
     if plan.found:
         yield folders.resumed_line(run.state.starts[-1]).removeprefix("# ")
@@ -368,16 +380,17 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
         yield f"files of an earlier run are now in {plan.earlier}"
     standard = args.model != "WideResNet" and args.data_set != options.OWN
     if device.type == "cpu" and args.base_width >= 64 and standard and not args.dummy:
-        yield ("on a CPU, this network takes hours; --base-width=16 is some ten times as fast, and --last-samples=1000 "
-               "shortens the last evaluation")
+        yield ("on a CPU, this network takes hours; --base-width=16 is about ten times as fast, and "
+               "--last-samples=1000 shortens the last-epoch evaluation")
     yield from precision_hints(args, device)
     for name, value in args.dropped.items():
-        yield f"{options.option(name)}={value} of --recipe {args.recipe} is dropped: the method needs another value"
+        yield (f"{options.option(name)}={getattr(args, name)}, not {value} as in --recipe {args.recipe}: the method "
+               f"requires it")
     if "pad_mode" in args.given and not run.augmentation.padding:
         yield f"--pad-mode has no effect: images of {args.data_set} are not cropped"
     yield from options.idle_flags(args)
     if (args.chkpt_steps or 0) > run.steps:
-        yield f"--chkpt-steps={args.chkpt_steps} has no effect: an epoch has {run.steps} steps, and saves at its end"
+        yield f"--chkpt-steps={args.chkpt_steps} has no effect: an epoch has {run.steps} training steps"
     yield from options.pgd_hints(args)
     attack = ATTACKS[args.attack]
     if attack.stored:
@@ -386,8 +399,8 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
         size = 2 * attack.stored * len(run.train) * channels * (height + margin) * (width + margin)
         yield f"--attack {args.attack} stores {size / 1e6:,.0f} MB of perturbations, in half precision, on {device}"
     if run.world.size > 1 and OBJECTIVES[args.objective].whole_batch:
-        yield (f"--objective {args.objective} is computed per process: its value with {run.world.size} processes "
-               f"differs from that with 1")
+        yield (f"--objective {args.objective} is not a mean over images: each of the {run.world.size} processes "
+               f"computes it on its own images, so the loss differs from that of one process")
     if args.compile and not OBJECTIVES[args.objective].compiles:
         yield f"--compile is off: torch.compile cannot differentiate --objective {args.objective}"
 
@@ -408,10 +421,10 @@ def train_epochs(run: Run) -> None:
 
 
 def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict[str, Any]:
-    """Train to the end of the state's epoch, of which some steps may be done. Returns the epoch's training metrics.
+    """Train the remaining steps of the current epoch. Returns the epoch's training metrics.
 
-    Image order and augmentation depend only on seed and epoch; random starts also on step and process. The steps do
-    not wait for the device; `after_step` may.
+    Image order and augmentation depend only on seed and epoch; random starting points also on training step and
+    process. The training steps do not synchronize with the device; `after_step` may.
     """
     state, device = run.state, run.train.labels.device
     seed_everything(ORDER, run.args.seed, state.epoch)
@@ -440,7 +453,7 @@ def train_epoch(run: Run, after_step: Callable[[], None] = lambda: None) -> dict
 
 
 def batch(run: Run, order: Tensor, drawn: dict[str, Tensor]) -> Batch:
-    """This process's share of the state's next batch, augmented."""
+    """Return this process's share of the next batch, augmented."""
     size, world = run.args.batch_size, run.world
     number = run.state.step // run.replays
     whole = range(number * size, min((number + 1) * size, len(run.train)))
@@ -451,7 +464,7 @@ def batch(run: Run, order: Tensor, drawn: dict[str, Tensor]) -> Batch:
 
 
 def train_step(run: Run, batch: Batch) -> None:
-    """Perturb the batch, compute the loss, and step down its gradient."""
+    """Perturb the batch, compute the loss, and update the weights."""
     args, state, world, x, y = run.args, run.state, run.world, batch.x, batch.y
     precision = state.precision
     now = state.epoch + (state.step + 1) / run.steps
@@ -465,14 +478,14 @@ def train_step(run: Run, batch: Batch) -> None:
                 state.kept, world.rank, world.size, world.sum, OBJECTIVES[args.objective].graph, args.epochs,
                 batch.drawn, run.augmentation.padding, state.optimizer, run.classes, checks=False)
     if attack.eval_mode:
-        world.broadcast_buffers(state.model)  # eval mode reads the running statistics, of which a state has rank 0's
+        world.broadcast_buffers(state.model)  # eval mode reads BatchNorm's statistics; the state saves those of rank 0
     seed_everything(STEP, args.seed, state.epoch, state.step, world.rank)
     with precision.autocast():
         delta = run.attack(run.network, x, y, epsilon, step=step, **alpha)
         delta.requires_grad_(run.update is not None)
         loss, logits = run.objective(run.forward, x, y, delta, epsilon, step)
     scale = precision.loss_scale(loss) if run.update else 1.0
-    weight = len(y) * world.size / len(batch.whole)  # the processes' mean is that over images, though shares differ
+    weight = len(y) * world.size / len(batch.whole)  # makes the mean over processes the mean over images
     finite = precision.backward_and_step(loss * weight, state.optimizer)
     if run.update:
         leaf = step.start if attack.update_at == "start" else delta
@@ -485,7 +498,7 @@ def train_step(run: Run, batch: Batch) -> None:
 
 
 def sum_up(run: Run, step: Step, y: Tensor, delta: Tensor, loss: Tensor, logits: Tensor) -> None:
-    """Add a step's loss, accuracy and perturbation to the epoch's sums, without waiting for the device."""
+    """Add a step's loss, accuracy and perturbation to the epoch's sums, without synchronization with the device."""
     n, correct = torch.full_like(loss.double(), len(y)), (logits.argmax(dim=1) == y).sum().double()
     abnormal, compared = collapse.abnormal(step.logits, logits, y)
     early = float(2 * run.state.step < run.steps)
@@ -507,7 +520,7 @@ class AfterStep:
 
     def __call__(self) -> None:
         run, bar, now = self.run, self.bar, time.perf_counter()
-        if run.screen.shown and now - self.shown_at > 2:  # reading the sums waits for the device
+        if run.screen.shown and now - self.shown_at > 2:  # reading the sums synchronizes with the device
             sums = named_sums(run.state.sums)
             bar.tell(self.title, loss=f"{sums['loss'] / sums['images']:.3f}",
                      train=f"{100 * sums['correct'] / sums['images']:.1f}")
@@ -527,7 +540,7 @@ class AfterStep:
 
 @contextlib.contextmanager
 def saved_if_stopped(run: Run) -> Iterator[None]:
-    """Save the state when a signal came or standard output was closed.
+    """Save the state if a signal stops the run or standard output was closed.
 
     With several processes, only rank 0 sees a closed output, and saving would deadlock. The last epoch is already
     saved.
@@ -549,7 +562,8 @@ def measure(run: Run) -> dict[str, Any]:
     args, state, began = run.args, run.state, time.perf_counter()
     epsilon = args.epsilon / 255
     last = state.epoch + 1 == args.epochs
-    fixed = len(run.test) if args.full_test else args.test_samples  # the same in every epoch, to choose the best on
+    # The best network is chosen on the same number of images in every epoch.
+    fixed = len(run.test) if args.full_test else args.test_samples
     test = run.test[:max(fixed, args.last_samples or len(run.test)) if last else fixed]
     pgd = PGD(epsilon, args.pgd_alpha / 255, args.test_iters, args.test_restarts, args.seed, norm=args.norm)
     result = evaluate_network(run, state.evaluated, test, pgd)
@@ -577,7 +591,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 def evaluate_network(run: Run, model: nn.Module, images: Images, attack: PGD, begun: Restart | None = None,
                      keep: Callable[[Restart], None] = lambda restart: None) -> Result:
-    """Evaluate a network under an attack, with a bar. `keep` gets each completed restart but the last."""
+    """Evaluate a network under an attack, with a progress bar. Calls `keep` with each restart but the last."""
     batch_size, world = run.evaluation_batch, run.world
     title = "FGSM" if attack.steps == 1 and attack.init == "zero" else f"PGD-{attack.steps}"
     with advice_on_failure(run.signals, too_many_at_once(batch_size, world.device)):
@@ -661,18 +675,22 @@ def require_finite(run: Run) -> None:
 
 
 def not_finite(run: Run, step: int) -> Failure:
-    """The error of a step whose loss, gradient or weights are not finite."""
+    """Return the Failure for a training step whose loss, gradient or weights are not finite."""
     good = run.folder.path / "state.pth"
     advice = "lower --lr-max" if run.state.precision.dtype is not torch.float16 else \
-        "lower --lr-max, or take --amp-dtype=bfloat16, whose range is wider"
+        "lower --lr-max, or use --amp-dtype=bfloat16, whose range is wider"
+    if good.exists():
+        advice += ", and continue from this state with --resume=auto --allow-changes"
     saved = f"the last good state is {good}" if good.exists() else "no state was saved before"
     return Failure(f"the loss, a gradient or a weight is no longer finite in epoch {run.state.epoch + 1}, "
                    f"step {step + 1}; {saved}: {advice}")
 
 
 def asked(args: Args, state: State, folder: Folder, images: int) -> dict[str, Any]:
-    """The final evaluation that the arguments request, on up to `images` test images. Uses the last model if there
-    is no best one."""
+    """Return the settings of the final evaluation, on up to `images` test images.
+
+    The network is the last one if there is no best one.
+    """
     best = args.final_model == "best" and folder.file("model", "best").exists()
     return {"model": "best" if best else "last", "iters": args.final_iters, "restarts": args.final_restarts,
             "alpha": args.pgd_alpha, "epsilon": args.epsilon, "norm": args.norm, "epoch": state.epoch - 1,
@@ -680,13 +698,13 @@ def asked(args: Args, state: State, folder: Folder, images: int) -> dict[str, An
 
 
 def is_complete(args: Args, state: State, folder: Folder, images: int) -> bool:
-    """Whether a fully trained run also has its final evaluation."""
+    """Return whether a fully trained run also has its final evaluation."""
     return not args.final_iters or bool(
         state.final and asked(args, state, folder, images).items() <= {"norm": "l_inf", **state.final}.items())
 
 
 def finish(run: Run) -> None:
-    """Attack the last or the best network with restarts (PGD-50-10), and record its accuracy."""
+    """Run the final evaluation (by default PGD-50-10), and record and print its results."""
     state, history = run.state, run.state.history
     if not len(run.test):
         return
@@ -704,7 +722,7 @@ def finish(run: Run) -> None:
 
 
 def final_evaluation(run: Run) -> dict[str, Any]:
-    """Make the final evaluation, or complete an interrupted one."""
+    """Run the final evaluation, or complete an interrupted one. Returns its record."""
     args, state, part = run.args, run.state, run.folder.path / "final.pth"
 
     def load_final() -> tuple[dict[str, Any], dict[str, Any] | None, dict[str, Any]]:
@@ -735,7 +753,7 @@ def final_evaluation(run: Run) -> dict[str, Any]:
 
 
 def interrupted(part: Path) -> dict[str, Any]:
-    """What an interrupted final evaluation saved; empty if there is none."""
+    """Return what an interrupted final evaluation saved; {} if there is none."""
     try:
         return states.read_checkpoint(part)
     except UsageError:
@@ -743,14 +761,14 @@ def interrupted(part: Path) -> dict[str, Any]:
 
 
 def augmentation(args: Args, dataset: DataSet) -> Augmentation:
-    """The data set's augmentation, as the flags change it."""
+    """Return the data set's augmentation, changed by --pad-mode and --rotate."""
     changes = {"pad_mode": args.pad_mode, "degrees": args.rotate}
     given = {name: value for name, value in changes.items() if value is not None}
     return Augmentation(**{**dataset.augmentation, **given})
 
 
 def schedule(args: Args, dataset: DataSet) -> Callable[[float], float]:
-    """The learning rate as a function of the time in epochs, which training sets before every step."""
+    """Return the learning rate as a function of the time in epochs. Every training step sets it."""
     if args.lr_schedule == "cyclic":
         return partial(cyclic, lr_max=args.lr_max, peak=dataset.peak(args.epochs), epochs=args.epochs)
     if args.lr_schedule == "onedrop":
@@ -760,7 +778,7 @@ def schedule(args: Args, dataset: DataSet) -> Callable[[float], float]:
 
 
 def momentum(args: Args, dataset: DataSet) -> Callable[[float], float]:
-    """The momentum as a function of the time in epochs."""
+    """Return the momentum as a function of the time in epochs."""
     high, low = args.momentum, args.momentum_low
     if args.lr_schedule == "cyclic":
         return lambda t: high - (high - low) * cyclic(t, 1.0, dataset.peak(args.epochs), args.epochs)
@@ -771,33 +789,33 @@ def momentum(args: Args, dataset: DataSet) -> Callable[[float], float]:
 
 
 def cyclic(t: float, lr_max: float, peak: float, epochs: float) -> float:
-    """Linear from 0 to `lr_max` at `peak`, and back to 0 at `epochs`."""
+    """Return the learning rate at t: linear from 0 to `lr_max` at `peak`, and back to 0 at `epochs`."""
     if t < peak:
         return lr_max * (t / peak)
     return lr_max * ((epochs - t) / (epochs - peak))
 
 
 def onedrop(t: float, lr_max: float, drop: float) -> float:
-    """`lr_max`, and a tenth of it from `drop` on."""
+    """Return the learning rate at t: `lr_max`, and a tenth of it from `drop` on."""
     return lr_max if t < drop else lr_max / 10
 
 
 def onecycle(t: float, epochs: float, begin: float, peak: float, end: float) -> float:
-    """From `begin` to `peak` in three tenths of the epochs, then to `end`, along cosines.
+    """Return the value at t: from `begin` to `peak` in three tenths of the epochs, then to `end`, along cosines.
 
-    PyTorch's OneCycleLR (Smith and Topin, arXiv 1708.07120).
+    As PyTorch's OneCycleLR (Smith and Topin, arXiv 1708.07120).
     """
     return _cosines(t / epochs, 0.3, begin, peak, end)
 
 
 def onecycle_by_epoch(t: float, epochs: float, begin: float, peak: float, end: float) -> float:
-    """PyTorch's OneCycleLR with a step after every epoch, as in FastAT_Benchmark: constant within an epoch."""
+    """Return the value at t of OneCycleLR advanced after every epoch, as in FastAT_Benchmark: constant in an epoch."""
     epoch, last, turn = math.ceil(t) - 1, epochs - 1, 0.3 * epochs - 1
     return _cosines(epoch / last if last else 1.0, turn / last if last else 0.0, begin, peak, end)
 
 
 def _cosines(share: float, turn: float, begin: float, peak: float, end: float) -> float:
-    """`begin` to `peak` until `turn`, then to `end`; `share` and `turn` are shares of the time."""
+    """Return the value at `share`: along cosines from `begin`, at 0, to `peak`, at `turn`, to `end`, at 1."""
     if share < turn:
         return peak + (begin - peak) * (1 + math.cos(math.pi * share / turn)) / 2
     return end + (peak - end) * (1 + math.cos(math.pi * (share - turn) / (1 - turn))) / 2

@@ -1487,7 +1487,7 @@ def test_the_papers_recipe_is_for_every_method(dataset):
 def test_a_recipes_flag_that_the_method_refuses_is_dropped_with_a_note(tmp_path, call, small_dummy):
     flags = [*SMALL, "--epochs=1", "--method=sora", "--recipe=fastat", "--model=PreActResNet18", "--val-size=8"]
     status, output, error = call("train_cifar.py", *flags, "--fname", tmp_path / "run")
-    assert status == 0 and "--label-smoothing=0.4 of --recipe fastat is dropped" in output, error
+    assert status == 0 and "--label-smoothing=0.0, not 0.4 as in --recipe fastat" in output, error
     refused(call("train_cifar.py", *flags, "--label-smoothing=0.4", "--fname", tmp_path / "run"), "--label-smoothing 0")
 
 

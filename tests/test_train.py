@@ -200,7 +200,7 @@ def test_saving_within_epochs_too_short_for_it_is_noted():
         run.args.model = "WideResNet"
         found += train.notes(run, train.Plan(None, [], (), False, None))
     assert [line for line in found if "--chkpt-steps" in line] == [
-        "--chkpt-steps=4 has no effect: an epoch has 3 steps, and saves at its end"]
+        "--chkpt-steps=4 has no effect: an epoch has 3 training steps"]
 
 
 def test_what_a_method_keeps_is_the_states_and_what_it_finds_is_the_steps():
@@ -542,4 +542,4 @@ def test_a_wide_network_on_a_cpu_is_told_what_is_faster():
     for flags, there in (([], True), (["--base-width=16"], False), (["--dummy"], False)):
         run = SimpleNamespace(steps=1, args=options.parse(options.CIFAR10, argv=flags), world=ALONE)
         notes = " ".join(train.notes(run, SimpleNamespace(found=None, earlier=None)))
-        assert ("--base-width=16 is some ten times as fast, and --last-samples=1000" in notes) == there
+        assert ("--base-width=16" in notes and "--last-samples=1000" in notes) == there
