@@ -1,9 +1,9 @@
-"""Train a robust classifier on CIFAR-10. The paper's commands:
+"""Train a robust classifier on CIFAR-10. Commands of the ZeroGrad paper:
 
     python train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --zero-qval=0.35
     python train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=multigrad --multi-samps=3
 
-A first try, without a data set; it takes a few minutes on a laptop's CPU:
+Quick test without a data set (a few minutes on a laptop's CPU):
 
     python train_cifar.py --dummy --epochs=3 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --base-width=16 \\
         --final-iters=10 --final-restarts=1

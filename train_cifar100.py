@@ -1,4 +1,4 @@
-"""Train a robust classifier on CIFAR-100. The paper's commands:
+"""Train a robust classifier on CIFAR-100. Commands of the ZeroGrad paper:
 
     python train_cifar100.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --zero-qval=0.45
     python train_cifar100.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=multigrad --multi-samps=3

@@ -1,9 +1,9 @@
-"""Train a robust classifier on SVHN (cropped digits). The paper's commands:
+"""Train a robust classifier on SVHN (cropped digits). Commands of the ZeroGrad paper:
 
     python train_svhn.py --epochs=15 --lr-schedule=cyclic --lr-max=0.01 --attack=zerograd --zero-qval=0.7 --full-test
     python train_svhn.py --epochs=15 --lr-schedule=cyclic --lr-max=0.01 --attack=multigrad --multi-samps=3 --full-test
 
-The best checkpoint, on which the final evaluation is run, is chosen on training images.
+The final evaluation uses the best checkpoint, which is chosen on training images.
 """
 from singlestep.options import SVHN, parse
 

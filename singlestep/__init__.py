@@ -1,4 +1,4 @@
-"""Single-step adversarial training: ZeroGrad, MultiGrad and their rivals.
+"""Single-step adversarial training: ZeroGrad, MultiGrad and other methods.
 
 The names below are imported when they are first used, so that `import singlestep` needs no PyTorch.
 """

@@ -1,4 +1,4 @@
-"""Data sets: read from their files, stored on the device as uint8, and augmented there batch by batch."""
+"""Data sets: read from their files, stored on the device as uint8, and augmented on the device batch by batch."""
 import contextlib
 import http.client
 import importlib
@@ -132,7 +132,7 @@ class Images:
         """Create from images (N, C, H, W), uint8 or float in [0, 1], and labels (N,); batches in the default layout.
 
         Raises:
-            ValueError: the images or the labels have another type, shape or range.
+            ValueError: type, shape or range of the images or the labels is wrong.
         """
         if images.dim() != 4 or images.dtype not in (torch.uint8, torch.float32, torch.float64):
             raise ValueError(f"images must be (N, C, H, W), uint8 or float, not {images.dtype} {tuple(images.shape)}")
@@ -149,7 +149,10 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device), memory_format)
 
     def batch(self, index: Tensor | slice, augmentation: Augmentation = Augmentation(), drawn=None):
-        """Return x in [0, 1], float32 (B, 3, H, W), and y (B,). x is augmented if `drawn` is given, from `draw`."""
+        """Return x in [0, 1], float32 (B, 3, H, W), and y (B,). With `drawn`, x is augmented.
+
+        drawn: parameters from `Augmentation.draw`, one for each image of the batch.
+        """
         pixels = augmentation.apply(self.pixels, index, **drawn) if drawn else self.pixels[index]
         x = pixels.permute(0, 3, 1, 2)
         x = x.float().div_(255) if x.dtype is torch.uint8 else x
@@ -159,9 +162,9 @@ class Images:
 def load(dataset: DataSet, args) -> tuple[Images, Images, Images]:
     """Load the training, validation and test images.
 
-    Training images are the first --train-samples of the training set, validation images its last --val-size. Without
-    --val-size, there are none, except for a data set with `validate`: it uses the first 2% of the images that are
-    trained on.
+    Training images: the first --train-samples of the training set. Validation images: the last --val-size. With
+    --val-size=0: none or, for a data set with `validate`, the first 2% of the training images, which are also trained
+    on.
 
     Raises:
         UsageError: --val-size or --train-samples is too large, or the data set cannot be read.
@@ -180,7 +183,7 @@ def load(dataset: DataSet, args) -> tuple[Images, Images, Images]:
 
 def load_test(data_set: str | DataSet, data_dir: str | None = None, n: int | None = None,
               synthetic: bool = False) -> tuple[Tensor, Tensor]:
-    """Load the first n test images, all if None. Returns x in [0, 1], float32 (N, 3, H, W), and labels y (N,)."""
+    """Load the first n test images (None: all). Returns x in [0, 1], float32 (N, 3, H, W), and labels y (N,)."""
     dataset = data_set if isinstance(data_set, DataSet) else options.data_set(data_set)
     images = testing(dataset, data_dir or dataset.defaults["data_dir"], synthetic)[:n]
     images.memory_format = torch.contiguous_format  # attack libraries call view()
@@ -213,9 +216,9 @@ def dummy(classes: int, side: int | None = None) -> tuple[Images, Images]:
 def read_torchvision(name: str, data_dir: str):
     """Read torchvision's CIFAR10, CIFAR100 or SVHN. Returns (images, labels) of the training and of the test set."""
     source = imported("torchvision.datasets", name)
-    verified = type(name, (source,), {"_check_integrity": lambda self: True})  # hashes each file once, not three times
+    verified = type(name, (source,), {"_check_integrity": lambda self: True})  # `ensure_files` verifies the files
     if name == "SVHN":  # cropped digits; the digit 0 has label 0
-        imported("scipy.io", "loadmat")  # before a download
+        imported("scipy.io", "loadmat")  # fail before the download
         splits = [source.split_list[split] for split in ("train", "test")]
         ensure_files(data_dir, {file: md5 for _, file, md5 in splits},
              lambda folder: [source(folder, split, download=True) for split in ("train", "test")])
@@ -228,11 +231,12 @@ def read_torchvision(name: str, data_dir: str):
 
 
 def read_tiny_imagenet(data_dir: str):
-    """Read Tiny-ImageNet from its zip. Returns (images, labels) of the training set and of the validation set, which
-    serves as the test set: its own test set has no labels.
+    """Read Tiny-ImageNet from its zip. Returns (images, labels) of the training set and of the validation set.
+
+    The validation set is used as the test set, since the labels of the real test set are unpublished.
 
     A label is an index into sorted(wnids.txt). The zip lists the training images class by class; they are shuffled with
-    a fixed seed, so that the first and the last of them are of all classes. The decoded images are cached beside the
+    a fixed seed, so that their first and last N images are of all classes. The decoded images are cached beside the
     zip.
     """
     from torchvision.datasets.utils import download_url
@@ -252,7 +256,7 @@ def read_tiny_imagenet(data_dir: str):
 
 
 def _tiny_imagenet_entries(archive: zipfile.ZipFile) -> Iterator[list[tuple[str, int]]]:
-    """The names in the zip and the labels of the training images, shuffled, then those of the validation images."""
+    """Yield (name in the zip, label) of the training images, shuffled, then of the validation images."""
     root = "tiny-imagenet-200"
     classes = sorted(archive.read(f"{root}/wnids.txt").decode().split())
 
@@ -276,12 +280,12 @@ def _decoded(archive: zipfile.ZipFile, entries: list[tuple[str, int]]) -> tuple[
     pixels = np.empty((len(entries), 64, 64, 3), np.uint8)
     for place, (name, _) in zip(pixels, entries):
         with archive.open(name) as file:
-            place[:] = read(file).convert("RGB")  # some are greyscale
+            place[:] = read(file).convert("RGB")  # some are grayscale
     return pixels, np.array([label for _, label in entries])
 
 
 def imported(module: str, name: str) -> Any:
-    """Return `name` of a module. Raises UsageError, which names the package, if the import fails."""
+    """Return `name` of a module. If the import fails, raise a UsageError that names the package."""
     try:
         return getattr(importlib.import_module(module), name)
     except Exception as error:  # packages whose versions do not fit each other raise many kinds of errors
@@ -316,11 +320,12 @@ def ensure_files(data_dir: str, files: dict[str, str], download: Callable[[str],
                 require_level(root, files, archive)
                 _place(root, files, download, "the download failed")
         present = {root / name.split("/")[0] for name in files if (root / name.split("/")[0]).exists()}
-        again = " and ".join(map(str, sorted(present)))  # files are downloaded if none is there
+        again = " and ".join(map(str, sorted(present)))  # the files are downloaded if none exists
         for name, md5 in files.items():
             file = root / name
             if not file.exists():
-                raise UsageError(f"--data-dir {data_dir} lacks {file}: put it there, or delete {again} to download")
+                raise UsageError(f"--data-dir {data_dir} lacks {file}: copy the file to this path, or delete {again} "
+                                 f"to download all files again")
             if not check_integrity(str(file), md5):
                 raise UsageError(f"--data-dir {data_dir}: {file} is truncated or altered (its MD5 sum should be {md5}):"
                                  f" replace it, or delete {again} to download again")
@@ -340,9 +345,9 @@ def require_level(root: Path, files: Iterable[str], archive: str) -> None:
 
 
 def _place(root: Path, files: Collection[str], make: Callable[[str], Any], failure: str) -> None:
-    """Make the files in a temporary folder, then move them to `root`, so that no partial file gets a final name.
+    """Make the files in a temporary folder, then move them to `root`, so that no partial file has a final name.
 
-    A file lock lets one process do so at a time.
+    A file lock ensures that only one process at a time makes files.
     """
     new, held = [folder for folder in (root, *root.parents) if not folder.exists()], None
     patience = socket.getdefaulttimeout()
@@ -362,7 +367,7 @@ def _place(root: Path, files: Collection[str], make: Callable[[str], Any], failu
                 os.replace(Path(arriving, top), root / top)
     except (OSError, RuntimeError, EOFError, http.client.HTTPException, tarfile.TarError) as error:
         raise UsageError(f"--data-dir {root} has no {next(iter(files))}, and {failure} ({_one_line(error)}): "
-                         f"put the files there, or use --dummy") from None
+                         f"copy the files to this folder, or use --dummy") from None
     finally:
         socket.setdefaulttimeout(patience)
         if held:
@@ -383,7 +388,7 @@ def _read(dataset: DataSet, data_dir: str) -> tuple[Images, Images]:
         parts = source(data_dir) if callable(source) else read_torchvision(source, data_dir)
     except UsageError:
         raise
-    except ImportError as error:  # in a function of the user's
+    except ImportError as error:  # in a function of the user
         raise UsageError(f"{dataset.name} needs a package that cannot be imported ({_one_line(error)})") from None
     except Exception as error:  # parsers raise many kinds of errors for unreadable files
         raise UsageError(f"--data-dir {data_dir}: its files cannot be read ({_one_line(error)})") from None
@@ -395,8 +400,9 @@ def _images(dataset: DataSet, data_dir: str, pixels: np.ndarray, labels: np.ndar
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or not len(pixels) or \
             labels.shape != (len(pixels),) or labels.dtype.kind not in "iu" or \
             labels.min() < 0 or labels.max() >= dataset.classes:
-        raise UsageError(f"--data-dir {data_dir} does not contain {dataset.name}: its images or labels have another "
-                         f"type, shape or range")
+        raise UsageError(f"--data-dir {data_dir} does not contain {dataset.name}: images are {pixels.dtype} "
+                         f"{pixels.shape}, must be uint8 (N, H, W, 3); labels are {labels.dtype} {labels.shape}, must "
+                         f"be integers (N,) from 0 to {dataset.classes - 1}")
     return Images(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels.astype(np.int64)))
 
 

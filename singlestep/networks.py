@@ -244,6 +244,6 @@ class WideResNet(nn.Module):
 
 
 def new_network(dataset: DataSet, args: Args) -> nn.Module:
-    """Return a new network as given by the arguments, for the classes and the normalization of the data set."""
+    """Return a new network of the architecture in `args`, with classes and normalization of the data set."""
     return globals()[args.model](num_classes=dataset.classes, mean=args.mean or dataset.mean,
                                  std=args.std or dataset.std, **args.keywords(MODELS[args.model]))
