@@ -394,6 +394,12 @@ def test_a_wrong_argument_is_named(wrong, message):
         wrong(*problem("smooth", 2))
 
 
+@pytest.mark.parametrize("norm, rule", [("l_inf", "from 0 to 1"), ("l_2", "0 or more")])
+def test_epsilon_out_of_range_names_the_range_of_its_norm(norm, rule):
+    with pytest.raises(ValueError, match=rf"{rule}.*, not -1"):
+        fgsm(*problem("smooth", 2), -1, EPSILON, norm=norm)
+
+
 def test_the_tables_name_functions_and_give_them_their_keywords():
     assert {"multigrad", "zerograd", "fgsm", "pgd"} <= set(methods.ATTACKS) and "ce" in methods.OBJECTIVES
     args = options.parse(options.CIFAR10, argv=[])
