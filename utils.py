@@ -1,4 +1,4 @@
-"""The main functions of the package; the code is in singlestep/checkpoints.py, data.py, robustness.py and run/device.py."""
+"""The main functions; the code is in singlestep/checkpoints.py, data.py, robustness.py and run/device.py."""
 from singlestep.checkpoints import load_run
 from singlestep.data import load_test
 from singlestep.robustness import evaluate
