@@ -39,15 +39,18 @@ from .run.device import (
 from .run.distributed import Stop, World
 from .run.folder import Folder
 
-MASKED = 0.08  # AutoAttack is two to five points under PGD-50-10 where gradients are sound
-SURPRISE = 0.002  # share of images that Square breaks and APGD does not: the threshold of AutoAttack's authors
+# Warn if AutoAttack accuracy is this far below PGD-50-10 accuracy. Without masked gradients, the gap is 0.02 to 0.05.
+MASKED = 0.08
+# Warn if Square breaks more than this fraction of the images that APGD does not. Threshold of AutoAttack's authors.
+SURPRISE = 0.002
 
-# Measured: at most 0.21 on 13 correct networks (the maximum just before a collapse), at least 0.48 on wrong ones.
+# Threshold of `batchnorm_mismatch`. Measured: at most 0.21 on 13 networks with correct flags (the maximum just before a
+# collapse), at least 0.48 with wrong flags.
 MISMATCH = 0.33
 
-WORST = "worst case"  # in place of an attack: over all attacks
+WORST = "worst case"  # name of the row that counts the images robust to all attacks
 
-LONG = 120  # seconds; an attack that may take longer is announced
+LONG = 120  # seconds; a time estimate is printed for attacks that may take longer
 
 HEADER = """\
 | attack        | epsilon |  step | images | accuracy | 95% interval  | seconds |
@@ -58,11 +61,19 @@ HEADER = """\
 class Job:
     """The evaluation of one network.
 
-    clean: the unperturbed result, once computed; rows: table rows; robust: (attack, epsilon) -> whether each image is
-    robust, bool (N,); warnings: about the network; unfinished: files of interrupted attacks, to remove once their rows
-    are kept; record: what evaluation.json holds of this evaluation; is_new: whether an attack was run, so that there is
-    a record to keep; failure: why evaluation.json does not hold all rows; pace: seconds of a forward pass for an
-    image, once measured.
+    Attributes:
+        opened: the network, in eval mode, on the device.
+        images: test images to attack.
+        batch_size: size of an evaluation batch.
+        clean: the unperturbed result; None before it is computed.
+        rows: table rows.
+        robust: (attack, epsilon) -> whether each image is robust, bool (N,).
+        warnings: warnings about the network.
+        unfinished: files of interrupted attacks, to remove once evaluation.json holds their rows.
+        record: this evaluation's record in evaluation.json; empty before the first write.
+        is_new: an attack was run, so evaluation.json must be written.
+        failure: error of the last write of evaluation.json; None if all rows are saved.
+        pace: seconds of a forward pass, per image; 0 before it is measured.
     """
 
     opened: Opened
@@ -83,8 +94,14 @@ class Job:
 
 
 class Evaluated(NamedTuple):
-    """The results of one network. folder: the path by which it was opened; flags: of its run, empty if there is none;
-    rows: of its table; norm: of the ball."""
+    """The results of one network.
+
+    Attributes:
+        folder: the path that evaluate.py was given.
+        flags: flags of the network's run; empty without a run.
+        rows: rows of the network's table.
+        norm: norm of the ball.
+    """
 
     folder: Path
     flags: dict[str, Any]
@@ -92,13 +109,13 @@ class Evaluated(NamedTuple):
     norm: str = "l_inf"
 
     def by_column(self) -> dict[tuple[str, float, str], dict[str, Any]]:
-        """The rows by attack, epsilon and norm."""
+        """Return (attack, epsilon, norm) -> row."""
         return {(row["attack"], row["epsilon"], "l_inf" if row["attack"] == "clean" else self.norm): row
                 for row in self.rows}
 
 
 def main(args) -> None:
-    """Evaluate the networks that evaluate.py's arguments name; an error ends the process."""
+    """Evaluate the networks in evaluate.py's arguments. An error ends the process."""
     with one_line_errors(), StopSignals() as signals, advice_on_failure(signals, NO_ROOM):
         device = choose_device(args)
         world = World.join(device)
@@ -117,7 +134,7 @@ def main(args) -> None:
         networks = {path: partial(read, each, args.attacks, args.out, test_images) for path, each in opening.items()}
 
         def check() -> None:
-            for each in [*networks.values()][1:]:  # the first one is about to be opened
+            for each in [*networks.values()][1:]:  # evaluate_network opens the first network next
                 each()
 
         world.from_main(check)
@@ -132,7 +149,12 @@ def main(args) -> None:
 
 def evaluate_network(path: str, network: Callable[[], tuple[Opened, Images]], args, device: torch.device,
                      stop: Stop) -> Evaluated:
-    """Evaluate a network under evaluate.py's attacks. `network` reads the network at `path` and its test images."""
+    """Evaluate a network with evaluate.py's attacks.
+
+    Args:
+        path: the path that evaluate.py was given.
+        network: function that reads the network and its test images.
+    """
     job = open_job(network, device, Precision(args, device), stop, Screen(stop.world.is_main))
     job.batch_size = args.batch_size or job.batch_size
     job.images = job.images[:args.samples]
@@ -156,7 +178,7 @@ def evaluate_network(path: str, network: Callable[[], tuple[Opened, Images]], ar
     rows = {} if args.again else stop.world.from_main(lambda: known_rows(job))
     known = [name for name in attacks if name in rows]
     if known:
-        job.screen.say(f"# not run, since evaluation.json holds the results (--again runs them): "
+        job.screen.say(f"# results reused from evaluation.json (to run the attacks again: --again): "
                        f"{'; '.join(attack_title(*name) for name in known)}")
     try:
         with advice_on_failure(stop.signals, f"lower --batch-size (now {job.batch_size})"):
@@ -177,8 +199,10 @@ def evaluate_network(path: str, network: Callable[[], tuple[Opened, Images]], ar
 
 
 def comparison(networks: list[Evaluated], by_seed: bool = False) -> tuple[tables.Table, str]:
-    """Return a table of the networks, a column for each attack and epsilon, and what it shows. Networks whose runs
-    differ only in the seed are one row, unless `by_seed`."""
+    """Return the comparison table of the networks (one column per attack and epsilon) and its caption.
+
+    Networks whose runs differ only in the seed share a row, unless `by_seed`.
+    """
     runs, files = [each for each in networks if each.flags], [each for each in networks if not each.flags]
     groups = {**(figures.named(runs, by_seed) if runs else {}), **{str(each.folder): [each] for each in files}}
     found = {column for each in networks for column in each.by_column()}
@@ -196,19 +220,23 @@ def comparison(networks: list[Evaluated], by_seed: bool = False) -> tuple[tables
 
 
 def accuracy(rows: list[dict[str, Any]]) -> tables.Accuracy:
-    """The cell of an attack on the networks of one row."""
+    """Return a cell of the comparison table: the accuracy under one attack of the networks in one row."""
     interval = (100 * rows[0]["low"], 100 * rows[0]["high"]) if len(rows) == 1 else None
     return tables.Accuracy([100 * row["accuracy"] for row in rows], 2, interval)
 
 
 def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> None:
-    """Run --eval: the last epoch's evaluation of the --resume network; then, unless --final-iters is 0, the final
-    evaluation of that or of the best network."""
+    """Run --eval.
+
+    Repeat the last-epoch evaluation with the network that --resume names. Then, unless --final-iters is 0, run the
+    final evaluation of the same network or, with --final-model=best, of model_best.pth.
+    """
     device = choose_device(args)
     world, folder = World.join(device), Folder(args.fname)
     precision, screen = Precision(args, device), Screen(world.is_main, args.quiet)
     recorded, names = options.run_flags(args.fname), ("seed", "epsilon", "norm", *options.RUNS)
-    flags = {name: getattr(args, name) for name in names if not recorded or name in args.given}  # the rest is the run's
+    # Flags that the user did not give come from the run's args.json.
+    flags = {name: getattr(args, name) for name in names if not recorded or name in args.given}
     flags["data_set"] = dataset
 
     def opened(path: str | Path, which: str) -> Job:
@@ -257,7 +285,7 @@ def evaluate_training(dataset: DataSet, args: Args, signals: StopSignals) -> Non
 
 
 def read_once() -> Callable[[DataSet, str, bool], Images]:
-    """Return `data.testing`, which then reads the test images of networks on the same data set once."""
+    """Return a version of `data.testing` that reads each data set once."""
     found: dict[str, Images] = {}
 
     def test_images(dataset: DataSet, data_dir: str, synthetic: bool) -> Images:
@@ -273,8 +301,8 @@ def read(open_it: Callable[[], Opened], attacks: tuple[str, ...] = (), out: str 
          test_images: Callable[[DataSet, str, bool], Images] = testing) -> tuple[Opened, Images]:
     """Open a network and its test images, and check what the attacks and the record need.
 
-    The returned `folder` is where evaluation.json goes: `out`, or else the network's; Folder(None) if that is not
-    writable.
+    The returned Opened.folder is the folder for evaluation.json: `out`, else the network's folder; Folder(None) if the
+    network's folder is not writable.
     """
     opened = open_it()
     folder = Folder(out) if out else opened.folder
@@ -282,8 +310,8 @@ def read(open_it: Callable[[], Opened], attacks: tuple[str, ...] = (), out: str 
         folder.require_writable("--out")
         folder.path.mkdir(parents=True, exist_ok=True)
     elif not folder.is_writable():
-        why = f"{folder.path} cannot be written: " if folder.exists else ""
-        opened.notes.append(f"{why}no record is kept (evaluate.py --out=FOLDER keeps one)")
+        why = f": {folder.path} cannot be written" if folder.exists else ""
+        opened.notes.append(f"the results will not be saved{why}; to save them: evaluate.py --out=FOLDER")
         folder = Folder(None)
     folders.evaluations(folder)  # raises where the file is damaged, before anything is measured
     for attack in attacks:
@@ -292,18 +320,18 @@ def read(open_it: Callable[[], Opened], attacks: tuple[str, ...] = (), out: str 
     images = test_images(opened.dataset, opened.args.data_dir, opened.args.dummy)
     if opened.args.model not in MODELS:
         check_outputs(opened, images)
-    # A function of the user's may be one that cannot be sent to other processes.
+    # The user's functions in the data set may not be picklable: drop them before other processes receive it.
     dataset = replace(opened.dataset, source=opened.dataset.statement()["source"], peak=options.half)
     return opened._replace(folder=folder, dataset=dataset), images
 
 
 @torch.no_grad()
 def check_outputs(opened: Opened, images: Images) -> None:
-    """Raise UsageError unless a network of the user's maps images to a logit for each class."""
+    """Raise UsageError unless the user's network maps images to one logit per class."""
     x, _ = images.batch(slice(2))
     try:
         shape = tuple(opened.model(x).shape)
-    except Exception as error:  # code of the user's may raise any
+    except Exception as error:  # the user's code may raise any exception
         raise UsageError(f"--network {opened.source} fails on images of shape {tuple(x.shape)}: "
                          f"{type(error).__name__}: {error}") from None
     if shape != (len(x), opened.dataset.classes):
@@ -313,9 +341,9 @@ def check_outputs(opened: Opened, images: Images) -> None:
 
 def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device, precision: Precision,
              stop: Stop, screen: Screen, batch_size: int = 128) -> Job:
-    """Read the network and its test images on rank 0, print the notes about it, and move both to the device.
+    """Read the network and its test images on rank 0, print the network's notes, and move both to the device.
 
-    batch_size: of training; it bounds the number of images that are evaluated at once.
+    batch_size: training batch size, which bounds the evaluation batch (see `evaluation_batch`).
     """
     stop.signals.deferred = False
     opened, images = stop.world.from_main(network)
@@ -330,7 +358,7 @@ def open_job(network: Callable[[], tuple[Opened, Images]], device: torch.device,
 
 
 def add(job: Job, found: dict[str, Any], measured: bool = True) -> None:
-    """Add a row: keep it in evaluation.json, if that does not hold all rows already, and print it."""
+    """Add a row, write evaluation.json if it lacks rows, and print the row."""
     job.rows.append(found)
     job.is_new |= measured
     if job.is_new:
@@ -342,9 +370,9 @@ def add(job: Job, found: dict[str, Any], measured: bool = True) -> None:
 
 
 def keep(job: Job, found: dict[str, Any]) -> None:
-    """Write the rows so far, and what else was found, to this evaluation's record. Rank 0 alone does it.
+    """Write all rows so far, and the entries `found`, to this evaluation's record in evaluation.json, on rank 0 only.
 
-    If that fails, as on a full disk, the next row's attempt writes all of them.
+    After a failed write, as on a full disk, the next call writes all rows.
     """
     if not (job.stop.world.is_main and job.opened.folder.exists):
         return
@@ -361,7 +389,7 @@ def keep(job: Job, found: dict[str, Any]) -> None:
 
 
 def about(job: Job) -> dict[str, Any]:
-    """The part of a record that is known before any attack."""
+    """Return the entries of a record that are known before any attack."""
     opened = job.opened
     return {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "file": opened.source, **conditions(job),
             "batch_size": job.batch_size, "notes": opened.notes,
@@ -369,52 +397,65 @@ def about(job: Job) -> dict[str, Any]:
 
 
 def conditions(job: Job) -> dict[str, Any]:
-    """What a record says of the network, its images and their random starts: with these equal, an attack has the same
-    result."""
+    """Return the settings that determine an attack's result: network, images, seed and precision.
+
+    Results in records with equal settings are reused.
+    """
     return {"network": fingerprint(job.opened.model), **parameters(job.opened), "seed": job.opened.args.seed,
             "samples": len(job.images), "precision": job.precision.name}
 
 
 def known_rows(job: Job) -> dict[tuple[str, float], dict[str, Any]]:
-    """The rows in evaluation.json of attacks on this network, (attack, epsilon) -> row, the newest ones.
+    """Return the newest rows in evaluation.json of attacks on this network, (attack, epsilon) -> row.
 
-    Records of older versions do not say which images are robust, so that their rows are of no use for the worst case.
+    Rows without `robust_images` (older versions) are ignored: the worst-case row needs to know which images are robust.
+
+    Raises:
+        UsageError: a row is damaged.
     """
     known, same = {}, json.loads(json.dumps(conditions(job)))
     for record in folders.evaluations(job.opened.folder):
-        if all(record.get(name) == value for name, value in same.items()):
+        if any(record.get(name) != value for name, value in same.items()):
+            continue
+        try:
             for row in record.get("attacks", ()):
                 of_network = row["n"] == len(job.images) and row.get("file") in (None, record["file"])
                 if "robust_images" in row and of_network and row["step"] == step_of(row["attack"], row["epsilon"]):
+                    unpacked(row), line(row)
                     known[row["attack"], row["epsilon"]] = row
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise folders.damaged_evaluations(job.opened.folder) from None
     return known
 
 
 def step_of(attack: str, epsilon: float) -> float | None:
-    """The step of evaluate.py's attack in 1/255; None if it has none."""
+    """Return the step size of evaluate.py's attack in 1/255; None for clean and AutoAttack."""
     pgd = None if attack in options.AUTOATTACK else form_of_pgd(attack, epsilon)
     return 255 * pgd.alpha if pgd and pgd.restarts else None
 
 
 def packed(robust: Tensor) -> str:
-    """Whether each image is robust, bool (N,), as hexadecimal digits: eight images in two, the first one highest."""
+    """Return robust, bool (N,), in hexadecimal: two digits for eight images, the first image in the highest bit."""
     return np.packbits(robust.cpu().numpy()).tobytes().hex()
 
 
 def unpacked(row: dict[str, Any]) -> Tensor:
-    """Whether each image is robust, bool (N,), from a row of evaluation.json."""
-    whole = np.frombuffer(bytes.fromhex(row["robust_images"]), dtype=np.uint8)
-    return torch.from_numpy(np.unpackbits(whole, count=row["n"]).astype(bool))
+    """Return whether each image is robust, bool (N,), from a row of evaluation.json. Raises ValueError on damage."""
+    packed_bits = np.frombuffer(bytes.fromhex(row["robust_images"]), dtype=np.uint8)
+    robust = np.unpackbits(packed_bits)[:row["n"]].astype(bool)
+    if len(robust) != row["n"] or robust.sum() != row["robust"]:
+        raise ValueError
+    return torch.from_numpy(robust)
 
 
 def warn(job: Job) -> None:
-    """Print the warnings about the results."""
+    """Print the warnings that the results cause."""
     for warning in suspicions(job):
         job.screen.warn(warning)
 
 
 def parameters(opened: Opened) -> dict[str, Any]:
-    """What a record says of the network and its images."""
+    """Return a record's entries about the network, the data set and the normalization."""
     normalize = getattr(opened.model, "normalize", None)
     constants = {name: getattr(normalize, name).flatten().tolist() for name in ("mean", "std")
                  if isinstance(normalize, Normalize)}
@@ -429,15 +470,17 @@ def measure(job: Job, attack: str, epsilon: float) -> None:
         measure_pgd(job, attack, epsilon)
         return
     if not job.clean:
-        attacked(job, "clean", form_of_pgd("clean", 0.0))  # which refuses outputs that are not finite
+        attacked(job, "clean", form_of_pgd("clean", 0.0))  # raises UsageError for non-finite outputs
     robust, seconds, more = auto_attack(job, attack, epsilon)
     job.robust[attack, epsilon] = robust
     add(job, {**row(attack, epsilon, int(robust.sum()), len(robust), seconds), **more, "robust_images": packed(robust)})
 
 
 def measure_pgd(job: Job, attack: str, epsilon: float, alpha: float | None = None) -> Result:
-    """Attack the images by a form of PGD, and add a row. epsilon, alpha: radius and step in 1/255, the step a quarter
-    of the radius by default."""
+    """Attack the images with clean, fgsm, cw or PGD, and add a row.
+
+    epsilon and alpha (the step size, default: epsilon / 4) are in 1/255.
+    """
     pgd = form_of_pgd(attack, epsilon, alpha, job.opened.args.seed, job.opened.args.norm)
     title = attack_title(attack, epsilon)
     announce(job, title, epsilon, 3 * pgd.steps * pgd.restarts or 1)
@@ -455,13 +498,15 @@ def measure_pgd(job: Job, attack: str, epsilon: float, alpha: float | None = Non
 
 
 def attack_title(attack: str, epsilon: float) -> str:
-    """Name an attack and its epsilon in 1/255, as in hints and in the heads of columns."""
+    """Return the name of an attack with its epsilon in 1/255, for notes and column titles."""
     return attack if attack == "clean" else f"{attack}, epsilon {epsilon:g}"
 
 
 def announce(job: Job, title: str, epsilon: float, cost: float) -> None:
-    """Print how long an attack may take, if that is minutes. cost: forward passes of an image that stays robust; a
-    backward pass counts 2."""
+    """Print an estimate of the attack's duration if it exceeds LONG seconds.
+
+    cost: forward passes for an image that stays robust; a backward pass counts 2.
+    """
     if not job.screen.shown:
         return
     job.pace = job.pace or pace(job)
@@ -473,18 +518,20 @@ def announce(job: Job, title: str, epsilon: float, cost: float) -> None:
 
 
 def pace(job: Job) -> float:
-    """Measure the seconds of a forward pass for an image."""
+    """Measure the seconds of a forward pass, per image."""
     x, _ = job.images.batch(slice(job.batch_size))
     began = 0.0
-    for _ in range(2):  # the first pass also prepares the device
+    for _ in range(2):  # the first forward pass also initializes the device
         began = time.perf_counter()
         job.precision.float32_logits(job.opened.model, x).sum().item()
     return (time.perf_counter() - began) / len(x)
 
 
 def form_of_pgd(attack: str, epsilon: float, alpha: float | None = None, seed: int = 0, norm: str = "l_inf") -> PGD:
-    """The attack of a name: clean, fgsm, cw or pgd-STEPS-RESTARTS-STEP, whose step is `alpha` if it is not in the name;
-    epsilon, alpha and STEP in 1/255."""
+    """Return the attack named clean, fgsm, cw, pgd-STEPS-RESTARTS or pgd-STEPS-RESTARTS-STEP.
+
+    epsilon, alpha (the step size of pgd and cw, default: epsilon / 4) and STEP (overrides alpha) are in 1/255.
+    """
     size, step = epsilon / 255, (epsilon / 4 if alpha is None else alpha) / 255
     if attack == "clean":
         return PGD(0.0, 0.0, 0, 0)
@@ -497,7 +544,7 @@ def form_of_pgd(attack: str, epsilon: float, alpha: float | None = None, seed: i
 
 
 def attacked(job: Job, title: str, attack: PGD) -> Result:
-    """The result of an attack on the images. The result without a perturbation is computed once."""
+    """Return the result of an attack on the images. The unperturbed result is computed once."""
     begun = Restart(0, job.clean.unperturbed()) if job.clean and attack.restarts else None
     events = attack_steps(job.opened.model, job.images, attack, job.batch_size, job.precision, job.stop.world, begun)
     for restart in shown(events, job.screen, title, attack.restarts, job.stop):
@@ -508,7 +555,7 @@ def attacked(job: Job, title: str, attack: PGD) -> Result:
 
 
 def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, dict[str, Any]]:
-    """Run AutoAttack or a part. Returns robust (N,), seconds, extra entries."""
+    """Run AutoAttack or one of its parts. Returns robust (N,), seconds and extra entries of the row."""
     parts, _ = parts_for(attack, job.opened.dataset.classes)
     model, images, seed, folder = job.opened.model, job.images, job.opened.args.seed, job.opened.folder
     file = folder.path / f".{attack}-{epsilon:g}.json" if folder.exists else None
@@ -531,7 +578,7 @@ def auto_attack(job: Job, attack: str, epsilon: float) -> tuple[Tensor, float, d
 
 
 def row(attack: str, epsilon: float, robust: int, n: int, seconds: float | None = None) -> dict[str, Any]:
-    """A table row: `robust` of n images, with Wilson's 95% interval. Epsilon is in 1/255."""
+    """Return a table row: `robust` of n images, with Wilson's 95% interval. Epsilon is in 1/255."""
     from scipy.stats import binomtest  # takes long to import
 
     interval = binomtest(robust, n).proportion_ci(0.95, method="wilson")
@@ -540,7 +587,7 @@ def row(attack: str, epsilon: float, robust: int, n: int, seconds: float | None 
 
 
 def worst(job: Job, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:
-    """With several attacks, a row per epsilon: images robust to all of them."""
+    """Return one row per epsilon for the images robust to all attacks; none with a single attack."""
     rows = []
     for epsilon in epsilons:
         left = [flags.cpu() for (_, size), flags in job.robust.items() if size == epsilon]
@@ -550,7 +597,7 @@ def worst(job: Job, epsilons: tuple[float, ...]) -> list[dict[str, Any]]:
 
 
 def suspicions(job: Job) -> list[str]:
-    """Warnings where the results suggest that an attack is weak, or that gradients mislead it (gradient masking)."""
+    """Return warnings if the results suggest that an attack is too weak or that gradients are masked."""
     warnings = []
     for epsilon in dict.fromkeys(row["epsilon"] for row in job.rows):
         rows = {row["attack"]: row for row in job.rows if row["epsilon"] == epsilon}
@@ -558,21 +605,22 @@ def suspicions(job: Job) -> list[str]:
         pgd = min((row for name, row in rows.items() if name.startswith("pgd-")), default=None,
                   key=lambda row: (row["attack"] != "pgd-50-10", row["robust"]))
         if pgd and "autoattack" in rows and (gap := pgd["accuracy"] - rows["autoattack"]["accuracy"]) > MASKED:
-            warnings.append(f"at epsilon {epsilon:g}, AutoAttack is {100 * gap:.1f} points under "
-                            f"{pgd['attack'].upper()}: gradients may be masked")
+            warnings.append(f"at epsilon {epsilon:g}, AutoAttack accuracy is {100 * gap:.1f} points below "
+                            f"{pgd['attack'].upper()} accuracy: gradients may be masked")
         square = rows.get("autoattack", {}).get("parts", {}).get("square", 0)
         apgd = [job.robust[name, epsilon].cpu() for name in ("apgd-ce", "apgd-t") if name in rows]
         if "square" in rows and apgd:
             square = max(square, int((torch.stack(apgd).all(dim=0) & ~job.robust["square", epsilon].cpu()).sum()))
         if square > SURPRISE * n:
-            warnings.append(f"at epsilon {epsilon:g}, Square, which needs no gradient, breaks {square} of {n} images "
-                            f"that APGD does not: gradients may be masked")
+            warnings.append(f"at epsilon {epsilon:g}, {square} of {n} images are misclassified under Square (an attack "
+                            f"without gradients), but not under APGD: gradients may be masked")
         for name, row in rows.items():
             fgsm = rows.get("fgsm", row)
             same = (row["n"], row.get("file")) == (fgsm["n"], fgsm.get("file"))
             if row["step"] is not None and same and row["robust"] > fgsm["robust"]:
-                warnings.append(f"at epsilon {epsilon:g}, {name} leaves {100 * row['accuracy']:.2f}% and fgsm "
-                                f"{100 * fgsm['accuracy']:.2f}%: take more steps or another step")
+                warnings.append(f"at epsilon {epsilon:g}, {name} accuracy ({100 * row['accuracy']:.2f}%) is above fgsm "
+                                f"accuracy ({100 * fgsm['accuracy']:.2f}%): {name} is too weak; use more steps or "
+                                f"another step size")
             shares = row.get("no_gradient", 0.0)
             shares = shares if isinstance(shares, dict) else {name: shares}
             for part, share in shares.items():
@@ -581,8 +629,10 @@ def suspicions(job: Job) -> list[str]:
 
 
 def mismatch(job: Job) -> list[str]:
-    """A warning if the inputs of a BatchNorm layer do not fit its running statistics: the normalization, the block or
-    the data set may be wrong. A network whose run records them is not checked."""
+    """Return a warning if the inputs of a BatchNorm layer do not fit its running statistics.
+
+    The cause may be a wrong normalization, block or data set. Networks whose run recorded these flags are not checked.
+    """
     run, args = job.opened.run, job.opened.args
     recorded = {**{name: options.FLAGS[name].default for name in options.NETWORK}, **run}
     if run and all(recorded[name] == getattr(args, name) for name in ("data_set", *options.NETWORK)):
@@ -590,17 +640,18 @@ def mismatch(job: Job) -> list[str]:
     x, _ = job.images.batch(slice(512))
     distance = batchnorm_mismatch(job.opened.model, x)
     return [] if distance < MISMATCH else [
-        f"the inputs of a BatchNorm layer are {distance:.2f} off its running statistics (up to {MISMATCH:g} is usual): "
-        f"the normalization (--mean, --std), the block (--shortcut, --block) or the data set may be wrong"]
+        f"the inputs of a BatchNorm layer differ from its running statistics by {distance:.2f} (0: equal; under "
+        f"{MISMATCH:g}: normal): the normalization (--mean, --std), the block (--shortcut, --block) or the data set "
+        f"may be wrong"]
 
 
 @torch.no_grad()
 def batchnorm_mismatch(model: nn.Module, x: Tensor) -> float:
-    """The largest distance of a BatchNorm layer's inputs from its running statistics, on images x (B, 3, H, W).
+    """Return the largest distance of a BatchNorm layer's inputs from its running statistics, for x (B, 3, H, W).
 
     Distance of a channel: the length of ((mean - running mean) / running deviation, log(deviation / running
-    deviation)). Distance of a layer: the first quartile over its channels. Every layer normalizes by the statistics of
-    this batch, as in training, so that its distance does not add to those of later layers.
+    deviation)). Distance of a layer: the first quartile over its channels. Every layer normalizes with the statistics
+    of this batch, as in training, so that a layer's distance does not increase those of later layers.
     """
     distances: list[Tensor] = []
 
@@ -623,7 +674,7 @@ def batchnorm_mismatch(model: nn.Module, x: Tensor) -> float:
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row of the table, in Markdown."""
+    """Return a row of the table, in Markdown."""
     epsilon = "" if row["attack"] == "clean" else f"{row['epsilon']:g}"
     step = "" if row["step"] is None else f"{row['step']:.4g}"
     seconds = "" if row["seconds"] is None else f"{row['seconds']:.1f}"

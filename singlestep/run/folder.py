@@ -187,7 +187,12 @@ def evaluations(folder: Folder) -> list[dict[str, Any]]:
             raise ValueError
         return records
     except ValueError:
-        raise UsageError(f"{path} is damaged: repair it, or move it to another folder") from None
+        raise damaged_evaluations(folder) from None
+
+
+def damaged_evaluations(folder: Folder) -> UsageError:
+    """Return the error about an evaluation.json that cannot be used."""
+    return UsageError(f"{folder.path / 'evaluation.json'} is damaged: repair it, or move it to another folder")
 
 
 def add_evaluation(folder: Folder, record: dict[str, Any], before: dict[str, Any] | None = None) -> dict[str, Any]:
