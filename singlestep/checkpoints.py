@@ -1,4 +1,4 @@
-"""Load networks from run folders and from checkpoint files, of these scripts or published ones."""
+"""Load networks from run folders, and from checkpoint files of these scripts or of third parties."""
 import hashlib
 import importlib
 import inspect
@@ -24,12 +24,12 @@ class Opened(NamedTuple):
 
     Attributes:
         model: the network, in eval mode.
-        args, dataset: arguments and data set of its run.
-        source: file or files that it was read from.
+        args, dataset: arguments and data set of the network's run.
+        source: file or files from which the network was read.
         folder: folder of `source`.
         run: flags recorded in args.json; empty without args.json.
         notes: lines to print.
-        epoch: epoch, counted from 0, in or after which the network was saved; None if unknown.
+        epoch: index (from 0) of the epoch during or after which the network was saved; None if unknown.
     """
 
     model: nn.Module
@@ -45,16 +45,17 @@ class Opened(NamedTuple):
 def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     """Load the network in a run folder or in a checkpoint file, with the arguments of its run.
 
-    The arguments are those in the metadata of an exported file, or in args.json, in the folder or in that of the file.
-    Without either, give `flags`.
+    The arguments come from the metadata of an exported file, else from args.json in the folder (for a file: in its
+    parent folder), else from `flags`.
 
     Args:
-        path: folder of a run, exported file, or checkpoint file of these scripts or a published one.
-        which: "last", "best" or "healthy"; for a file with several networks, the network's key.
+        path: folder of a run, exported file, checkpoint of these scripts, or third-party checkpoint.
+        which: "last", "best" (highest score) or "healthy" (newest that has not collapsed); for a file with several
+            networks, the network's key.
         flags: data_set, model, base_width, mean, ...; a flag that is not None overrides args.json.
 
     Raises:
-        UsageError: there is no such network, it does not fit the flags, or its data set is unknown.
+        UsageError: the network does not exist or does not fit the flags, or the data set is unknown.
     """
     path = Path(path)
     if not path.exists():
@@ -70,14 +71,14 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
         run, notes = _as_saved(run, found)
         named = named or run.get("data_set")
         if named is None:
-            raise UsageError(f"{path} has no args.json that names its data set: add --data-set")
+            raise UsageError(f"{path} has no args.json with a data set: add --data-set")
         if isinstance(named, options.DataSet):
             dataset = named
         else:
             dataset = recorded if recorded and recorded.name == named else options.data_set(named)
         if dataset.source == options.OWN:
-            raise UsageError(f"{path}: the run trained a network of yours: load its state dict into that network, or "
-                             f"evaluate it with evaluate.py --network=MODULE:FUNCTION --weights=FILE")
+            raise UsageError(f"{path}: the run trained a network of your own: load the state dict into it, or "
+                             f"evaluate the file with evaluate.py --network=MODULE:FUNCTION --weights=FILE")
         args = options.arguments(dataset, {})
         given["data_set"] = dataset.name
         for name, value in {**run, **given}.items():
@@ -102,17 +103,17 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
 
 
 def open_network(source: str, weights: str | None, which: str = "last", **flags: Any) -> Opened:
-    """Build a network of the user's, and load its weights.
+    """Build the user's network, and load its weights.
 
     Args:
-        source: package.module:function. The function is called with num_classes, if it takes that, and returns the
-            network: images in [0, 1] to logits; with the flags mean and std, normalized images to logits.
-        weights: file of a state dict; None: the weights that the function gives.
-        which: the network's key in a file with several.
-        flags: as of `open_run`; data_set is needed.
+        source: package.module:function. The function is called with num_classes, if it has this parameter, and
+            returns the network, which maps images in [0, 1] (with the flags mean and std: normalized images) to logits.
+        weights: file of a state dict; None: the function's weights.
+        which: the network's key in a file with several networks.
+        flags: as in `open_run`; data_set is required.
 
     Raises:
-        UsageError: there is no such function or file, or they do not fit each other.
+        UsageError: the function or the file does not exist, or the weights do not fit the network.
     """
     given = {name: options.valid(name, value) for name, value in flags.items()
              if value is not None and name != "data_set"}
@@ -120,7 +121,7 @@ def open_network(source: str, weights: str | None, which: str = "last", **flags:
         raise UsageError("--network needs --data-set: the images to evaluate it on")
     idle = [options.option(name) for name in options.NETWORK if name in given and name not in CONSTANTS]
     if idle:
-        raise UsageError(f"{idle[0]} is for the networks of --model, not for that of --network")
+        raise UsageError(f"{idle[0]} is for the networks of --model, not for --network")
     dataset = options.data_set(flags["data_set"])
     args = options.arguments(dataset, {})
     for name, value in {**given, "model": source}.items():
@@ -128,10 +129,15 @@ def open_network(source: str, weights: str | None, which: str = "last", **flags:
     module, _, name = source.partition(":")
     try:
         function = getattr(importlib.import_module(module), name)
+        if isinstance(function, nn.Module):
+            raise UsageError(f"--network {source} is a network ({type(function).__name__}), not a function that "
+                             f"returns one: define such a function in {module}")
         takes = inspect.signature(function).parameters.values()
         sized = any(each.name == "num_classes" or each.kind is each.VAR_KEYWORD for each in takes)
         model = function(num_classes=dataset.classes) if sized else function()
-    except Exception as error:  # code of the user's may raise any
+    except UsageError:
+        raise
+    except Exception as error:  # the user's code may raise any exception
         raise UsageError(f"--network {source}: {type(error).__name__}: {error}") from None
     if not isinstance(model, nn.Module):
         raise UsageError(f"--network {source} must return a torch.nn.Module, not {type(model).__name__}")
@@ -145,7 +151,7 @@ def open_network(source: str, weights: str | None, which: str = "last", **flags:
         normalize = Normalize(args.mean or (0.0, 0.0, 0.0), args.std or (1.0, 1.0, 1.0))
         model = nn.Sequential(OrderedDict(normalize=normalize, network=model))
     else:
-        notes.append("not normalized: the network gets images in [0, 1]; --mean and --std change it")
+        notes.append("no normalization: the network's input is images in [0, 1]; to normalize them: --mean and --std")
     return Opened(model.eval(), args, dataset, f"{source}, {weights}" if weights else source,
                   Folder(Path(weights).parent if weights else None), {}, notes)
 
@@ -154,7 +160,7 @@ EXPORTED = "singlestep"  # key of the metadata of an exported file, JSON; see `e
 
 
 def recorded_flags(path: Path, folder: Folder) -> tuple[dict[str, Any], options.DataSet | None]:
-    """The flags and the data set of the run that the network is from; none where nothing records them."""
+    """Return the recorded flags ({} if none) and data set (None if none) of the network's run."""
     text = read_metadata(path).get(EXPORTED)
     if text is None:
         return options.recorded(folder.path)
@@ -162,7 +168,10 @@ def recorded_flags(path: Path, folder: Folder) -> tuple[dict[str, Any], options.
 
 
 def _newest(folder: Folder, which: str) -> Checkpoint | None:
-    """The newest checkpoint of a run, which may be damaged if another network is to be opened."""
+    """Return the newest checkpoint of a run.
+
+    If the checkpoint cannot be read, raise UsageError for which="last", and return None for another network.
+    """
     try:
         return find_checkpoint(folder, "auto", evaluation=True)
     except UsageError:
@@ -172,36 +181,36 @@ def _newest(folder: Folder, which: str) -> Checkpoint | None:
 
 
 def _as_saved(run: dict[str, Any], found: Checkpoint | None) -> tuple[dict[str, Any], list[str]]:
-    """Correct the flags of args.json that describe the network by those in the run's state. Returns notes, too."""
+    """Replace the network's flags from args.json by those in the checkpoint. Returns the flags, and notes to print."""
     if not run or found is None or found.training is None:
         return run, []
     saved = options.recorded_flags(found.training["run"].get("args", {}), found.source)
     names = [name for name in ("data_set", "dummy", "epsilon", "norm", *options.NETWORK)
              if name in saved and run.get(name) != saved[name]]
-    notes = [f"{options.option(name)} is {saved[name]}, as the run's state has it, not {run.get(name)}, as in "
-             f"args.json" for name in names]
+    notes = [f"{options.option(name)} is {saved[name]}, from the checkpoint; args.json says {run.get(name)}"
+             for name in names]
     return {**run, **{name: saved[name] for name in names}}, notes
 
 
 def assumptions(model: nn.Module, dataset: options.DataSet, args: options.Args) -> list[str]:
-    """Lines to print about a network whose file has no args.json: nothing in the file can confirm them."""
+    """Return notes that state the assumed normalization and architecture of a file without args.json."""
     constants = {name: model.get_buffer(f"normalize.{name}") for name in CONSTANTS}
     usual = all(value.flatten().equal(torch.tensor(getattr(dataset, name))) for name, value in constants.items())
     whose = f" ({dataset.name}'s)" if usual else ""
     network = options.as_flags({name: getattr(args, name) for name in ("model", *MODELS[args.model].values())})
-    return [f"normalized with {_shown(constants)}{whose}; --mean and --std change it",
-            f"assumed: {network}, with ReLU. Networks with other blocks or activations have the same files: compare "
-            f"the clean accuracy with the published one"]
+    return [f"normalized with {_shown(constants)}{whose}; to change the normalization: --mean and --std",
+            f"assumed: {network}, with ReLU. Other blocks or activations can have the same keys and shapes, so this "
+            f"cannot be verified: compare the clean accuracy with the published one"]
 
 
 def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Module, Any]:
-    """Load a network, and print notes about it. The arguments are those of `open_run`.
+    """Load a network and print notes about it. Takes the arguments of `open_run`.
 
         model, args = load_run("runs/x")
         model, args = load_run("published.pt", data_set="cifar10", model="WideResNet")
 
     Returns:
-        The network, in eval mode, from images in [0, 1] to logits; and the arguments of its run.
+        The network, in eval mode, which maps images in [0, 1] to logits; and the arguments of its run.
     """
     opened = open_run(path, which, **flags)
     for note in opened.notes:
@@ -209,10 +218,11 @@ def load_run(path: str | Path, which: str = "last", **flags: Any) -> tuple[nn.Mo
     return opened.model, opened.args
 
 
-NETWORKS = ("last", "best", "healthy")  # of a run
+NETWORKS = ("last", "best", "healthy")  # values of --which for a run
+# Keys of normalization constants in checkpoints.
 CONSTANTS = {"mean": re.compile(r"(^|\.)(mu|mean|new_mean)$"), "std": re.compile(r"(^|\.)(sigma|std|new_std)$")}
 
-
+# Subject of an error message about an entry's shape.
 SHAPED_BY = "--model, --base-width, --depth and --width-factor require"
 
 
@@ -234,11 +244,11 @@ class Candidate(NamedTuple):
 
 def load_network(model: nn.Module, content: dict, source: str, normalize: bool = True,
                  which: str = "last") -> list[str]:
-    """Load a state dict of these scripts or of published code into `model`.
+    """Load a state dict of these scripts or of third-party code into `model`.
 
-    The state dict may be nested under any keys, and its names may share a prefix such as `module.`. A PreActResNet
-    loses its final BatchNorm and ReLU if the state dict has none. Entries of layers that the network does not have are
-    ignored.
+    The state dict may be nested under any keys, and its keys may share a prefix such as `module.`. If the state dict of
+    a PreActResNet has no final BatchNorm, the network's final BatchNorm and ReLU are removed. Entries of layers that
+    the network does not have are ignored.
 
     Args:
         content: the state dict, or the content of its file.
@@ -255,7 +265,8 @@ def load_network(model: nn.Module, content: dict, source: str, normalize: bool =
     chosen, others = _choose(content, model.state_dict(), source, which)
     state, notes = chosen.state, []
     if others:
-        notes.append(f"network {chosen.name} of the file, which has others: --which={' or '.join(others)}")
+        notes.append(f"network {chosen.name} of the file; for the others: "
+                     f"{' or '.join(f'--which={name}' for name in others)}")
     elif chosen.name.partition(".")[0] in content:
         notes.append(f"network {chosen.name} of the file")
     if isinstance(model, PreActResNet) and model.bn is None and "bn" in chosen.unused:
@@ -265,11 +276,11 @@ def load_network(model: nn.Module, content: dict, source: str, normalize: bool =
         notes.append("without BatchNorm and ReLU before the last layer, as in the file")
     missing = [name for name in model.state_dict().keys() - state.keys() if not name.endswith("num_batches_tracked")]
     if missing:  # only PreActResNets may lack their final BatchNorm
-        raise UsageError(f"--resume: {source} is of another architecture: it has no {min(missing)}")
+        raise UsageError(f"--resume: {source} is of another architecture: {min(missing)} is missing")
     try:
         model.load_state_dict({**model.state_dict(), **state})
     except (RuntimeError, TypeError, AttributeError):
-        raise UsageError(f"--resume: {source} contains values that are not real tensors") from None
+        raise UsageError(f"--resume: {source} contains entries that are not real-valued tensors") from None
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise UsageError(f"--resume: {source} contains non-finite weights")
     if any(value.dtype is torch.float16 for value in state.values()):
@@ -280,7 +291,7 @@ def load_network(model: nn.Module, content: dict, source: str, normalize: bool =
 
 
 def _choose(content: dict, wanted: dict[str, Tensor], source: str, which: str) -> tuple[Candidate, list[str]]:
-    """Return the candidate that fits the network, and the names of others that fit. `which` decides between several."""
+    """Return the candidate that fits the network, and the names of other fitting candidates. `which` selects one."""
     candidates = list(_candidates(content, wanted))
     fitting = [each for each in candidates if not _faults(each.state, wanted)]
     if not fitting:
@@ -288,14 +299,16 @@ def _choose(content: dict, wanted: dict[str, Tensor], source: str, which: str) -
         raise UsageError(f"--resume: {source} is of another architecture: {_faults(nearest.state, wanted)[0]}")
     named = [each for each in fitting if f"{each.name}.".startswith(f"{which}.")]
     if which != "last" and not named:
-        raise UsageError(f"--which: {source} has no network {which}; leave it out, or name another key")
+        names = ", ".join(each.name for each in fitting if each.name)
+        raise UsageError(f"--which: {source} has no network {which}; "
+                         f"{f'its networks: {names}' if names else 'leave --which out'}")
     chosen = (named or fitting)[0]
     return chosen, [each.name for each in fitting if each is not chosen]
 
 
 def _candidates(content: dict, wanted: dict[str, Tensor], path: tuple[str, ...] = (),
                 around: dict[str, Tensor] | None = None) -> Iterator[Candidate]:
-    """Yield what may be the state dict in `content`, and in all dicts within it."""
+    """Yield candidate state dicts from `content` and its nested dicts."""
     entries = {str(key): value for key, value in content.items()}
     constants = {**(around or {}), **{
         key: value for key, value in entries.items() if isinstance(value, Tensor)
@@ -316,14 +329,15 @@ def _candidates(content: dict, wanted: dict[str, Tensor], path: tuple[str, ...] 
 
 
 def _faults(state: dict[str, Any], wanted: dict[str, Tensor]) -> list[str]:
-    """Where a state dict does not fit the network; it may lack the final BatchNorm, `bn`."""
+    """Return messages about entries that do not fit the network. A missing final BatchNorm, `bn`, is accepted."""
     faults = []
     for key in sorted(wanted.keys() | state.keys()):
-        shape = tuple(wanted[key].shape) if key in wanted else "nothing"
-        found = tuple(getattr(state[key], "shape", ())) if key in state else "nothing"
+        shape = tuple(wanted[key].shape) if key in wanted else None
+        found = tuple(getattr(state[key], "shape", ())) if key in state else None
         optional = key.endswith("num_batches_tracked") or ("bn.weight" not in state and key.startswith("bn."))
-        if shape != found and not (found == "nothing" and optional):
-            faults.append(f"at {key} it has {found}, but {SHAPED_BY} {shape}")
+        if shape != found and not (found is None and optional):
+            has = "is missing" if found is None else f"has shape {found}"
+            faults.append(f"{key} {has}, but {SHAPED_BY} {'no such entry' if shape is None else shape}")
     return faults
 
 
@@ -337,7 +351,8 @@ def _normalized(model: nn.Module, constants: dict[str, Tensor], source: str, wan
     if not constants:
         return []
     if not isinstance(getattr(model, "normalize", None), Normalize):
-        return [f"the file's normalization ({_shown(constants)}) is not used: --mean and --std normalize the images"]
+        return [f"the file's normalization ({_shown(constants)}) is not used, because the network has no layer for it: "
+                f"give --mean and --std"]
     if not wanted:
         return [f"the file's normalization ({', '.join(constants)}) is overridden by --mean and --std"]
     own = {}
@@ -345,8 +360,8 @@ def _normalized(model: nn.Module, constants: dict[str, Tensor], source: str, wan
         found = {tuple(value.flatten().tolist()) for key, value in constants.items() if pattern.search(key)}
         if len(found) != 1 or len(values := found.pop()) not in (1, 3):
             shapes = ", ".join(f"{key} of shape {tuple(value.shape)}" for key, value in constants.items())
-            raise UsageError(f"--resume: {source} has normalization constants that are not one mean and one std of the "
-                             f"three channels ({shapes}): give --mean and --std")
+            raise UsageError(f"--resume: {source} has normalization constants that are not one mean and one std for "
+                             f"the three channels ({shapes}): give --mean and --std")
         own[name] = torch.tensor(values).view(1, -1, 1, 1).expand(1, 3, 1, 1)
     if not all(value.isfinite().all() for value in own.values()) or not (own["std"] > 0).all():
         raise UsageError(f"--resume: {source} has invalid normalization constants: {_shown(own)}")

@@ -868,8 +868,15 @@ def described(text: str, source: str | Path, wrong: UsageError) -> tuple[dict[st
 
 def differing(given: dict[str, Any], run: dict[str, Any]) -> list[str]:
     """Return lines to print about given flags that override those of a run."""
-    return [f"{option(name)} {value} overrides the run's {run[name]}" for name, value in given.items()
-            if name in run and run[name] != value]
+    def text(value: Any) -> str:
+        if value is None or isinstance(value, bool):
+            return {None: "default", True: "on", False: "off"}[value]
+        return ",".join(map(text, value)) if isinstance(value, (tuple, list)) else \
+            f"{value:g}" if isinstance(value, float) else str(value)
+
+    # evaluate.py gives epsilon as --epsilons, so epsilon has no dashes.
+    return [f"{'epsilon' if name == 'epsilon' else option(name)} {text(value)} instead of the run's {text(run[name])}"
+            for name, value in given.items() if name in run and run[name] != value]
 
 
 def parse_evaluation(description: str | None = None, argv: list[str] | None = None) -> argparse.Namespace:

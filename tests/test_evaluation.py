@@ -147,7 +147,7 @@ def halved(state, x):
 # The file's content, flags, its logits on x, what is said of it.
 FORMS = {
     "bare": (lambda s: s, {}, plain, "normalized with mean 0.4914,0.4822,0.4465, std 0.2471,0.2435,0.2616 "
-             "(CIFAR-10's); --mean and --std change it"),
+             "(CIFAR-10's); to change the normalization: --mean and --std"),
     "module., under state_dict": (lambda s: {"state_dict": {f"module.{k}": v for k, v in s.items()}, "test_acc": 0.8},
                                   {}, plain, "network state_dict.module of the file\n"),
     "_orig_mod.module., under net": (lambda s: {"net": {f"_orig_mod.module.{k}": v for k, v in s.items()}, "epoch": 3},
@@ -176,7 +176,7 @@ FORMS = {
                             lambda s, x: postact(s, scaled(x)),
                             "assumed: --model=ResNet18 --base-width=4 --block=standard, with ReLU. "),
     "NuAT's ResNet18": (lambda s: {"state_dict": s}, RN | dict(block="nuat", mean=(0.0,) * 3, std=(1.0,) * 3),
-                        lambda s, x: postact(s, x, rectified=True), "normalized with mean 0,0,0, std 1,1,1; --mean"),
+                        lambda s, x: postact(s, x, rectified=True), "normalized with mean 0,0,0, std 1,1,1; to"),
     "a constant for all channels": (lambda s: {**s, **HALF}, {}, halved,
                                     "normalized as in the file: mean 0.5,0.5,0.5, std 0.25,0.25,0.25"),
     "constants beside the network": (lambda s: {"net": s, **HALF}, {}, halved, "normalized as in the file"),
@@ -190,15 +190,15 @@ FORMS = {
                                    "network state_dict of the file\n"),
     "nothing under a known key": (lambda s: {"state_dict": None, "net": s}, {}, plain, "network net of the file\n"),
     "two networks": (lambda s: {"state_dict": s, "state_dict_ema": other(s)}, {}, plain,
-                     "network state_dict of the file, which has others: --which=state_dict_ema\n"),
+                     "network state_dict of the file; for the others: --which=state_dict_ema\n"),
     "two networks, by key": (lambda s: {"state_dict": other(s), "state_dict_ema": {f"module.{k}": s[k] for k in s}},
                              dict(which="state_dict_ema"), plain,
-                             "network state_dict_ema.module of the file, which has others: --which=state_dict\n"),
+                             "network state_dict_ema.module of the file; for the others: --which=state_dict\n"),
     "two networks, by prefix": (lambda s: {f"{name}.{k}": v for name, values in (("teacher", other(s)), ("student", s))
                                            for k, v in values.items()}, dict(which="student"), plain,
-                                "network student of the file, which has others: --which=teacher\n"),
+                                "network student of the file; for the others: --which=teacher\n"),
     "last before the first": (lambda s: {"best": other(s), "last": s}, {}, plain,
-                              "network last of the file, which has others: --which=best\n"),
+                              "network last of the file; for the others: --which=best\n"),
     **{f"WideResNet-{depth}": (lambda s: s, WRN | dict(depth=depth), lambda s, x: wide(s, scaled(x)),
                                f"assumed: --model=WideResNet --depth={depth} --width-factor=1, with ReLU. ")
        for depth in (28, 40)},
@@ -228,7 +228,7 @@ def test_a_published_file_gives_the_logits_of_its_own_network(form, tmp_path, ca
 
 def test_a_deeper_network_and_foreign_constants_are_refused():
     from singlestep.networks import PreActResNet34
-    with pytest.raises(UsageError, match=r"another architecture: at layer1\.2"):
+    with pytest.raises(UsageError, match=r"another architecture: layer1\.2"):
         load_network(PreActResNet18(base_width=4), PreActResNet34(base_width=4).state_dict(), "a file")
     with pytest.raises(UsageError, match="invalid normalization constants"):
         load_network(PreActResNet18(base_width=4), {**narrow(), **WONG, "sigma": torch.zeros(3)}, "a file")
@@ -244,8 +244,8 @@ def test_a_network_that_the_file_does_not_have_is_refused(tmp_path):
     torch.save({"state_dict": narrow(), "ema": narrow()}, tmp_path / "two.pt")
     torch.save(narrow(), tmp_path / "model_best.pth")
     flags = dict(data_set="cifar10", base_width=4)
-    for name in ("two.pt", "model_best.pth"):
-        with pytest.raises(UsageError, match="has no network best; leave it out"):
+    for name, action in (("two.pt", "its networks: state_dict, ema"), ("model_best.pth", "leave --which out")):
+        with pytest.raises(UsageError, match=f"has no network best; {action}"):
             load_run(tmp_path / name, which="best", **flags)
     with pytest.raises(UsageError, match="--which must be last, best, healthy for the folder of a run, not ema"):
         load_run(tmp_path, which="ema", **flags)
@@ -317,7 +317,7 @@ def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
     status, output, error = judged(run, "--device=cpu", "--samples=48", "--attacks=clean,fgsm,pgd-2-2",
                                    "--epsilons=4/255,8")
     assert (status, error) == (0, "") and ["worst case", "8", "", "48"] in [row[:4] for row in rows_of(output)]
-    assert "overrides the run" not in output
+    assert "instead of the run" not in output
     record, = json.loads((run / "evaluation.json").read_text())
     rows = {(row["attack"], row["epsilon"]): row for row in record["attacks"]}
     assert rows["clean", 0]["accuracy"] == pytest.approx(final["clean_acc"])
@@ -329,12 +329,12 @@ def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
 def test_flags_win_over_the_runs_and_are_said(run, judged):
     flags = ["--device=cpu", "--samples=8", "--attacks=fgsm"]
     status, output, _ = judged(run, *flags, "--epsilons=2", "--seed=3", "--mean=0.5,0.5,0.5")
-    assert status == 0 and "--epsilon 2.0 overrides the run's 4.0" in output
-    assert "--seed 3 overrides the run's 0" in output
-    assert "--mean (0.5, 0.5, 0.5) overrides the run's None" in output
+    assert status == 0 and "epsilon 2 instead of the run's 4" in output
+    assert "--seed 3 instead of the run's 0" in output
+    assert "--mean 0.5,0.5,0.5 instead of the run's default" in output
     assert rows_of(output)[0][:4] == ["fgsm", "2", "2", "8"]
     status, output, _ = judged(run, *flags)
-    assert rows_of(output)[0][:4] == ["fgsm", "4", "4", "8"] and "overrides the run" not in output
+    assert rows_of(output)[0][:4] == ["fgsm", "4", "4", "8"] and "instead of the run" not in output
     assert len(json.loads((run / "evaluation.json").read_text())) == 2 and not (run / "eval.log").exists()
 
 
@@ -357,7 +357,7 @@ def test_an_l2_run_is_trained_and_evaluated_in_l2(tmp_path, call, judged, short,
     assert [row[:2] for row in rows_of(output)] == [
         ["clean", ""], *([name, "128"] for name in ("fgsm", "pgd-2-1", "cw", "apgd-ce", "worst case"))]
     status, output, _ = judged(folder, "--device=cpu", "--samples=8", "--attacks=fgsm", "--norm=l_inf", "--epsilons=8")
-    assert status == 0 and "--norm l_inf overrides the run's l_2" in output and ", norm" not in output
+    assert status == 0 and "--norm l_inf instead of the run's l_2" in output and ", norm" not in output
     first, second = json.loads((folder / "evaluation.json").read_text())
     assert (first["norm"], second["norm"]) == ("l_2", "l_inf")
 
@@ -552,8 +552,8 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
                         ([tmp_path / "alon.pt"], f"alon.pt is missing; did you mean {tmp_path / 'alone.pt'}?"),
                         ([tmp_path / "none.pt", "--data-set=svhn"], "none.pt is missing"),
                         ([tmp_path / "empty", "--data-set=svhn"], "contains no model"),
-                        ([tmp_path / "alone.pt", "--data-set=cifar10"], "another architecture: at bn.bias"),
-                        ([run, "--attacks=pgd-0-3"], "one of clean"), ([run, "--epsilons=8,x"], "must be a number"),
+                        ([tmp_path / "alone.pt", "--data-set=cifar10"], "another architecture: bn.bias"),
+                        ([run, "--attacks=pgd-0-3"], "must be of clean"), ([run, "--epsilons=8,x"], "must be a number"),
                         ([run, "--std=0.5,0,0.5"], "must be three numbers above 0"),
                         ([run, "--model=WideResNet"], "another architecture"),
                         ([run, "--model=WideResNet", "--shortcut=raw"], "--shortcut raw is for PreActResNet18")):
@@ -630,9 +630,9 @@ def test_the_state_of_a_run_is_believed_before_an_edited_args_json(run, judged, 
         assert (args.epsilon, args.mean, args.shortcut) == (4, None, "activated")
     status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=fgsm")
     assert status == 0 and rows_of(output)[0][:4] == ["fgsm", "4", "4", "8"] and "BatchNorm" not in output
-    assert "--mean is None, as the run's state has it, not (0.5, 0.5, 0.5), as in args.json" in output
+    assert "--mean is None, from the checkpoint; args.json says (0.5, 0.5, 0.5)" in output
     status, output, _ = call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run)
-    assert status == 0 and "--epsilon is 4.0, as the run's state has it, not 2.0, as in args.json" in output
+    assert status == 0 and "--epsilon is 4.0, from the checkpoint; args.json says 2.0" in output
     record = json.loads((run / "evaluation.json").read_text())[1]
     assert record["network"] == expected["last"] and record["final"]["epsilon"] == 4
 
@@ -646,8 +646,8 @@ def test_eval_takes_its_flags_from_the_run_and_says_which_ones_win(run, call):
     for key in ("iters", "restarts", "epsilon", "images", "robust_acc", "clean_acc"):
         assert first["final"][key] == final[key]
     status, _, error = call("train_cifar.py", *small, "--epsilon=2", "--final-iters=1", "--seed=0")
-    assert status == 0 and sorted(error.splitlines()) == ["# --epsilon 2.0 overrides the run's 4.0",
-                                                          "# --final-iters 1 overrides the run's 2"]
+    assert status == 0 and sorted(error.splitlines()) == ["# --final-iters 1 instead of the run's 2",
+                                                          "# epsilon 2 instead of the run's 4"]
     second = json.loads((run / "evaluation.json").read_text())[1]
     assert second["final"]["epsilon"] == 2 and [row["attack"] for row in second["attacks"]] == [
         "clean", "fgsm", "pgd-2-1", "pgd-1-2"]
@@ -724,7 +724,8 @@ def test_a_row_of_another_step_or_another_network_of_the_record_is_not_taken(run
 def test_which_images_are_robust_is_kept_in_few_digits(n):
     robust = torch.rand(n, generator=torch.Generator().manual_seed(n)) < 0.5
     text = evaluation.packed(robust)
-    assert torch.equal(evaluation.unpacked({"robust_images": text, "n": n}), robust) and len(text) == 2 * -(-n // 8)
+    row = {"robust_images": text, "n": n, "robust": int(robust.sum())}
+    assert torch.equal(evaluation.unpacked(row), robust) and len(text) == 2 * -(-n // 8)
     assert evaluation.packed(torch.tensor([True] + 7 * [False] + [True])) == "8080"
 
 
@@ -806,6 +807,8 @@ def linear():
 
 def number():
     return 3
+
+built = Net()
 """
 
 
@@ -854,13 +857,14 @@ def test_torchvisions_network_has_its_weights(tmp_path):
     ([], "RUN_OR_FILE, or --network"), (["--network={own}"], "must be PACKAGE.MODULE:FUNCTION"),
     (["--network={own}:Nets", "--data-set=cifar10"], "has no attribute 'Nets'"),
     (["--network=nowhere.at_all:net", "--data-set=cifar10"], "No module named 'nowhere'"),
+    (["--network={own}:built", "--data-set=cifar10"], "is a network (Net), not a function that returns one"),
     (["--network={own}:number", "--data-set=cifar10"], "must return a torch.nn.Module, not int"),
     (["--network={own}:linear", "--data-set=cifar10", "--dummy"], "fails on images of shape (2, 3, 16, 16): R"),
     (["--network={own}:narrow", "--data-set=cifar10", "--dummy"], "to (2, 9), not to (2, 10): the logits of CIFAR-10"),
     (["--network={own}:Net", "--data-set=cifar10", "--base-width=16"], "--base-width is for the networks of --model"),
     (["--network={own}:Net", "--data-set=cifar10", "--weights=none.pt"], "none.pt is missing"),
-    (["--network={own}:Net", "--data-set=cifar10", "--weights=other.pt"], "other.pt is of another architecture: at li"),
-    (["--network={own}:Net", "--data-set=cifar10", "--weights=bare.pt"], "bare.pt is of another architecture: it has")])
+    (["--network={own}:Net", "--data-set=cifar10", "--weights=other.pt"], "other.pt is of another architecture: li"),
+    (["--network={own}:Net", "--data-set=cifar10", "--weights=bare.pt"], "bare.pt is of another architecture: bn.")])
 def test_a_mistake_about_a_network_of_ones_own_is_one_line(flags, told, own, judged, small_dummy):
     torch.save({"linear.weight": torch.zeros(4, 3), "linear.bias": torch.zeros(4)}, "other.pt")
     torch.save({"linear.weight": torch.zeros(10, 3), "linear.bias": torch.zeros(10)}, "bare.pt")
@@ -1107,7 +1111,7 @@ def test_a_quantized_input_is_told_of_and_square_sees_through_it(tmp_path, short
     rows = {row["attack"]: row for row in job.rows}
     assert rows["pgd-5-1"]["no_gradient"] == 1 and rows["square"]["robust"] < rows["apgd-ce"]["robust"]
     told = " ".join(evaluation.suspicions(job))
-    assert "Square, which needs no gradient" in told and "pgd-5-1 had a gradient of 0 for 100%" in told
+    assert "misclassified under Square" in told and "pgd-5-1 had a gradient of 0 for 100%" in told
 
 
 @pytest.mark.parametrize("attack", ["fgsm", "cw", "pgd-2-1", "apgd-ce", "apgd-t", "fab-t", "square"])

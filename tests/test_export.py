@@ -161,7 +161,7 @@ def test_a_strangers_safetensors_file_is_loaded_by_its_shapes(tmp_path):
     assert torch.equal(logits(tmp_path / "x.safetensors", **CIFAR10), network(X))
     (tmp_path / "x.safetensors").rename(tmp_path / "x.bin")
     assert torch.equal(logits(tmp_path / "x.bin", **CIFAR10), network(X))
-    with pytest.raises(UsageError, match=r"has no args\.json that names its data set: add --data-set"):
+    with pytest.raises(UsageError, match=r"has no args\.json with a data set: add --data-set"):
         load_run(tmp_path / "x.bin")
     with pytest.raises(UsageError, match="is of another architecture"):
         load_run(tmp_path / "x.bin", data_set="cifar10")
