@@ -5,9 +5,9 @@
     python evaluate.py --network=my_module:my_function --weights=my_weights.pt --data-set=cifar10
     python evaluate.py runs/a runs/b runs/c --attacks=clean,autoattack --samples=200 --latex=table.tex
 
-A run's folder says which network, data set and epsilon it has; for a published file, give them as flags. Each result
-is printed as a row of a table, and kept in evaluation.json: in the run's folder, beside the file, or in --out. What
-that file holds is not measured again. Several networks are compared in a last table.
+The folder of a run records its network, data set and epsilon; for a third-party checkpoint, give them as flags.
+Results are printed, and saved in evaluation.json: in the run's folder, next to the file, or in --out. Attacks whose
+results are saved are not run again; --again runs them. With several networks, a comparison table follows.
 """
 from singlestep.options import parse_evaluation
 

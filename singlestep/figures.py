@@ -1,7 +1,7 @@
 """Tables and figures of runs: final accuracies, and curves over epochs.
 
-A run is named by the flags in which it differs from the others. Runs that differ only in the seed are averaged; a band
-shows their minimum and maximum. Epochs count from 1 here, from 0 in the files of a run.
+Runs are named by the flags in which they differ. Runs that differ only in the seed are averaged; a band shows their
+minimum and maximum. Epochs count from 1 here, from 0 in the files of a run.
 """
 import contextlib
 import json
@@ -25,18 +25,19 @@ from .run.folder import Folder, atomic_write, read_records
 from .tables import Accuracy
 
 PGD, FGSM, CLEAN = "test_robust_acc", "fgsm_acc", "test_acc"
-# Axis labels of metrics whose names in metrics.jsonl are not clear enough.
+# Axis labels that differ from the metric's name in metrics.jsonl.
 TITLES = {PGD: "accuracy under PGD, %", FGSM: "accuracy under FGSM, %", CLEAN: "clean accuracy, %",
           "train_robust_acc": "training accuracy under the run's own attack, %",
           "val_robust_acc": "accuracy under PGD on validation images, %", "lr": "learning rate",
-          "abnormal": "abnormal training images, %", "defence_mean": "mean absolute perturbation, 1/255"}
+          "abnormal": "abnormal training images, %", "defence_mean": "mean absolute perturbation in training, 1/255",
+          "attack_mean": "mean absolute perturbation of PGD, 1/255"}
 IN_PERCENT = ("_acc", "abnormal", "train_rise")
 NAMED = {"data_set", *(name for name, each in FLAGS.items() if each.metadata["named"])}
 SYMBOLS = {"zero_qval": "q", "multi_samps": "samples", "multi_th": "agree"}
 
 
 class Flagged(Protocol):
-    """What has the flags of a run, and a path."""
+    """Object with the flags and the folder of a run."""
 
     @property
     def folder(self) -> Path: ...
@@ -49,8 +50,8 @@ AnyRun = TypeVar("AnyRun", bound=Flagged)
 
 
 @dataclass(frozen=True)
-class Run:
-    """A run as read from its files: flags, a record for each epoch, and the final evaluation if there is one."""
+class RunRecord:
+    """A run's files: flags, one record for each epoch, and the record of the final evaluation, None without it."""
 
     folder: Path
     flags: dict[str, Any]
@@ -58,8 +59,8 @@ class Run:
     final: dict[str, Any] | None
 
 
-def read_run(folder: Path) -> Run:
-    """Read the run in `folder`. Raises UsageError if there is none, it is damaged, or it has no complete epoch."""
+def read_run(folder: Path) -> RunRecord:
+    """Read the run in `folder`. Raises UsageError if the run is missing or damaged, or has no complete epoch."""
     if not (folder / "args.json").is_file():
         raise UsageError(f"{folder} is not the folder of a run: it has no args.json")
     flags, file = options.run_flags(folder), folder / "metrics.jsonl"
@@ -72,10 +73,10 @@ def read_run(folder: Path) -> Run:
         if final is not None and not math.isfinite(final["robust_acc"] + final["iters"] + final["restarts"]):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError):
-        raise UsageError(f"{file} is damaged: repair it, or leave this run out") from None
+        raise UsageError(f"{file} is damaged: repair it, or omit this run") from None
     if not epochs:
         raise UsageError(f"{folder}: no epoch is complete yet")
-    return Run(folder, defaults(flags), epochs, final)
+    return RunRecord(folder, defaults(flags), epochs, final)
 
 
 def collapsed(epochs: list[dict[str, Any]]) -> list[bool]:
@@ -86,7 +87,7 @@ def collapsed(epochs: list[dict[str, Any]]) -> list[bool]:
 
 
 def defaults(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return all flags of a run; flags that are newer than the run have their defaults."""
+    """Return a run's flags, completed by the defaults of flags that are newer than the run."""
     try:
         dataset = options.data_set(flags["data_set"])
     except UsageError:  # the user's own data set
@@ -103,8 +104,8 @@ def dependent(flags: dict[str, Any]) -> dict[str, Any]:
 def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
     """Return the name of the published method with these flags, and the flags that the name implies.
 
-    Of several such methods, choose the one that sets the most flags. Without such a method, the name consists of the
-    attack and the objective and, if a method has this name, of the values in which the run departs from the method.
+    If several methods fit, the name is that of the method that sets the most flags. If no method fits, the name is
+    "attack + objective", followed by the flags that differ from the method of that name, if there is such a method.
     """
     usual: dict[str, Any] = {"fgsm_init": "random", "objective": "ce", "elle_adaptive": False, "label_smoothing": 0.0}
     stated = {name: published.flags_on(flags.get("data_set", "")) for name, published in METHODS.items()}
@@ -138,7 +139,7 @@ def differing(runs: list[dict[str, Any]]) -> list[str]:
 
     def differ(run: dict[str, Any], other: dict[str, Any], name: str) -> bool:
         stated = [tuple(each[name]) for each in (run, other) if each.get(name) is not None and name in constants]
-        if len(stated) == 1:  # the other has the constants of the data set
+        if len(stated) == 1:  # the other run has the constants of the data set
             return stated[0] != constants[name]
         return run.get(name) != other.get(name)
 
@@ -157,7 +158,7 @@ def name(flags: dict[str, Any], among: list[str], by_method: bool) -> str:
 
     Args:
         among: flags in which the compared runs differ.
-        by_method: whether they differ in the method; the name then begins with it.
+        by_method: the compared runs differ in the method: begin the name with the method.
     """
     words, omitted = [], without_effect(flags)
     usual = {flag for flag, value in dependent(flags).items() if flags[flag] == value}
@@ -215,7 +216,7 @@ def span(values: list[int]) -> str:
 
 
 def best(epochs: list[dict[str, Any]]) -> int:
-    """Return the epoch, from 1, with the highest PGD accuracy, among those with as many test images as the first."""
+    """Return the epoch, from 1, with the highest PGD accuracy among those with as many test images as the first epoch."""
     alike = [i for i, record in enumerate(epochs) if record.get("test_images") == epochs[0].get("test_images")]
     return 1 + max(alike, key=lambda i: epochs[i][PGD])
 
@@ -223,7 +224,7 @@ def best(epochs: list[dict[str, Any]]) -> int:
 def collapse(runs: Iterable[list[dict[str, Any]]]) -> str:
     """Describe the collapse of runs: "no", "epoch 5", "epoch 5, then healthy" for one; "2 of 3, epoch 5-7" for several.
 
-    Epochs are the first in collapse, from 1. "then healthy": the last epoch is not in collapse.
+    Each epoch is the first one in collapse of a run, from 1. "then healthy": the last epoch is not in collapse.
     """
     runs = list(runs)
     states = [collapsed(epochs) for epochs in runs]
@@ -233,7 +234,7 @@ def collapse(runs: Iterable[list[dict[str, Any]]]) -> str:
     return f"epoch {first[0]}{'' if states[0][-1] else ', then healthy'}" if first else "no"
 
 
-def row(title: str, runs: list[Run]) -> list[Any]:
+def row(title: str, runs: list[RunRecord]) -> list[Any]:
     """Return the cells of one row of the table, for runs that differ only in the seed."""
     def accuracy(values: list[float], note: str = "") -> Accuracy:
         return Accuracy([100 * value for value in values], note=note)
@@ -251,16 +252,16 @@ def row(title: str, runs: list[Run]) -> list[Any]:
 
 
 def titled(title: str, runs: Collection[Any]) -> str:
-    """The first cell of a row: the name, and how many runs it is about."""
+    """Return the first cell of a row: the name, and the number of seeds if there are several."""
     return title + (f" ({len(runs)} seeds)" if len(runs) > 1 else "")
 
 
-def table(groups: dict[str, list[Run]]) -> tuple[tables.Table, str]:
-    """Return a table of the runs' results, and what it shows."""
+def table(groups: dict[str, list[RunRecord]]) -> tuple[tables.Table, str]:
+    """Return the table of the runs' results and its caption."""
     heads = ["run", "epochs", "clean", "FGSM", "PGD", "best PGD @ epoch", "collapse", "final evaluation"]
     several = ", mean ± deviation" if any(len(runs) > 1 for runs in groups.values()) else ""
     return ([heads, *(row(title, runs) for title, runs in groups.items())],
-            f"accuracy on test images in %, after the last epoch{several}; epochs count from 1")
+            f"accuracy on test images in %{several}; clean, FGSM, PGD: after the last epoch; epochs count from 1")
 
 
 class Style(NamedTuple):
@@ -291,12 +292,12 @@ OTHERS = tuple(Style(color, marker) for color, marker, _ in zip(cycle(COLORS), c
 
 @contextlib.contextmanager
 def own_style() -> Iterator[None]:
-    """Draw in the style of all figures, whatever matplotlibrc says, and leave the user's settings as they are.
+    """Draw in the style of all figures, independent of matplotlibrc. The user's settings are restored afterwards.
 
     Raises UsageError if matplotlib is not installed.
     """
     with mock.patch.dict(os.environ):
-        os.environ.pop("MPLBACKEND", None)  # it may name a backend that is not installed; these figures need none
+        os.environ.pop("MPLBACKEND", None)  # may name a backend that is not installed; figures are drawn without one
         try:
             import matplotlib
         except ImportError:
@@ -312,7 +313,7 @@ def own_style() -> Iterator[None]:
 
 
 def subplots(lines: int = 1, columns: int = 1, *, figsize: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """Create a figure and its panels. Unlike pyplot's, the figure is of no window and of no session."""
+    """Create a figure with a grid of panels, outside pyplot: no window, no global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize, layout="constrained")
@@ -329,7 +330,7 @@ def shade(place: int, last: int) -> Any:
 def styles(runs: list[dict[str, Any]]) -> list[Style]:
     """Choose a style for each run: a color scale if the runs differ in numbers, else the styles of their methods.
 
-    If these are not distinct, the styles are those of OTHERS.
+    If the methods' styles are not distinct, return styles from OTHERS.
     """
     values = ordered(runs, [flag for flag in differing(runs) if any(flag not in without_effect(run) for run in runs)])
     if values:
@@ -379,7 +380,7 @@ def curves(axes, groups: dict[str, list[list[dict[str, Any]]]], which: list[Styl
 
 
 def finish(axes, key: str) -> None:
-    """Set the axes of a panel whose curves are drawn; key: of their metric."""
+    """Set the axes of a panel after its curves are drawn. key: metric of the curves."""
     from matplotlib.ticker import MaxNLocator
 
     cross = any(line.get_marker() == "x" for line in axes.lines)
@@ -399,7 +400,7 @@ def save(figure, path: Path) -> None:
 
 
 def legend_below(figure, size: float = 7) -> None:
-    """Name the curves in a legend below all panels, by which the figure grows. Long names take several lines."""
+    """Add a legend below all panels and enlarge the figure by the legend's height. Long names are wrapped."""
     width, height = figure.get_size_inches()
     room = int(72 * width / (0.55 * size))  # in letters; a curve's sample takes about 8
     named = {textwrap.fill(line.get_label(), room - 8, break_on_hyphens=False): line
@@ -411,7 +412,7 @@ def legend_below(figure, size: float = 7) -> None:
 
 
 @own_style()
-def draw(groups: dict[str, list[Run]], keys: list[str]) -> Any:
+def draw(groups: dict[str, list[RunRecord]], keys: list[str]) -> Any:
     """Draw a figure of the runs with one panel for each key."""
     columns = min(2, len(keys))
     lines = math.ceil(len(keys) / columns)
@@ -432,7 +433,7 @@ ALONE = {CLEAN: ("clean", Style("#888888", "s")), FGSM: ("FGSM", Style("#d55e00"
 
 
 @own_style()
-def draw_alone(runs: list[Run]) -> Any:
+def draw_alone(runs: list[RunRecord]) -> Any:
     """Draw a figure of one run, or of runs that differ only in the seed: accuracy on clean images, under FGSM and under
     PGD, in one panel."""
     figure, axes = subplots(figsize=(5.5, 3.6))
@@ -446,7 +447,7 @@ def draw_alone(runs: list[Run]) -> Any:
     return figure
 
 
-def keys_of(text: str, groups: dict[str, list[Run]]) -> list[str]:
+def keys_of(text: str, groups: dict[str, list[RunRecord]]) -> list[str]:
     """Parse --y, metric names separated by commas. Raises UsageError if no run has one of the metrics."""
     records = [record for runs in groups.values() for run in runs for record in run.epochs]
     known = {key for record in records for key, value in record.items()
@@ -454,14 +455,14 @@ def keys_of(text: str, groups: dict[str, list[Run]]) -> list[str]:
     keys = list(dict.fromkeys(text.split(",")))
     for key in keys:
         if key not in known:
-            raise UsageError(f"--y {key}: must be of {', '.join(sorted(known))}"
+            raise UsageError(f"--y {key}: must be one of {', '.join(sorted(known))}"
                              f"{options.did_you_mean(options.similar(key, known))}")
     return keys
 
 
-def read_runs(folders: list[str]) -> list[Run]:
-    """Read the runs in these folders. Prints which folders are left out and why; raises UsageError if all are."""
-    runs: list[Run] = []
+def read_runs(folders: list[str]) -> list[RunRecord]:
+    """Read the runs in these folders. Prints the skipped folders and why; raises UsageError if all are skipped."""
+    runs: list[RunRecord] = []
     for folder in dict.fromkeys(map(Path, folders)):
         try:
             if not folder.exists():
@@ -470,7 +471,7 @@ def read_runs(folders: list[str]) -> list[Run]:
         except UsageError as error:
             if len(folders) == 1 or not folder.exists():
                 raise
-            say(f"# left out: {error}", error=True)
+            say(f"# skipped: {error}", error=True)
     if not runs:
         raise UsageError("none of these folders has a run with a complete epoch")
     return runs
@@ -480,8 +481,8 @@ def main(description: str | None = None) -> None:
     """Run plot.py: print a table of runs, and draw their curves."""
     p = options.Parser(description)
     p.add_argument("runs", nargs="+", type=options.path, metavar="RUN", help="folder of a run")
-    p.add_argument("--y", metavar="NAME,...", help=f"metrics to draw over the epochs, a panel each, by their names in "
-                   f"metrics.jsonl (default: {PGD}; of one run, in one panel, {', '.join(ALONE)})")
+    p.add_argument("--y", metavar="NAME,...", help=f"metrics to plot over the epochs, one panel each, as named in "
+                   f"metrics.jsonl (default: {PGD}; for a single run {', '.join(ALONE)}, in one panel)")
     p.add_argument("--out", type=options.figure_path, metavar="FILE", help="file of the figure: .png, .pdf or .svg")
     options.add_table_flags(p.add_argument)
     args = p.parse_args()

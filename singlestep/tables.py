@@ -17,9 +17,13 @@ Table = list[list[Any]]  # of str, int and Accuracy
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The accuracy of the networks in a row: mean and deviation of several, one with its 95% interval; all in %.
+    """Accuracy of the networks in one table row, in %.
 
-    note: text printed after the number.
+    Attributes:
+        values: accuracies; of several, the table shows mean ± deviation.
+        digits: digits after the decimal point.
+        interval: 95% interval of a single value.
+        note: text printed after the number.
     """
 
     values: list[float]
@@ -28,7 +32,7 @@ class Accuracy:
     note: str = ""
 
     def numbers(self) -> dict[str, str]:
-        """The numbers and the note, by what is appended to the column's header."""
+        """Return the numbers and the note as text, keyed by the suffix of their CSV column, such as " deviation"."""
         if not self.values:
             return {}
         parts = {"": statistics.mean(self.values)}
@@ -50,7 +54,7 @@ class Accuracy:
 
 
 def filled(table: Table) -> Table:
-    """The table without the columns that have no value."""
+    """Return the table without its empty columns."""
     columns = [column for column in zip(*table) if {str(cell) for cell in column[1:]} != {"-"}]
     return [list(row) for row in zip(*columns)]
 
@@ -74,14 +78,14 @@ def as_csv(table: Table) -> str:
     return text.getvalue()
 
 
-# What LaTeX takes for commands, and what its fonts may lack.
+# Characters to escape in LaTeX.
 ESCAPES = str.maketrans({
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": "$<$",
     ">": "$>$", **{letter: f"\\{letter}" for letter in "&%$#_{}"}})
 
 
 def as_latex(table: Table, caption: str) -> str:
-    """Format a table for LaTeX, with the rules of the package booktabs. caption: a comment above it."""
+    """Format a table for LaTeX, with the rules of the package booktabs. caption: text of a comment above the table."""
     head, *rows = [" & ".join(str(cell).translate(ESCAPES) for cell in row) + r" \\" for row in filled(table)]
     columns = "l" + "r" * (len(filled(table)[0]) - 1)
     return "\n".join([f"% {caption}", r"% needs \usepackage{booktabs}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",

@@ -34,7 +34,7 @@ def write_run(folder: Path, *flags: str, pgd=(0.3, 0.4), fgsm=None, final=0.35, 
     return folder
 
 
-def groups_of(*folders: Path) -> dict[str, list[figures.Run]]:
+def groups_of(*folders: Path) -> dict[str, list[figures.RunRecord]]:
     return figures.named([figures.read_run(folder) for folder in folders])
 
 
@@ -217,7 +217,7 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, call_plot):
                          ([run, f"--out={tmp_path / 'no/x.png'}"], "--out"), ([run / "args.json"], "no args.json")):
         status, output, error = call_plot(*flags)
         assert status == 2 and named in error, (flags, error)
-        assert [line.startswith("# left out: ") for line in error.splitlines()].count(False) == 1
+        assert [line.startswith("# skipped: ") for line in error.splitlines()].count(False) == 1
         assert not output or "x.png" in error
     assert sorted(tmp_path.rglob("*")) == before
     for record in ('"x"', "[1]", '{"epoch": 0, "test_robust_acc": 0.3, "test_acc": 0.6, "fgsm_acc": "0.4"}',
@@ -230,7 +230,7 @@ def test_mistakes_are_one_line_and_write_nothing(tmp_path, call_plot):
     with pytest.raises(UsageError, match="damaged"):
         figures.read_run(damaged)
     status, output, error = call_plot(run, empty, damaged)
-    assert status == 0 and error.count("# left out: ") == 2 and len(output.splitlines()) == 4
+    assert status == 0 and error.count("# skipped: ") == 2 and len(output.splitlines()) == 4
 
 
 def test_a_figure_without_matplotlib_is_one_line_and_the_table_needs_none(tmp_path):
@@ -279,7 +279,7 @@ def test_flags_that_change_neither_network_nor_curve_are_in_no_name(tmp_path):
     assert list(groups_of(*folders)) == ["multigrad"]
 
 
-def many_runs(root: Path, count: int) -> dict[str, list[figures.Run]]:
+def many_runs(root: Path, count: int) -> dict[str, list[figures.RunRecord]]:
     """Runs that differ in the attack and in six more flags."""
     pairs = [("--attack=zerograd", "--attack=fgsm"), ("--label-smoothing=0.1", "--label-smoothing=0.2"),
              ("--train-samples=40000", "--train-samples=45000"), ("--batch-size=128", "--batch-size=256"),
