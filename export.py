@@ -4,8 +4,9 @@
     python export.py runs/zerograd --which=best --half --to=small.safetensors
     python export.py runs/zerograd --to=robustbench/ --name=Author2026Title
 
-The file's metadata has all that is needed to build the network and to trust it; `load_run` and evaluate.py read it.
-The accuracies in it, and in the cards, are those that the run and evaluate.py measured: evaluate first.
+The metadata of the file holds the architecture, the normalization, the training flags and the measured accuracies;
+`load_run` and evaluate.py read them. Run evaluate.py first: metadata and cards contain only the accuracies that the
+training run and evaluate.py have measured.
 """
 from singlestep.options import parse_export
 

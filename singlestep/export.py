@@ -1,4 +1,4 @@
-"""export.py: a network for others, as a safetensors file with a model card, or in RobustBench's layout."""
+"""export.py: write a network as a safetensors file with a model card, or in RobustBench's layout."""
 import inspect
 import io
 import json
@@ -19,7 +19,7 @@ from .run.console import UsageError, one_line_errors, say
 from .run.folder import atomic_write, evaluations, read_records
 from .run.state import read_metadata
 
-# Fields of a run's starts that are exported.
+# Fields to export from the records of a run's launches.
 STARTED = ("commit", "python", "torch", "torchvision", "device", "threads", "processes", "epoch")
 PATHS = ("data_dir", "fname")  # flags that are paths of the run's machine
 ROBUSTBENCH = {"CIFAR-10": "cifar10", "CIFAR-100": "cifar100"}
@@ -27,7 +27,7 @@ THREATS = {"l_inf": "Linf", "l_2": "L2"}  # RobustBench's names of the norms
 
 
 def main(args) -> None:
-    """Export the network that export.py's arguments name; an error ends the process."""
+    """Export the network in export.py's arguments. An error ends the process."""
     with one_line_errors():
         flags = {name: getattr(args, name) for name in ("data_set", *options.NETWORK)}
         opened = open_run(args.run, args.which, **flags)
@@ -41,16 +41,18 @@ def main(args) -> None:
             say(f"wrote {path}")
 
 
-# The facts about a network
+# The metadata of a network
 
 
 def facts(opened: Opened) -> dict[str, Any]:
-    """Return what is needed to build a network and to trust it: the metadata of its file.
+    """Return the metadata of an exported file, as a dict.
 
-    data_set, statement, args, starts: as in args.json, but without paths; args has the network as it was built, and
-    nothing else where no run is known. network: its epoch, counted from 0, and whether the run was in collapse after
-    it; None where it is not known. results: `collapse.summary` of the run. accuracy: a row for each attack on the
-    network, as in evaluation.json.
+        data_set, statement, starts    as in args.json, without paths
+        args        flags of the run, without paths; without a run, the flags of the network only
+        network     epoch, counted from 0, and collapsed, whether the run was in collapse after this epoch; None if
+                    unknown
+        results     `collapse.summary` of the run
+        accuracy    one row for each attack on the network, as in evaluation.json
     """
     exported = read_metadata(Path(opened.source)).get(EXPORTED)
     if exported is not None:
@@ -75,7 +77,7 @@ def read_history(opened: Opened) -> list[dict[str, Any]]:
 
 
 def read_starts(opened: Opened) -> list[dict[str, Any]]:
-    """Return the starts in args.json, without paths, and with the flags that --like took from another run."""
+    """Return the records of launches in args.json, without paths. Commands with --like get all flags of the run."""
     if not opened.run:
         return []
     starts = json.loads((opened.folder.path / "args.json").read_text(encoding="utf-8")).get("starts", [])
@@ -84,7 +86,7 @@ def read_starts(opened: Opened) -> list[dict[str, Any]]:
 
 
 def spelled_out(opened: Opened, command: list[str]) -> list[str]:
-    """Return a command; one with --like gets all flags of the run in its place."""
+    """Return a command, with --like replaced by all flags of the run."""
     if not any(word.partition("=")[0] == "--like" for word in command):
         return command
     flags = options.flags_like(str(opened.folder.path), opened.dataset, False)
@@ -104,7 +106,7 @@ def without_paths(command: list[str]) -> list[str]:
 
 
 def epoch_of(opened: Opened, history: list[dict[str, Any]]) -> int | None:
-    """Return the epoch, counted from 0, after which the network was saved; None if it is not known."""
+    """Return the epoch, counted from 0, after which the network was saved; None if unknown."""
     best = [record["epoch"] for record in history if record.get("best")]
     healthy = [record["epoch"] for record in history if not record.get("collapsed")]
     named = {"model_best.pth": best, "model_healthy.pth": healthy}.get(Path(opened.source).name)
@@ -123,9 +125,10 @@ def as_built(opened: Opened) -> Args:
 
 
 def accuracy(opened: Opened, record: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return a row for each attack on this network by the run or by evaluate.py: the measurement on the most images.
+    """Return one row for each attack that the run or evaluate.py has run on this network.
 
-    epsilon and step are in 1/255; robust: of n test images.
+    If an attack was measured several times, its row is the measurement on the most images. epsilon and step (the step
+    size) are in 1/255; `robust` counts the robust images among n.
     """
     rows: dict[tuple, dict[str, Any]] = {}
 
@@ -158,7 +161,7 @@ def as_safetensors(opened: Opened, args) -> dict[Path, bytes]:
     if args.half:
         weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
         if not all(value.isfinite().all() for value in weights.values()):
-            raise UsageError(f"--half: {opened.source} has weights beyond float16's range: leave --half out")
+            raise UsageError(f"--half: {opened.source} has weights beyond float16's range: do not use --half")
     path = Path(args.to)
     return {path: save(weights, {"format": "pt", EXPORTED: json.dumps(known)}),
             path.with_suffix(".md"): card(known, opened, path.name, args.half).encode()}
@@ -177,7 +180,7 @@ def card(known: dict[str, Any], opened: Opened, file: str, half: bool) -> str:
         lines += ["**Catastrophic overfitting**: accuracy under multi-step attacks has collapsed; accuracy under FGSM "
                   "has not.", ""]
     if known["accuracy"]:
-        lines += ["| attack | norm | epsilon, 1/255 | step, 1/255 | test images | correct |", f"|{6 * ' --- |'}"]
+        lines += ["| attack | norm | epsilon, 1/255 | step size, 1/255 | test images | correct |", f"|{6 * ' --- |'}"]
         lines += map(table_row, known["accuracy"])
         lines += ["", *(["Measured before the weights were rounded to float16.", ""] if half else [])]
     lines += [
@@ -199,11 +202,11 @@ def table_row(row: dict[str, Any]) -> str:
 
 
 def title(opened: Opened) -> str:
-    """Return the network, its data set and, where it is known, its training."""
+    """Return a title: the network, the data set and, if the run is known, the method."""
     run = opened.args
     name = f"{run.model} for {'synthetic images' if run.dummy else run.data_set}"
     ball = f"epsilon {run.epsilon:g}/255" + ("" if run.norm == "l_inf" else f" in {run.norm}")
-    return f"{name}, trained by {run.method or run.attack} at {ball}" if opened.run else name
+    return f"{name}, trained with {run.method or run.attack} at {ball}" if opened.run else name
 
 
 def training(known: dict[str, Any], run: Args) -> list[str]:
@@ -227,8 +230,8 @@ def training(known: dict[str, Any], run: Args) -> list[str]:
 
 LOADER = '''"""{title}.
 
-For RobustBench: a new architecture, to be put into robustbench/model_zoo/architectures, and ENTRY, for the dict of
-{threat} in robustbench/model_zoo/{data_set}.py. To load the network before that, in the folder of this file:
+To submit the network to RobustBench, copy this file to robustbench/model_zoo/architectures, and add ENTRY to the
+dict of {threat} in robustbench/model_zoo/{data_set}.py. To load the network before that, run in this folder:
 
     from {name} import ENTRY
     from robustbench.model_zoo import model_dicts
@@ -250,7 +253,7 @@ ENTRY = ("{name}", {{"model": network, "gdrive_id": ""}})
 
 
 def for_robustbench(opened: Opened, args) -> dict[Path, bytes]:
-    """Return what RobustBench's guide to new models asks for: weights, JSON card, and a file with the network."""
+    """Return the files that RobustBench's guide to new models requires: weights, JSON card, and the network's code."""
     run = as_built(opened)
     if run.data_set not in ROBUSTBENCH:
         raise UsageError(f"--to={args.to}: RobustBench has {' and '.join(ROBUSTBENCH)}, not {run.data_set}")
@@ -273,15 +276,16 @@ def for_robustbench(opened: Opened, args) -> dict[Path, bytes]:
 
 
 def leaderboard_entry(opened: Opened, run: Args, data_set: str) -> dict[str, Any]:
-    """Return RobustBench's JSON card: accuracies in %, as text. Prints what the user has to fill in."""
+    """Return RobustBench's JSON card, with accuracies in %, as text. Print what the user has to add."""
     if run.dummy:
-        say("# warning: this network was trained on synthetic images: it is none for RobustBench's leaderboard")
+        say("# warning: this network was trained on synthetic images: do not submit it to RobustBench")
     found = {row["attack"]: row for row in facts(opened)["accuracy"]
              if row["norm"] == run.norm and row["epsilon"] in (0.0, run.epsilon)}
     measured = {attack: f"{100 * row['robust'] / row['n']:.2f}" for attack, row in found.items()}
-    say("# to be filled in: name, authors, venue")
+    say("# fill in the JSON card: name, authors, venue")
     if "autoattack" not in found:
-        say(f"# to be measured: python evaluate.py {opened.folder.path} --attacks=clean,autoattack")
+        say("# AutoAttack accuracy is missing; to measure it: python evaluate.py "
+            f"{opened.folder.path} --attacks=clean,autoattack")
     source = METHODS[run.method].source if run.method else ""
     link = f"https://arxiv.org/abs/{source.removeprefix('arXiv ')}" if source.startswith("arXiv") else ""
     return {"link": link, "name": "", "authors": "", "additional_data": False, "number_forward_passes": 1,
