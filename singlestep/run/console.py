@@ -16,17 +16,17 @@ MINUTES = 3  # between two progress lines if there is no terminal
 
 
 class UsageError(Exception):
-    """An error that the user can correct: one line that names the flag or file and says what would be right."""
+    """An error that the user can correct: one line that names the flag or file and says what to give instead."""
 
-    printed_elsewhere = False  # whether another process prints this error
+    printed_elsewhere = False  # another process prints this error
 
 
 class Failure(Exception):
-    """An error that ends a run although no flag or file is wrong: one line, exit status 1."""
+    """A failure at run time (out of memory, non-finite loss, collapse): one line, exit status 1."""
 
 
 class Stopped(BaseException):  # like KeyboardInterrupt: `except Exception` must not catch it
-    """A signal stopped the run. `midway`: within a step, so that the state must not be saved."""
+    """A signal stopped the run. `midway`: the signal interrupted a step, so the state must not be saved."""
 
     def __init__(self, number: signal.Signals, how: str = "", midway: bool = False):
         super().__init__(f"stopped by {number.name}{how}")
@@ -42,13 +42,16 @@ def printable(text: str) -> str:
 def say(text: str, error: bool = False, needed: bool = False) -> None:
     """Print a line, above the progress bar if there is one.
 
-    Without a stream, nothing is printed. Characters that the stream cannot encode, or that could control a terminal,
-    are escaped. If the stream cannot be written (a full disk, a terminal that is gone), a warning is printed, and the
-    stream is not used again.
+    Characters that the stream cannot encode, or that could control a terminal, are escaped. If the stream cannot be
+    written (a full disk, a closed terminal), print a warning, and do not use the stream again.
+
+    Args:
+        error: print to standard error.
+        needed: no file holds the text: raise an error if the text cannot be written.
 
     Raises:
         BrokenPipeError: the reader of standard output is gone.
-        OSError: the text is `needed`, as no file holds it, and cannot be written.
+        OSError: the text is `needed` and cannot be written.
     """
     stream = sys.stderr if error else sys.stdout
     if stream is None:
@@ -69,7 +72,7 @@ def say(text: str, error: bool = False, needed: bool = False) -> None:
 
 
 def discard(stream: TextIO) -> None:
-    """Discard what is in the stream's buffer, and what will be written to it."""
+    """Redirect the stream to the null device, with the content of its buffer."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
@@ -78,9 +81,9 @@ def discard(stream: TextIO) -> None:
 class StopSignals:
     """Context in which SIGINT, SIGTERM and SIGHUP stop a run.
 
-    While `deferred`, a signal is recorded, so that loops can stop between two steps; before, it raises Stopped at once.
-    A second signal ends the process, except under torchrun. An ignored signal stays ignored, as SIGHUP does under
-    nohup. Outside the main thread, signals are not looked for.
+    While `deferred` is set, a signal is only recorded, and loops stop between two steps; otherwise a signal raises
+    Stopped at once. A second signal ends the process, except under torchrun. Signals that the process ignores stay
+    ignored, as SIGHUP under nohup. Signals are handled in the main thread only.
     """
 
     received: signal.Signals | None = None
@@ -108,7 +111,7 @@ class StopSignals:
 
 
 def end_on_interrupt() -> None:
-    """Let Ctrl-C end the process at once, as other signals do: PyTorch's import can lose a KeyboardInterrupt."""
+    """Let Ctrl-C end the process at once, because a KeyboardInterrupt during PyTorch's import can get lost."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -125,7 +128,7 @@ def one_line_errors(folder: str = "") -> Iterator[None]:
         sys.exit(status)
 
     for stream, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, stream) is None:  # closed: the next file to be opened would take its number
+        if getattr(sys, stream) is None:  # a closed stream: the next file to be opened would get its descriptor
             setattr(sys, stream, open(os.devnull, mode))  # noqa: SIM115
     try:
         yield
@@ -161,7 +164,7 @@ class Screen:
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int | None = None, unit: str = "", done: int = 0) -> Iterator["Progress"]:
-        """Show a progress bar over `total` units, `done` of them complete; without a total, show the elapsed time."""
+        """Show a progress bar of `total` units, of which `done` are complete. Without a total, show elapsed time."""
         bar = Progress(self, what, total, unit, done)
         try:
             yield bar
@@ -170,7 +173,7 @@ class Screen:
 
 
 class Progress:
-    """Progress bar that keeps its clock running between updates; without a terminal, a line every MINUTES."""
+    """Progress bar whose clock also runs between updates. Without a terminal, print a line every MINUTES."""
 
     def __init__(self, screen: Screen, what: str, total: int | None, unit: str, done: int):
         self.screen, self.what, self.total, self.unit = screen, what, total, unit
@@ -193,7 +196,7 @@ class Progress:
         self.bar.set_postfix(values, refresh=False)
 
     def update(self, n: int = 1, left: int | None = None) -> None:
-        """Count n more units, but never more than `total`; left: how many then remain, if the total has changed."""
+        """Add n complete units, up to `total`. left: units that remain after this update, if `total` has changed."""
         if left is not None:
             self.total = self.bar.total = self.done + n + left
         n = n if self.total is None else min(n, self.total - self.done)
@@ -208,7 +211,7 @@ class Progress:
             self.screen.say(f"# {self.what}: {self.done:,} of {self.total:,} {self.unit}s{self.values}, {self.left()}")
 
     def left(self) -> str:
-        """Return the remaining time at the pace so far, as text."""
+        """Return an estimate of the remaining time, as text."""
         since, then = self.timed or (0.0, self.done)
         if self.total is None or self.done == then:
             return "time left unknown"
@@ -228,7 +231,7 @@ def drawable() -> bool:
 
 
 def count(number: int, noun: str) -> str:
-    """Format a number of things: 1 epoch, 2 epochs, 1,000 images."""
+    """Format a number with its noun: 1 epoch, 2 epochs, 1,000 images."""
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
@@ -252,7 +255,7 @@ def banner(args, method: str, network: str, compiled: bool, start: dict[str, Any
 
     Args:
         method: flags of the method.
-        network: its architecture and number of parameters.
+        network: architecture and number of parameters.
         start: dict from `device.describe`.
         images: numbers of training, validation and test images.
         steps: steps in an epoch.
@@ -303,7 +306,7 @@ def final_estimate(args, seconds: float, evaluated: int, images: int) -> str:
     """Estimate the duration of the final evaluation, assuming that 40% of the images stay robust.
 
     Args:
-        seconds, evaluated: duration and number of images of an epoch's evaluation.
+        seconds, evaluated: duration and number of images of the evaluation after an epoch.
         images: number of images of the final evaluation.
 
     Returns:
@@ -317,17 +320,22 @@ def final_estimate(args, seconds: float, evaluated: int, images: int) -> str:
 
 
 def pgd_seconds(args, seconds: float, steps: int, restarts: int, images: int) -> float:
-    """Estimate the duration of PGD on `images`, assuming that 40% stay robust; seconds: of an epoch's PGD, an image."""
+    """Estimate the duration of PGD, assuming that 40% of the images stay robust.
+
+    seconds: seconds per image of PGD in the evaluation after an epoch.
+    """
     return seconds * images * steps * (1 + 0.4 * (restarts - 1)) / (args.test_iters * args.test_restarts)
 
 
 def results_lines(args, record: dict[str, Any], images: int) -> str:
-    """Return lines about the folder of the results and the next commands, the first of which takes about a minute.
+    """Return lines that name the folder of the results and the next commands. The first command takes about a minute.
 
-    record: of the last epoch; images: number of test images.
+    Args:
+        record: record of the last epoch.
+        images: number of test images.
     """
     flags, full, evaluated = "", "", shlex.quote(args.fname)
-    if args.data_set == "own":  # its network is no architecture of --model
+    if args.data_set == "own":  # the network is not an architecture of --model
         file = shlex.quote(f"{args.fname}/model_{args.epochs - 1}.pth")
         evaluated = f"--network=MODULE:FUNCTION --weights={file} --data-set=NAME"
     if record.get("test_images"):
