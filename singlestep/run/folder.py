@@ -27,7 +27,7 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = path  # a full disk is reported without it
+            error.filename = path  # the error of a full disk has no file name
         raise
     with contextlib.suppress(OSError):  # a shared file system may not support flushing a directory
         directory = os.open(path.parent, os.O_RDONLY)
@@ -38,9 +38,9 @@ def atomic_write(path: str | Path) -> Iterator[IO[bytes]]:
 
 
 def link(source: Path, path: Path) -> None:
-    """Make `path` the same file as `source`, atomically: a hard link, or a copy where there are none.
+    """Hard-link `path` to `source` atomically, or copy the file if the file system has no hard links.
 
-    Files are replaced, never changed, so a later `source` leaves `path` as it is.
+    Files are replaced, never modified, so replacing `source` later does not change `path`.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     temporary.unlink(missing_ok=True)
@@ -82,13 +82,13 @@ def lock(path: str | Path, wait: float = 0) -> IO[str] | None:
 
 @functools.cache
 def warn_of_no_locks(folder: Path) -> None:
-    """Print the warning once."""
+    """Warn, once per folder, that the file system has no file locks."""
     say(f"warning: {folder} is on a file system without file locks: two runs in this folder could overwrite each "
         f"other's files", error=True)
 
 
 class Folder:
-    """Folder of a run at `path`; with None, the run writes no files."""
+    """Folder of a run at `path`; None: the run writes no files."""
 
     def __init__(self, path: str | Path | None):
         self.exists = path is not None
@@ -179,7 +179,7 @@ def write_logs(folder: Folder, state, args) -> None:
 
 
 def evaluations(folder: Folder) -> list[dict[str, Any]]:
-    """Return the records in evaluation.json. Raises UsageError if it is damaged."""
+    """Return the records in evaluation.json. Raises UsageError if the file is damaged."""
     path = folder.path / "evaluation.json"
     try:
         records = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
@@ -201,10 +201,10 @@ def add_evaluation(folder: Folder, record: dict[str, Any], before: dict[str, Any
     Concurrent evaluations wait for each other, for ten seconds at most.
 
     Args:
-        before: what an earlier call returned: the record to replace.
+        before: record to replace, as an earlier call returned it.
 
     Returns:
-        The record as it is in the file.
+        The record as stored in the file.
     """
     record = json.loads(json.dumps(record))
     held = None
@@ -260,7 +260,7 @@ def final_line(final: dict[str, Any]) -> str:
 
 
 def read_records(folder: Folder) -> list[dict]:
-    """Return the records in metrics.jsonl, one for each epoch. Raises ValueError if it is damaged."""
+    """Return the records in metrics.jsonl, one for each epoch. Raises ValueError if the file is damaged."""
     path = folder.path / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     records = [json.loads(line) for line in lines]
@@ -281,7 +281,7 @@ SCALARS = {
 
 
 class EventFiles:
-    """TensorBoard files of a run in `folder`, which must be used for nothing else."""
+    """TensorBoard files of a run in `folder`, which must contain no other files."""
 
     def __init__(self, folder: Path):
         self.folder = folder

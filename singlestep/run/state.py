@@ -1,14 +1,18 @@
-"""State of a run and its files.
+"""State of a run and the files in its folder.
 
-    state.pth         newest complete state, which --resume auto continues
-    model_E.pth       state dict of the network after epoch E
-    opt_E.pth         state dict of the optimizer after epoch E and, under "run", the rest of the state
-    model_best.pth    state dict of the best network so far
-    args.json, output.log, metrics.jsonl, final.json    rewritten from the state on every save
+    state.pth            newest complete state, from which --resume auto continues
+    model_E.pth          state dict of the network after epoch E, counted from 0
+    opt_E.pth            state dict of the optimizer after epoch E and, under "run", the rest of the state
+    model_best.pth       state dict of the network with the highest score so far
+    model_healthy.pth    state dict of the newest network that had not collapsed
+    final.pth            progress of an interrupted final evaluation
+    args.json, output.log, metrics.jsonl, final.json    logs, rewritten from the state on every save
+    evaluation.json, eval.log    results of evaluate.py and of --eval
+    tensorboard/         event files of --tensorboard
 
 Checkpoints contain only tensors and plain values and are loaded with weights_only=True. Every file is written
-atomically. Files of an earlier run are moved to earlier_N/, never overwritten. Networks that are saved at once are one
-file with several names (hard links).
+atomically. Files of an earlier run are moved to earlier_N/, never overwritten. A network that is saved under several
+names is one file (hard links).
 """
 import argparse
 import copy
@@ -40,9 +44,10 @@ SUMS = ("loss", "correct", "images", "perturbation", "abnormal", "compared", "ea
 
 
 class Average:
-    """Exponential moving average of a network's parameters and statistics: `module`, which is `model` at first.
+    """Exponential moving average of a network's parameters and BatchNorm statistics, in `module`.
 
-    Each update takes `model` with weight 1 - decay, the first one with weight 1. Integers are those of `model`.
+    Update: module <- decay * module + (1 - decay) * model. The first update copies `model`. Integer buffers are copied
+    from `model` in every update.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -68,13 +73,13 @@ class State:
     Attributes:
         ema: moving average of the network's weights; None without --ema.
         kept: tensors of the training method, by name (see `attacks.Step`).
-        epoch, step: the next step to train; both count from 0.
+        epoch, step: the next training step; both count from 0.
         best: highest score of an epoch so far; -1 if there is none.
         seconds: training time of the current epoch.
         sums: this process's sums over the images of the current epoch, in the order of SUMS.
         first_fault: first step of the current epoch with a non-finite loss or gradient; inf if there is none.
         history: one record for each completed epoch.
-        starts: one record for each start of the run.
+        starts: one record for each launch of the run.
         final: record of the final evaluation; None before it.
     """
 
@@ -119,8 +124,8 @@ class State:
     def load_training(self, saved: dict, source: str) -> dict:
         """Load a dict from `training`, or the state dict of an optimizer alone.
 
-        Of the optimizer, only the momentum and the last learning rate are loaded; the other hyperparameters come from
-        the command line. The momentum is copied into the existing buffers, so that their memory layout is kept.
+        Only the momentum and the last learning rate are loaded into the optimizer; the other hyperparameters come from
+        the command line. The momentum is copied into the existing buffers, whose memory layout stays the same.
 
         Args:
             saved: the dict.
@@ -168,7 +173,7 @@ def named_sums(sums: Tensor) -> dict[str, float]:
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint.
+    """Content of a checkpoint.
 
     Attributes:
         model: state dict of the network.
@@ -184,7 +189,7 @@ class Checkpoint(NamedTuple):
 
     @property
     def newest(self) -> int | None:
-        """The epoch, counted from 0, that the network was saved in or after; None if it is not known."""
+        """Index (from 0) of the epoch during or after which the network was saved; None if unknown."""
         if self.epoch is not None:
             return self.epoch - 1
         run = (self.training or {}).get("run", {})
@@ -202,7 +207,7 @@ def find_checkpoint(folder: Folder, resume: int | str, evaluation: bool = False)
         The checkpoint; None if `resume` is "auto" and the folder has no checkpoint.
 
     Raises:
-        UsageError: the checkpoint is missing or cannot be read, or one that "auto" would read could run code.
+        UsageError: the checkpoint is missing or cannot be read or, with "auto", a candidate file contains code.
     """
     if resume != "auto":
         return _pair(folder, int(resume) - 1)
@@ -248,9 +253,9 @@ def _lone(folder: Folder, epoch: int | str) -> Checkpoint:
 
 
 def _scored(training: dict, folder: Folder) -> dict:
-    """Return `training` with its best score, which is -1 if model_best.pth does not exist.
+    """Return `training` with the best score under run["best"]; -1 if model_best.pth does not exist.
 
-    The published scripts store the best score in model_best.pth, these scripts in `training`.
+    These scripts store the best score in `training`, the published scripts in model_best.pth.
     """
     run, best = training.get("run", {}), folder.file("model", "best")
     if not best.exists():
@@ -306,8 +311,8 @@ def move_old_files(folder: Folder, state: State, found: Checkpoint | None) -> tu
     """Move files that this run would overwrite to earlier_N/.
 
     Returns:
-        The path of earlier_N/, None if no file was moved; and whether the best model is of an epoch that will be
-        trained again.
+        The path of earlier_N/, None if no file was moved; and whether the best network was saved after an epoch that
+        will be trained again.
     """
     remove_unfinished(folder)
     if found is None:
@@ -316,7 +321,7 @@ def move_old_files(folder: Folder, state: State, found: Checkpoint | None) -> tu
             r"(state|final)\.pth|(model|opt)_(\d+|best|healthy)\.pth")), False
     if found.epoch is None:  # the run continues from state.pth
         other_final = state.final is None and (folder.path / "final.json").exists()
-        other_best = ["model_best.pth"] if state.best == -1 else []  # its score is of another kind
+        other_best = ["model_best.pth"] if state.best == -1 else []  # its score was computed with other flags
         return folder.move_to_earlier((["final.json", "output.log"] if other_final else []) + other_best), False
     later = [f"{name}_{epoch}.pth" for name in ("model", "opt") for epoch in folder.epochs(name)
              if epoch >= state.epoch]
@@ -324,7 +329,7 @@ def move_old_files(folder: Folder, state: State, found: Checkpoint | None) -> tu
     try:
         made = [record["epoch"] for record in read_records(folder)]
         best = max((record["epoch"] for record in read_records(folder) if record.get("best")), default=-1)
-    except ValueError:  # unreadable log: treat it as one of epochs to train again
+    except ValueError:  # unreadable log: assume that it covers epochs that will be trained again
         made, best = [state.epoch], state.epoch
     if best >= state.epoch or state.best == -1:
         later.append("model_best.pth")
@@ -342,7 +347,7 @@ def save(path: Path, content: dict) -> None:
 
 
 def save_network(folder: Folder, network: dict, names: list[str | int]) -> None:
-    """Write a state dict once, as model_{name}.pth for every name: the first file, and hard links to it."""
+    """Write a state dict as model_{name}.pth for every name: one file, and hard links to this file."""
     files = [folder.file("model", name) for name in names]
     for i, file in enumerate(files):
         if i:
@@ -358,7 +363,7 @@ def save_state(folder: Folder, state: State, args, sums: Tensor) -> None:
 
 
 class CodeRefused(UsageError):
-    """A file that could run code when it is loaded."""
+    """Error about a file that could run code when it is loaded."""
 
 
 def read_checkpoint(path: Path) -> dict:
@@ -384,7 +389,7 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return whether the file begins as a safetensors file does: the header's length, and the header, in JSON."""
+    """Return whether the file starts like a safetensors file: 8 bytes of header length, then JSON."""
     if not path.is_file():
         return False
     with open(path, "rb") as file:
@@ -403,7 +408,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 
 
 def _refused(path: Path, reason: str) -> UsageError:
-    """Return the error about a file that torch.load cannot load for `reason`; CodeRefused if it could run code."""
+    """Return the error about an unreadable file: CodeRefused if the file contains code. reason: text of the cause."""
     beginning = b""
     if path.is_file():
         with open(path, "rb") as file:
@@ -421,11 +426,11 @@ def _refused(path: Path, reason: str) -> UsageError:
     elif beginning.startswith(b"version https://git-lfs"):
         kind = "a pointer of Git LFS, not the file itself: fetch it with git lfs pull"
     elif beginning.lstrip()[:1] == b"<":
-        kind = "a web page, not the file that it offers: download the file itself"
+        kind = "a web page, not a checkpoint: download the file behind the page's download link"
     return UsageError(f"--resume: {path} is {kind}")
 
 
-# What a checkpoint may contain beside tensors and Python's plain values: namespaces of flags, paths, and NumPy's arrays
+# Classes that a checkpoint may contain besides tensors and plain values: namespaces of flags, paths, and NumPy's arrays
 # and numbers, under their names in NumPy 1 and 2 and in all versions of Python.
 PLAIN: list = [argparse.Namespace, SimpleNamespace, np.dtype, np.ndarray, *(
     type(np.dtype(kind)) for kind in "?bhilqBHILQefdg"), *(
