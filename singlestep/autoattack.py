@@ -1,4 +1,4 @@
-"""AutoAttack, run with its authors' code and resumable after every batch."""
+"""AutoAttack, with its authors' code; an interrupted attack can be resumed after every batch."""
 import copy
 import json
 import logging
@@ -36,12 +36,12 @@ def library():
 
 
 def parts_for(attack: str, classes: int) -> tuple[tuple[str, ...], list[str]]:
-    """Return the parts of an attack that networks of so many classes can be attacked by, and notes to print.
+    """Return the parts of `attack` that work with `classes` classes, and notes to print.
 
-    Raises UsageError if there are none.
+    Raises UsageError if no part works.
     """
     wanted = PARTS if attack == "autoattack" else (attack,)
-    parts = tuple(part for part in wanted if part != "apgd-t" or classes > 3)  # its loss compares four logits
+    parts = tuple(part for part in wanted if part != "apgd-t" or classes > 3)  # the loss of apgd-t compares four logits
     if not parts:
         raise UsageError(f"--attacks: {attack} needs four classes, and the data set has {classes}")
     return parts, [] if parts == wanted else [f"{attack} is {', '.join(parts)}: apgd-t needs four classes"]
@@ -50,20 +50,20 @@ def parts_for(attack: str, classes: int) -> tuple[tuple[str, ...], list[str]]:
 class AutoAttack:
     """Standard AutoAttack (Croce and Hein, arXiv 2003.01690), or some of its parts.
 
-    Each part attacks, batch by batch, the images that are still classified correctly after the parts before it. As in
+    Each part attacks, batch by batch, the images that are still classified correctly after the previous parts. As in
     the authors' code, every batch starts from the same seed, so an attack can be resumed after any batch.
 
     Args:
         parts: keys of COST, in the order of the attack.
-        file: file of the attack's state; the caller removes it at the end. None: no state is saved.
-        key: what is attacked and how; only a state with an equal key is resumed.
-        classes: number of classes; an image is attacked toward nine others, or all.
-        check: called at every pass of the network; may raise Stopped.
+        file: file of the attack's state, which the caller removes at the end; None: no state is saved.
+        key: network, images and settings; only a state with an equal key is resumed.
+        classes: number of classes; targeted parts attack toward min(classes - 1, 9) target classes.
+        check: called in every forward pass; may raise Stopped.
         norm: "l_inf" or "l_2".
 
     Attributes:
         left: indices of the images that are still classified correctly.
-        broken: number of images that each part broke.
+        broken: number of images that each part made misclassified.
         seconds: time spent so far.
     """
 
@@ -76,7 +76,7 @@ class AutoAttack:
         self.parts, self.epsilon, self.batch_size, self.precision = parts, epsilon, batch_size, precision
         self.file, self.key, self.check, self.norm = file, key, check, norm
         self.targets = min(classes - 1, 9)
-        self.vanished: int | None = None  # images of the batch whose first gradient is 0, once computed
+        self.vanished: int | None = None  # images of the batch whose first gradient is 0; None before it
         self.perturb = perturbations(self.logits, epsilon, seed, images.labels.device, self.targets, norm)
         self.state = self._saved() or self._begin()
 
@@ -98,7 +98,7 @@ class AutoAttack:
 
     @property
     def passes_left(self) -> int:
-        """Remaining cost in forward passes, if no further image breaks."""
+        """Remaining cost in forward passes of single images, if all images that are still robust stay robust."""
         state = self.state
         now, later = state["part"], state["part"] + 1
         queue = max(0, len(state["queue"]) - state["done"] * self.batch_size)
@@ -106,11 +106,11 @@ class AutoAttack:
 
     @property
     def no_gradient(self) -> dict[str, float]:
-        """Share of each part's images whose first gradient was 0."""
+        """Fraction of each part's images whose first gradient was 0."""
         return {part: self.state["vanished"][part] / count for part, count in self.state["attacked"].items()}
 
     def steps(self) -> Iterator[int]:
-        """Attack batch by batch. Before each batch, yield the cost of the batch before it, in forward passes."""
+        """Attack batch by batch. Before each batch, yield the previous batch's cost in forward passes of images."""
         state, passes = self.state, 0
         device = self.images.labels.device
         with frozen(self.model):
@@ -138,7 +138,7 @@ class AutoAttack:
                 out.write(json.dumps(state).encode())
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return the logits that the parts see, and note where the batch's first gradient is 0."""
+        """Return the logits for the parts, and count the images of the batch whose first gradient is 0."""
         self.check()
         if x.requires_grad and self.vanished is None:
             self.vanished = 0
@@ -149,7 +149,7 @@ class AutoAttack:
         self.vanished = int((~gradient.flatten(1).any(dim=1)).sum())
 
     def breaks(self, part: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return for which images (B,) a part finds a misclassified image within the ball."""
+        """Return for which images (B,) a part finds a point in the ball that float32 misclassifies."""
         with self.precision.full():
             changed = self.perturb[part](x.clone(), y.clone()).detach()
         near = magnitude(changed - x, self.norm) <= self.epsilon + EDGE[self.norm]
@@ -157,7 +157,7 @@ class AutoAttack:
         return inside.flatten(1).all(dim=1) & ~self._right(changed, y)
 
     def _cost(self, parts: tuple[str, ...]) -> int:
-        """Cost of a robust image in forward passes."""
+        """Return the cost of a robust image in forward passes."""
         return sum(COST[part] * self.targets // 9 if part.endswith("-t") else COST[part] for part in parts)
 
     def _begin(self) -> dict[str, Any]:
@@ -181,7 +181,10 @@ class AutoAttack:
 
 def perturbations(logits: Callable[[Tensor], Tensor], epsilon: float, seed: int, device: torch.device,
                   targets: int, norm: str = "l_inf") -> dict[str, Callable]:
-    """Return the parts of AutoAttack by name, as functions (x, y) -> perturbed images; targets: classes to aim at."""
+    """Return the parts of AutoAttack by name, as functions (x, y) -> perturbed images.
+
+    targets: number of target classes.
+    """
     whole = library().AutoAttack(logits, norm={"l_inf": "Linf", "l_2": "L2"}[norm], eps=epsilon, seed=seed,
                                  device=device, version="standard")
     whole.apgd.loss, whole.fab.targeted = "ce", True

@@ -216,7 +216,7 @@ def span(values: list[int]) -> str:
 
 
 def best(epochs: list[dict[str, Any]]) -> int:
-    """Return the epoch, from 1, with the highest PGD accuracy among those with as many test images as the first epoch."""
+    """Return the epoch, from 1, with the highest PGD accuracy among those with as many test images as epoch 1."""
     alike = [i for i, record in enumerate(epochs) if record.get("test_images") == epochs[0].get("test_images")]
     return 1 + max(alike, key=lambda i: epochs[i][PGD])
 

@@ -18,14 +18,23 @@ from .run.console import Screen
 from .run.device import Precision, padded, seed_everything
 from .run.distributed import ALONE, Stop, World
 
-STARTS = 3  # first part of the seeds' key, see train.ORDER
+STARTS = 3  # first number of the key that seeds random starting points, see train.ORDER
 
 
 @dataclass(frozen=True)
 class PGD:
-    """PGD, or FGSM. epsilon, alpha: radius and step in pixel units; init: "random" or "zero" start; loss: "ce", the
-    cross-entropy, or "cw", the margin between the logits; norm: "l_inf" or "l_2". The random starts depend on the
-    seed."""
+    """Settings of PGD, or of FGSM (one step).
+
+    Attributes:
+        epsilon: radius of the ball, in pixel units (8/255, not 8).
+        alpha: step size, in pixel units.
+        steps: attack steps in a restart.
+        restarts: number of restarts.
+        seed: seed of the random starting points.
+        init: starting point, "random" or "zero".
+        loss: "ce", the cross-entropy, or "cw", the margin between the logits.
+        norm: "l_inf" or "l_2".
+    """
 
     epsilon: float
     alpha: float
@@ -39,12 +48,17 @@ class PGD:
 
 @dataclass
 class Result:
-    """What an attack did to each of N images, in tensors (N,).
+    """Result of an attack on each of N images, in tensors (N,).
 
-    clean_loss, right: cross-entropy and correctness without a perturbation; robust_loss: the cross-entropy where the
-    image broke, or the highest at the end of a restart; robust: whether no point of the attack is misclassified;
-    magnitude: the mean abs(delta), for l_2 norm2(delta), where it broke, or at the end of the last restart; vanished:
-    whether the attack once had a gradient of 0 everywhere.
+    Attributes:
+        clean_loss: cross-entropy without a perturbation.
+        right: whether the image is correct without a perturbation.
+        robust_loss: cross-entropy at the first misclassified point; for a robust image, the highest at the end of a
+            restart.
+        robust: whether the image is correct at every point of the attack.
+        magnitude: mean abs(delta), for l_2 norm2(delta), at the first misclassified point; for a robust image, at the
+            end of the last restart.
+        vanished: whether all entries of the gradient were 0 at some attack step.
     """
 
     clean_loss: Tensor
@@ -55,12 +69,14 @@ class Result:
     vanished: Tensor
 
     def sums(self, world: World) -> "Result":
-        """The sum over the processes, each of which has zeros for the others' images."""
+        """Return the sum over the processes. Each process has zeros for the images of other processes."""
         return Result(*(world.sum(getattr(self, part.name).double()) for part in fields(self)))
 
     def share(self, index: Tensor) -> "Result":
-        """The results of the images at `index`, zeros for the others; on the index's device, robust and vanished as
-        bool, the rest in float32."""
+        """Return the results of the images at `index`, and zeros for all other images.
+
+        The tensors are on the device of `index`; robust and vanished are bool, the others float32.
+        """
         parts = {}
         for part in fields(self):
             dtype = torch.bool if part.name in ("robust", "vanished") else torch.float32
@@ -69,40 +85,62 @@ class Result:
         return Result(**parts)
 
     def unperturbed(self) -> "Result":
-        """The results without a perturbation, with which every other attack begins."""
+        """Return the initial result of an attack: the clean result, without a perturbation."""
         none = torch.zeros_like(self.right)
         return Result(self.clean_loss, self.right, (1 - self.right) * self.clean_loss, self.right, none, none)
 
     def metrics(self, first: int | None = None) -> dict[str, float]:
-        """Means over the first images, all if None; attack_mean (in 1/255) and no_gradient over the attacked ones."""
+        """Return means over the first `first` images (None: all).
+
+        attack_mean (in 1/255) and no_gradient are means over the attacked images, those that are correct without a
+        perturbation.
+        """
         mean = {part.name: getattr(self, part.name)[:first].double().mean().item() for part in fields(self)}
-        attacked = max(mean["right"], 1e-9)  # an image that is wrong without a perturbation is not attacked
+        attacked = max(mean["right"], 1e-9)  # misclassified clean images are not attacked
         return {"clean_loss": mean["clean_loss"], "clean_acc": mean["right"], "robust_loss": mean["robust_loss"],
                 "robust_acc": mean["robust"], "attack_mean": 255 * mean["magnitude"] / attacked,
                 "no_gradient": mean["vanished"] / attacked, "images": len(self.right[:first])}
 
 
-class Step(NamedTuple):
-    """Event after a step on a batch of this process's images. passes: number of images in the batch; left: passes that
-    remain if no further image breaks."""
+class AttackStep(NamedTuple):
+    """Event after an attack step on a batch of this process's images.
 
-    passes: int
-    left: int
+    Attributes:
+        image_passes: forward passes of single images in this step: the number of images in the batch.
+        remaining: forward passes of single images that remain if all images that are still robust stay robust.
+    """
+
+    image_passes: int
+    remaining: int
 
 
 class Restart(NamedTuple):
-    """Event before restart `number` (from 0) and after the last: the results so far."""
+    """Event before restart `number` (from 0) and after the last restart, with the results so far."""
 
     number: int
     result: Result
 
 
 def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attack: PGD, batch_size: int = 128) -> Result:
-    """Evaluate a network, clean and under an attack, in eval mode, on the images' device. Float32 decides; on CUDA, the
-    attack may use TF32. Warns if the attack had no gradient to follow.
+    """Evaluate a network on clean and on attacked images, in eval mode.
 
-    network: images in [0, 1], (B, C, H, W), to logits; images: (N, C, H, W), uint8 or float in [0, 1]; labels: (N,).
-    Raises ValueError if images or epsilon are out of range.
+    The attack may use TF32 on CUDA; float32 forward passes confirm every misclassification.
+
+    Args:
+        network: maps images in [0, 1], (B, C, H, W), to logits (B, classes).
+        images: (N, C, H, W), uint8 or float in [0, 1], on the device of the network.
+        labels: (N,).
+        attack: settings of the attack.
+        batch_size: images in an evaluation batch.
+
+    Returns:
+        The result of each image.
+
+    Raises:
+        ValueError: images or epsilon are out of range.
+
+    Warns:
+        UserWarning: the gradient was 0 for more than 1% of the attacked images.
     """
     check_epsilon(attack.epsilon, attack.norm)
     training = network.training
@@ -116,17 +154,18 @@ def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attack: PGD, ba
 
 
 def no_gradient(attack: str, share: float) -> list[str]:
-    """A warning if an attack had a gradient of 0 for more than 1% of the images that it attacked."""
-    return [f"{attack} had a gradient of 0 for {100 * share:.0f}% of the images: the network may only look robust; try "
-            f"an attack without gradients, such as Square"] if share > 0.01 else []
+    """Return a warning if an attack had a gradient of 0 for more than 1% of the attacked images."""
+    return [f"{attack} had a gradient of 0 for {100 * share:.0f}% of the images: the accuracy may be too high; try "
+            f"an attack without gradients (evaluate.py --attacks=square)"] if share > 0.01 else []
 
 
-def shown(events: Iterator[Step | Restart], screen: Screen, title: str, restarts: int, stop: Stop) -> Iterator[Restart]:
-    """Draw a bar over `attack_steps`, and stop if a signal came. Yields each Restart with all processes' results."""
+def shown(events: Iterator[AttackStep | Restart], screen: Screen, title: str, restarts: int,
+          stop: Stop) -> Iterator[Restart]:
+    """Show the progress of `attack_steps`, and stop on a signal. Yields each Restart with all processes' results."""
     with screen.progress(title, 1, "image-step") as bar:
         for event in events:
-            if isinstance(event, Step):
-                bar.update(event.passes * stop.world.size, event.left * stop.world.size)
+            if isinstance(event, AttackStep):
+                bar.update(event.image_passes * stop.world.size, event.remaining * stop.world.size)
                 stop.alone()
                 continue
             whole = event.result.sums(stop.world)
@@ -138,44 +177,48 @@ def shown(events: Iterator[Step | Restart], screen: Screen, title: str, restarts
 
 
 def attack_steps(model: nn.Module, images: Images, attack: PGD, batch_size: int, precision: Precision,
-                 world: World = ALONE, begun: Restart | None = None) -> Iterator[Step | Restart]:
-    """Attack the images. Yields a Step after every step, and a Restart before every restart and after the last.
+                 world: World = ALONE, begun: Restart | None = None) -> Iterator[AttackStep | Restart]:
+    """Attack the images. Yields an AttackStep after every step, and a Restart before every restart and after the last.
 
-    An image that is misclassified leaves the batch and the next one takes its place, so that batches stay full while
-    the work shrinks. Random starts depend on the seed, the restart and the image alone: neither the batch size nor the
-    number of processes changes a count. The attack computes in the run's precision; float32 forward passes confirm
-    every misclassification and the end of every restart. Each process attacks its own share of the images: processes
-    take different numbers of steps, and may communicate at a Restart only. `begun` continues an interrupted attack from
-    a Restart with all processes' results.
+    A misclassified image leaves the batch, and the next image takes its place, so that batches stay full. Random
+    starting points depend only on the seed, the restart and the image, so the number of robust images does not depend
+    on the batch size or the number of processes. The attack computes in the run's precision; float32 forward passes
+    confirm every misclassification and the end of every restart.
+
+    Each process attacks its share of the images. Processes take different numbers of steps, so they may communicate
+    only at a Restart.
+
+    Args:
+        begun: Restart with all processes' results, from which to continue an interrupted attack.
     """
     model.eval()
     world.broadcast_buffers(model)
     model = padded(model, batch_size, images.labels.device)
     mine = torch.arange(len(images), device=images.labels.device)[world.rank::world.size]
-    whole = attack.steps + 1  # an image's passes in a restart that it withstands
+    per_restart = attack.steps + 1  # forward passes of an image that stays robust
     if begun:
         first, result = begun.number, begun.result.share(mine)
     else:
         first, result = 0, Result(*torch.zeros(6, len(images), dtype=torch.float32, device=mine.device))
         result.robust, result.vanished = result.robust.bool(), result.vanished.bool()
-        left = len(mine) * (1 + whole * attack.restarts)
+        left = len(mine) * (1 + per_restart * attack.restarts)
         for index in mine.split(batch_size):
             wrong = _clean(model, images, index, precision, result)
-            left -= len(index) + wrong * whole * attack.restarts
-            yield Step(len(index), left)
+            left -= len(index) + wrong * per_restart * attack.restarts
+            yield AttackStep(len(index), left)
     for number in range(first, attack.restarts):
         yield Restart(number, result)
         robust = result.robust[mine]
         queue = mine[chosen(robust, *read(robust.sum()))]
-        left = len(queue) * whole * (attack.restarts - number)
+        left = len(queue) * per_restart * (attack.restarts - number)
         for passes, spared in _restart(model, images, queue, attack, number, batch_size, precision, result):
             left -= passes + spared
-            yield Step(passes, left)
+            yield AttackStep(passes, left)
     yield Restart(attack.restarts, result)
 
 
 def _clean(model: nn.Module, images: Images, index: Tensor, precision: Precision, result: Result) -> int:
-    """Evaluate the images at `index` without a perturbation. Returns how many are misclassified."""
+    """Evaluate the images at `index` without a perturbation. Returns the number of misclassified images."""
     x, y = images.batch(index)
     logits = precision.float32_logits(model, x)
     loss, right = F.cross_entropy(logits, y, reduction="none"), correct(logits, y)
@@ -187,10 +230,13 @@ def _clean(model: nn.Module, images: Images, index: Tensor, precision: Precision
 
 def _restart(model: nn.Module, images: Images, queue: Tensor, attack: PGD, number: int, batch_size: int,
              precision: Precision, result: Result) -> Iterator[tuple[int, int]]:
-    """Attack the images in `queue` once. Yields after every step the batch's size, and how many passes are spared
-    because images broke."""
+    """Attack the images in `queue` once.
+
+    Yields, after every step, the number of images in the batch and the number of forward passes (of single images) that
+    are saved because images were misclassified in this step.
+    """
     starts = _starts(images, attack, number).to(queue.device)
-    index, taken, since = queue[:0], queue[:0], 0  # the images in the batch, the steps that each has taken
+    index, taken, since = queue[:0], queue[:0], 0  # images in the batch, number of steps that each image has taken
     x, y = images.batch(index)
     delta = torch.zeros_like(x)
     while len(queue) or len(index):
@@ -228,7 +274,7 @@ def _restart(model: nn.Module, images: Images, queue: Tensor, attack: PGD, numbe
 
 def _deciding_logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, logits: Tensor, finished: Tensor,
                      precision: Precision) -> Tensor:
-    """The logits, computed again in float32 wherever they decide: of misclassified and of finished images."""
+    """Return the logits, recomputed in float32 for misclassified and for finished images, whose logits are results."""
     logits = logits.float()
     if not precision.is_float32:
         suspects = finished | ~correct(logits, y)
@@ -239,23 +285,26 @@ def _deciding_logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, logi
 
 
 def read(*counts: Tensor) -> list[int]:
-    """The values of the counts. Nothing else in a step makes the host wait for the device."""
+    """Copy the counts to the host: the only synchronization in a step."""
     return torch.stack(counts).tolist()
 
 
 def chosen(mask: Tensor, count: int) -> Tensor:
-    """The indices at which `mask` (B,) holds, which are `count`, in order."""
+    """Return the indices of the `count` true entries of `mask` (B,), in order, without synchronization."""
     return mask.byte().argsort(descending=True, stable=True)[:count]
 
 
 def correct(logits: Tensor, y: Tensor) -> Tensor:
-    """Whether each image (B,) is classified correctly; never where a logit is not finite."""
+    """Return whether each image (B,) is classified correctly: False if a logit is not finite."""
     return (logits.argmax(dim=1) == y) & logits.isfinite().all(dim=1)
 
 
 def _starts(images: Images, attack: PGD, number: int) -> Tensor:
-    """Random starts of all images, (N, C, H, W), drawn on the CPU and for all at once, so that they depend on the
-    seed and the restart alone."""
+    """Return the starting points of all images, (N, C, H, W).
+
+    Random starting points are drawn on the CPU, for all images at once, so they depend only on the seed and the
+    restart.
+    """
     n, height, width, channels = images.pixels.shape
     if attack.init == "zero":
         return torch.zeros(1, channels, height, width, dtype=torch.float32).expand(n, -1, -1, -1)

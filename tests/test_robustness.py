@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from singlestep import robustness
 from singlestep.data import Images
-from singlestep.robustness import PGD, Restart, Step, attack_steps, evaluate, shown
+from singlestep.robustness import PGD, AttackStep, Restart, attack_steps, evaluate, shown
 from singlestep.run import console
 from singlestep.run.console import Screen, StopSignals
 from singlestep.run.device import padded
@@ -35,12 +35,12 @@ def test_an_evaluation_finds_what_can_be_worked_out_by_hand(batch_size, restarts
     model.register_forward_pre_hook(lambda module, inputs: passed.append(len(inputs[0])))
     *events, last = attack_steps(model, Images(pixels, labels), PGD(EPSILON, 2 / 255, 10, restarts), batch_size,
                                  FLOAT32)
-    steps = [event for event in events if isinstance(event, Step)]
+    steps = [event for event in events if isinstance(event, AttackStep)]
     found = last.result.sums(ALONE)
     assert torch.equal(found.right.bool(), right) and torch.equal(found.robust.bool(), robust)
-    assert [step.passes for step in steps] == passed
-    left = [step.left for step in steps]
-    assert all(before >= after + step.passes for before, after, step in zip(left, left[1:], steps[1:]))
+    assert [step.image_passes for step in steps] == passed
+    left = [step.remaining for step in steps]
+    assert all(before >= after + step.image_passes for before, after, step in zip(left, left[1:], steps[1:]))
     assert left[-1] == 0 and (restarts == 1 or 6 * 11 in left)  # in a second restart, six images take eleven passes
     # Toward one half, all pixels move by epsilon, those of 255 and 0 too; what was wrong stays where it was.
     assert (255 * found.magnitude[robust]).tolist() == pytest.approx([8] * 6, rel=1e-4)
@@ -199,7 +199,7 @@ def test_a_step_of_an_evaluation_waits_for_the_device_once_for_every_decision(ki
     with Waits() as waits:
         assert bool(torch.ones(3)[torch.ones(3).bool()].sum()) and waits.count == 2  # it does count
         for event in attack_steps(Wavy(), images, PGD(EPSILON, EPSILON / 20, 10, 3), 16, kind):
-            if isinstance(event, Step):
+            if isinstance(event, AttackStep):
                 counts.append(waits.count)
                 waits.count = 0
     _, *steps = counts

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 
 from .console import Failure, Stopped, StopSignals, UsageError
 
-SIZES = (64, 128, 256, 512)  # of batches in evaluations on a GPU
+SIZES = (64, 128, 256, 512)  # of evaluation batches on a GPU
 
-# Errors without a class of their own: of PyTorch's CPU allocator, the CUDA driver and NCCL, cuDNN and cuBLAS.
+# Messages of out-of-memory errors without an exception class: of PyTorch's CPU allocator, the CUDA driver, NCCL, cuDNN
+# and cuBLAS.
 OUT_OF_MEMORY = re.compile(r"can't allocate memory|out of memory|_ALLOC(ATION)?_FAILED")
 NO_ROOM = ("close other programs that use the device's memory (nvidia-smi lists those of a GPU), or use another "
            "--device")
@@ -153,8 +154,11 @@ def memory_format(model: nn.Module, device: torch.device) -> torch.memory_format
 
 
 class Wrapped(nn.Module):
-    """`model` behind another forward pass. Its parameters are listed once: attacks freeze them in every pass, and the
-    walk through all modules takes longer than the freezing."""
+    """Base class of wrappers with another `forward` for `model`.
+
+    The list of parameters is cached: attacks freeze the parameters in every attack step, and walking through all
+    modules takes longer than freezing.
+    """
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -165,9 +169,9 @@ class Wrapped(nn.Module):
 
 
 class Compiled(Wrapped):
-    """`model`, compiled for training batches whose size is a multiple of `batch_size`; all others run uncompiled.
+    """`model`, compiled for training batches whose size is a multiple of `batch_size`. Other batches run uncompiled.
 
-    So the short last batch of an epoch and evaluations need no graphs of their own, and a resumed run takes the same
+    So the short last batch of an epoch and evaluation batches need no other graphs, and a resumed run takes the same
     code path as an uninterrupted one.
     """
 
@@ -186,9 +190,9 @@ class Compiled(Wrapped):
 
 
 class Padded(Wrapped):
-    """`model` in eval mode, computed on batches of few sizes: smaller ones are filled with black images.
+    """`model` in eval mode, with every batch padded with black images to the next of `sizes`.
 
-    cuDNN prepares its kernels anew for every size, and an evaluation has batches of all sizes.
+    cuDNN prepares kernels for every new batch size, and evaluation batches have all sizes.
     """
 
     def __init__(self, model: nn.Module, batch_size: int):
@@ -233,7 +237,7 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype, enabled=native)
 
     def float32_logits(self, model: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return the logits of a float32 forward pass without gradients or TF32; all accuracies are measured so."""
+        """Return the logits of a float32 forward pass without gradients or TF32, as used for all accuracies."""
         with torch.no_grad(), self.full():
             return model(x).float()
 
@@ -279,7 +283,7 @@ class Precision:
         return finite
 
     def loss_scale(self, loss: Tensor) -> Tensor:
-        """Return the factor of the loss in the next backward pass, a tensor; 1 but in float16."""
+        """Return the factor of the loss in the next backward pass, a tensor: 1 except with float16."""
         return self.scaler.scale(torch.ones_like(loss))
 
     def state_dict(self) -> dict:
@@ -293,7 +297,7 @@ class Precision:
 
 
 def peak_memory(name: str, device: torch.device) -> dict[str, int]:
-    """Return {name: the most bytes of the GPU in use at once since the last call}, nothing for a CPU."""
+    """Return {name: peak memory of the GPU in bytes since the previous call}; {} for a CPU."""
     if device.type != "cuda":
         return {}
     peak = torch.cuda.max_memory_allocated(device)
@@ -302,12 +306,14 @@ def peak_memory(name: str, device: torch.device) -> dict[str, int]:
 
 
 def evaluation_batch(batch_size: int, model: nn.Module, x: Tensor) -> int:
-    """Return the number of images that each process evaluates at once, for training steps on `batch_size`.
+    """Return the number of images in a process's evaluation batch.
 
-    On CUDA, as many as half of the GPU's memory holds, at most 4 batch_size, rounded down to one of SIZES. The total
-    memory counts, not the free part, so that other programs change no result.
+    CPU: min(batch_size, 128). CUDA: the largest of SIZES that is at most 4 * batch_size and whose images fit in half of
+    the GPU's total memory; fewer images if no size fits. Free memory is not considered, so that other programs do not
+    change results.
 
     Args:
+        batch_size: training batch size.
         x: a few images on the device.
     """
     if x.device.type != "cuda":
@@ -330,14 +336,14 @@ def bytes_per_image(model: nn.Module, x: Tensor) -> int:
     with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
         logits = model.eval()(x.detach().requires_grad_())
     model.train(training)
-    del logits  # until here, no storage is used twice
+    del logits  # kept until here: the memory of a freed storage could be reused, and the two be counted as one
     return max(1, sum(size for storage, size in stored.items() if storage not in own) // len(x))
 
 
 def too_many_at_once(batch_size: int, device: torch.device) -> str:
-    """Advice for an evaluation that runs out of memory."""
+    """Return advice for an evaluation that runs out of memory."""
     bound = batch_size // 4 if device.type == "cuda" else batch_size
-    return f"an evaluation takes {batch_size} images at once: lower --batch-size below {max(bound, 2)}"
+    return f"the evaluation batch has {batch_size} images: lower --batch-size below {max(bound, 2)}"
 
 
 @contextlib.contextmanager
@@ -357,14 +363,14 @@ def advice_on_failure(signals: StopSignals, advice: str) -> Iterator[None]:
 
 
 def precision_hints(args, device: torch.device) -> list[str]:
-    """Lines to print if the lower precision of --amp is slow on this device."""
+    """Return lines to print if the lower precision of --amp is slow on this device."""
     if not args.amp:
         return []
     if device.type == "cuda":
         emulated = args.amp_dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False)
         return ["this GPU emulates bfloat16, which is slow: use --amp-dtype=float16"] if emulated else []
     slower = slowdown(DTYPES[args.amp_dtype])
-    return [f"{args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: leave --amp out"] \
+    return [f"{args.amp_dtype} is {slower:.1f} times as slow as float32 on this processor: do not use --amp"] \
         if slower > 1.2 else []
 
 

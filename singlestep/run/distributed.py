@@ -1,4 +1,4 @@
-"""The processes that train one network together, and how they stop together."""
+"""Processes that train one network together: communication, and stopping on a signal."""
 import atexit
 import contextlib
 import os
@@ -30,25 +30,26 @@ class World:
 
     @classmethod
     def join(cls, device: torch.device) -> "World":
-        """Join the processes that `torchrun` announces in the environment, if it does, with `device`."""
+        """Join torchrun's process group, given by environment variables; without torchrun, return one process."""
         size = os.environ.get("WORLD_SIZE", "1")
         if size == "1":
             return cls(device=device)
         try:
             if device.type == "cuda":
-                dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)  # else it guesses whose is which
+                # Without device_id, NCCL guesses the GPU of each rank.
+                dist.init_process_group("nccl", timeout=PATIENCE, device_id=device)
             else:
                 dist.init_process_group("gloo", timeout=PATIENCE)
-            # gloo's threads outlive the group, which DDP keeps alive; one that frees its last tensor while Python shuts
-            # down aborts the process.
+            # DDP keeps the process group, and so gloo's threads, alive until exit. A thread that frees its last tensor
+            # while Python shuts down aborts the process, so give the threads time.
             atexit.register(time.sleep, 0.2)
             return cls(int(os.environ["RANK"]), int(size), device)
-        except ValueError:  # a variable is missing, or no number
+        except ValueError:  # a variable is missing, or is not a number
             raise UsageError(f"WORLD_SIZE is {size}, but torchrun did not start this process: unset it, or use "
                              f"torchrun") from None
 
     def leave(self) -> None:
-        """Leave the group. Every process must call it: after an error in one of them, the others hang."""
+        """Leave the group. Every process must call this method: if one process fails before, the others hang."""
         if self.size > 1 and dist.is_initialized():
             dist.barrier()  # a process that leaves early would break the others' connections
             dist.destroy_process_group()
@@ -59,7 +60,7 @@ class World:
 
     @contextlib.contextmanager
     def said_once(self) -> Iterator[None]:
-        """Every process raises a UsageError in here; only rank 0 prints it."""
+        """Context in which every process raises the same UsageError; only rank 0 prints the error."""
         try:
             yield
         except UsageError as error:
@@ -67,7 +68,7 @@ class World:
             raise
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 and broadcast what it returns. A UsageError on rank 0 is raised in every process."""
+        """Call `make` on rank 0 and broadcast the return value. A UsageError on rank 0 is raised in every process."""
         if self.size == 1:
             return make()
         answer: list = [None]
@@ -83,17 +84,17 @@ class World:
         return answer[0]
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over the processes, a new tensor."""
+        """Return the sum of `values` over the processes, a new tensor."""
         return self._reduced(values, dist.ReduceOp.SUM)
 
     def min(self, values: Tensor) -> Tensor:
-        """The smallest of the processes' values, a new tensor."""
+        """Return the elementwise minimum of `values` over the processes, a new tensor."""
         return self._reduced(values, dist.ReduceOp.MIN)
 
     def max(self, value: float) -> float:
-        """The largest of the processes' values; of flags, whether any is set."""
+        """Return the largest of the processes' values. For a flag: whether the flag is set in any process."""
         if self.size == 1:
-            return value  # asked in every step: the host must not wait for the device
+            return value  # called in every step: avoid a synchronization
         return self._reduced(torch.tensor(float(value), device=self.device), dist.ReduceOp.MAX).item()
 
     def _reduced(self, values: Tensor, operation) -> Tensor:
@@ -104,7 +105,7 @@ class World:
         return values
 
     def broadcast_buffers(self, model: nn.Module) -> None:
-        """Give every process rank 0's buffers: BatchNorm's running statistics differ from shard to shard."""
+        """Copy rank 0's buffers to every process, because BatchNorm's running statistics differ between processes."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
@@ -115,19 +116,19 @@ ALONE = World()
 
 @dataclass(frozen=True)
 class Stop:
-    """Stops a program where a signal asks for it; `how` completes the line that is then printed."""
+    """Checks for stop signals. `how`: text that is appended to the message, such as how to continue."""
 
     signals: StopSignals
     world: World = ALONE
     how: str = ""
 
     def together(self) -> None:
-        """Raise Stopped in every process if a signal came to any. Every process has to call it."""
+        """Raise Stopped in every process if any process received a signal. Every process must call this method."""
         number = int(self.world.max(self.signals.received or 0))
         if number:
             raise Stopped(signal.Signals(number), self.how)
 
     def alone(self) -> None:
-        """Raise Stopped if a signal came and there are no other processes to agree with."""
+        """Raise Stopped if a signal was received and there is only one process."""
         if self.world.size == 1:
             self.together()
