@@ -372,7 +372,7 @@ def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, judged, sm
         raise error
 
     for module, name, advice in (
-            (robustness, "attack_steps", "evaluation batch has 32 images: lower --batch-size below 32"),
+            (robustness, "attack_steps", "the evaluation batch has 32 images: lower --batch-size below 32"),
             (train, "train_epoch", "lower --batch-size (now 32)"), (train, "build", NO_ROOM)):
         monkeypatch.setattr(module, name, fail)
         status, _, line = call("train_cifar.py", *SMALL, "--attack=fgsm", "--fname", tmp_path / "run")

@@ -61,7 +61,7 @@ def test_without_test_images_no_epoch_is_evaluated_and_a_folder_can_be_resumed(t
     again = train(network_of_seed(0), images, labels, "fgsm", epochs=2, allow_changes=True, **keywords)
     assert again[0] == history[0] and len(again) == 2
     assert (tmp_path / "run" / "model_1.pth").exists() and epochs_of(tmp_path / "run") == again
-    with pytest.raises(UsageError, match="a network of yours"):  # its normalization is not recorded
+    with pytest.raises(UsageError, match="a network of your own"):  # its normalization is not recorded
         singlestep.load_run(tmp_path / "run")
     with pytest.raises(UsageError, match=r"only train\(\) in Python"):
         options.arguments(options.CIFAR10, {"like": str(tmp_path / "run")})
