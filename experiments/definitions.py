@@ -183,7 +183,7 @@ TABLES = {
     "from_zero": _from_zero(),
     "methods": Table("CIFAR-10, epsilon 8/255: every `--method`", ("`--method`",), tuple(
         Row((f"`{name}`",), "cifar10", f"--method={name}", scales=("short",)) for name in BY_NAME)),
-    "attacks": Table("CIFAR-10, epsilon 8/255: two networks under many attacks after 5 epochs", ("trained with",), tuple(
+    "attacks": Table("CIFAR-10, epsilon 8/255: two networks under many attacks, 5 epochs", ("trained with",), tuple(
         Row((name,), "cifar10", f"--method={method} --epochs=5", scales=("short",),
             attacks="clean,fgsm,pgd-10-1,pgd-50-10,cw,autoattack")
         for name, method in (("N-FGSM", "n-fgsm"), ("FGSM, zero initialization", "fgsm")))),
