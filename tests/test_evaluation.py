@@ -553,7 +553,7 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
                         ([tmp_path / "none.pt", "--data-set=svhn"], "none.pt is missing"),
                         ([tmp_path / "empty", "--data-set=svhn"], "contains no model"),
                         ([tmp_path / "alone.pt", "--data-set=cifar10"], "another architecture: bn.bias"),
-                        ([run, "--attacks=pgd-0-3"], "must be of clean"), ([run, "--epsilons=8,x"], "must be a number"),
+                        ([run, "--attacks=pgd-0-3"], "one of clean"), ([run, "--epsilons=8,x"], "must be a number"),
                         ([run, "--std=0.5,0,0.5"], "must be three numbers above 0"),
                         ([run, "--model=WideResNet"], "another architecture"),
                         ([run, "--model=WideResNet", "--shortcut=raw"], "--shortcut raw is for PreActResNet18")):
