@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from helpers import ROOT, epochs_of
+from helpers import ROOT, epochs_of, write_cifar10
 from torch import nn
 
 import singlestep
@@ -143,16 +143,19 @@ def test_evaluate_counts_what_the_attack_leaves(small_dummy):
     assert result.metrics()["robust_acc"] == pytest.approx((clean & attacked).double().mean().item())
 
 
-def test_the_page_works_block_by_block(tmp_path, small_dummy, monkeypatch):
-    """Its signatures apart, which are compared with the code."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "networks").symlink_to(ROOT / "networks")
+def test_the_page_works_block_by_block(tmp_path, call, small_dummy, monkeypatch):
+    """With few images and one epoch; its signatures are compared with the code."""
+    write_cifar10(tmp_path / "cifar-data", monkeypatch, n=10)
+    (tmp_path / "project").mkdir()
+    monkeypatch.chdir(tmp_path / "project")
+    assert call("train_cifar.py", "--dummy", "--epochs=1", "--base-width=4", "--final-iters=0", "--fname=runs/first",
+                "--test-iters=1", "--device=cpu")[0] == 0
     page = (ROOT / "docs/python.md").read_text()
-    images, test = map(tensors, data.dummy(10))
-    names = {"images": images[0][:32], "labels": images[1][:32], "x": test[0] / 255, "y": test[1]}
+    names: dict = {}
     for block in re.findall(r"```python\n(.*?)```", page, re.S):
         imports = "\n".join(line for line in block.splitlines() if line.startswith("from "))
-        exec(block if "def " not in block and "class " not in block else imports, names)
+        shorter = re.sub(r"epochs=\d+", "epochs=1", block)
+        exec(shorter if "def " not in block and "class " not in block else imports, names)
         stubs = ast.parse(block) if "def " in block else None
         for stub in stubs.body if stubs else ():
             if isinstance(stub, ast.FunctionDef):  # a signature
@@ -160,5 +163,9 @@ def test_the_page_works_block_by_block(tmp_path, small_dummy, monkeypatch):
                 actual = [name for name, each in inspect.signature(names[stub.name]).parameters.items()
                           if each.kind is not each.VAR_KEYWORD]
                 assert stated == actual, stub.name
+    assert names["images"].shape == (50, 3, 32, 32) and names["images"].dtype == torch.uint8
+    records = names["history"]  # of the loop
+    assert len(records) == 2 and len(collapse.collapsed(records)) == 2
+    assert all(0 <= record[key] <= 1 for record in records for key in ("test_acc", "fgsm_acc", "test_robust_acc"))
     assert collapse.collapsed([{"fgsm_acc": 0.4, "test_robust_acc": 0.35},
                                {"fgsm_acc": 0.8, "test_robust_acc": 0.02}]) == [False, True]
