@@ -63,6 +63,8 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     folder = Folder(path if path.is_dir() else path.parent)
     if path.is_dir() and which not in NETWORKS:
         raise UsageError(f"--which must be {', '.join(NETWORKS)} for the folder of a run, not {which}")
+    if path.is_dir() and not folder.names(r"args\.json|state\.pth|model_\w+\.pth"):
+        raise UsageError(f"{path} is not the folder of a run: it has neither args.json nor a checkpoint")
     (run, recorded), given = recorded_flags(path, folder), {k: v for k, v in flags.items() if v is not None}
     named = given.pop("data_set", None)
     given = {name: options.valid(name, value) for name, value in given.items()}

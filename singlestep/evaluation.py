@@ -164,7 +164,7 @@ def evaluate_network(path: str, network: Callable[[], tuple[Opened, Images]], ar
     for values in ({"mean": args.mean, "std": args.std}, *(
             {"epsilon": each, "norm": job.opened.args.norm} for each in epsilons)):
         for hint in options.unit_hints(values):
-            job.screen.say(f"# {hint}")
+            job.screen.say(f"# {hint.replace('--epsilon=', '--epsilons=')}")
     for attack, epsilon in attacks:
         if attack not in options.AUTOATTACK:
             pgd = form_of_pgd(attack, epsilon)

@@ -182,7 +182,7 @@ def wide_depth(text: str) -> int:
     """An argparse type: the layers of a WideResNet, 6n + 4."""
     value = int(number(int, 10, 1000)(text))
     if (value - 4) % 6:
-        raise argparse.ArgumentTypeError(f"must be 6n + 4, such as 28, 34 or 40, not {text}")
+        raise argparse.ArgumentTypeError(f"must be 6n + 4, such as 28, 34 or 40, not {text}; only WideResNet has it")
     return value
 
 

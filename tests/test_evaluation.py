@@ -551,7 +551,7 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
     for flags, told in (([tmp_path / "alone.pt"], "add --data-set"), ([tmp_path / "none.pt"], "none.pt is missing"),
                         ([tmp_path / "alon.pt"], f"alon.pt is missing; did you mean {tmp_path / 'alone.pt'}?"),
                         ([tmp_path / "none.pt", "--data-set=svhn"], "none.pt is missing"),
-                        ([tmp_path / "empty", "--data-set=svhn"], "contains no model"),
+                        ([tmp_path / "empty", "--data-set=svhn"], "empty is not the folder of a run"),
                         ([tmp_path / "alone.pt", "--data-set=cifar10"], "another architecture: bn.bias"),
                         ([run, "--attacks=pgd-0-3"], "one of clean"), ([run, "--epsilons=8,x"], "must be a number"),
                         ([run, "--std=0.5,0,0.5"], "must be three numbers above 0"),
@@ -565,7 +565,7 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, hint", [
-    (["--epsilons=0.031"], "--epsilon=0.031 means 0.031/255: did you mean 7.9"),
+    (["--epsilons=0.031"], "--epsilons=0.031 means 0.031/255: did you mean 7.9"),
     (["--mean=125.3,123,113.9", "--std=63,62.1,66.7"], "--mean is of pixels in [0, 1]: did you mean 0.491,0.482"),
     (["--epsilons=1", "--mean=1,0,0"], "")])
 def test_a_value_in_another_unit_gets_a_hint(flags, hint, run, judged):
