@@ -1,11 +1,11 @@
-"""Count collapses, and measure the rule that finds them against labels.
+"""Count collapsed runs, and compare the rule that flags collapses with labels by eye.
 
     python experiments/collapses.py             # write report/collapses.md and report/collapses.png
     python experiments/collapses.py --search    # print the errors of other thresholds on seeds 0 and 1
 
-labels.csv has a line for every run whose curves were judged by eye: the set of the run (a folder of results/, or
-public_logs), its name, its label (collapsed, healthy or, of runs too short to tell, undecided), the epochs in collapse
-(from 1) and the reason. A run without a label counts as the rule finds it.
+labels.csv has a line for every run that was labelled by eye from its curves: the set of the run (a folder of results/,
+or public_logs), its name, its label (collapsed, healthy, or undecided if the run is too short to tell), the epochs in
+collapse (from 1) and the reason. A run without a label counts as collapsed if the rule flags it.
 """
 import csv
 import itertools
@@ -32,37 +32,40 @@ SCALE = "cpu-short-bf16"
 WARNING = 0.03  # threshold for the gap after the first epoch, as a fraction of the images
 
 TEXT = """\
-# How often a method collapses, and how well the rule sees it
+# How often a method collapses, and how well the rule finds it
 
-The runs of the first two tables have the scale `{scale}`: CIFAR-10, PreActResNet18 at a quarter of its width, 20,000
-training images, 5 epochs, cyclic learning rate with a peak of 0.2, bfloat16. Accuracies are in %, on 1,000 test
-images after the last epoch; the PGD-50 has one restart. A seed fixes the initial weights and the order of the images
-for all methods. The seeds of a method come from both processors that are named in [{scale}.md]({scale}.md#the-runs).
+On this page, *collapsed* means that we labelled the run by eye, from its curves, as catastrophic overfitting. The pages
+of the scales, such as [{scale}.md]({scale}.md), count runs that the [rule](../../docs/accuracy.md#the-watch) flags
+instead. Their counts may differ from those here, since the rule errs on some runs ([below](#errors-of-the-rule)).
 
-![Accuracy under PGD-10 after the last epoch, a dot for each seed](collapses.png)
+The runs of the first two tables have the scale `{scale}`: CIFAR-10, PreActResNet18 with base width 16 (full: 64),
+20,000 training images, 5 epochs, cyclic learning rate with a peak of 0.2, bfloat16. Accuracies are in %, on 1,000 test
+images after the last epoch; PGD-50 has one restart. A seed fixes the initial weights and the order of the images
+for all methods, so the rows are not independent. [{scale}.md]({scale}.md#the-runs) has the command, commit and
+processor of every run; the runs of a method come from two processors.
+
+![PGD-10 accuracy after the last epoch, a dot for each seed](collapses.png)
 
 ## Collapses
 
-*Collapsed* counts runs whose curves show a collapse by eye ([labels.csv](../labels.csv)), not runs that the rule flags,
-as [{scale}.md]({scale}.md) does; the errors of the rule are listed below. *95%* is Wilson's interval for the share of
-runs that collapse. Accuracies are means over the seeds ± the sample standard deviation. A network that loses its FGSM
-accuracy too has not collapsed: GradAlign at 16/255 does not train at all. The runs of ckpt are attacked in train mode
-(`--ckpt-mode=train`, the default when they were made).
+*Collapsed* counts runs that are labelled as collapsed in some epoch ([labels.csv](../labels.csv)); *95%* is
+Wilson's 95% interval for the fraction of runs that collapse. Means are over the seeds, ± the sample standard deviation.
+A network that also loses its FGSM accuracy has not collapsed: GradAlign at 16/255 does not train at all.
 
 {counts}
 
 ## PGD-10 by seed
 
-**Bold**: the run collapsed. Seeds are in order, from 0.
+PGD-10 accuracy of every run after its last epoch, in order of the seeds, from 0. **Bold**: the run collapsed.
 
 {by_seed}
 
 ## Errors of the rule
 
-The [rule](../../docs/collapse.md) has four chosen thresholds, and a fixed one: half of the best PGD accuracy. The four
-were chosen on seeds 0 and 1 of the public logs and of `{scale}` (`python experiments/collapses.py --search` repeats the
-choice). Seeds 2 to 4 and the other sets were not used. A false alarm is a healthy run that the rule flags in some
-epoch. A miss is a collapsed run that the rule flags in no epoch. Undecided runs are left out.
+The rule has four chosen thresholds, and a fixed one: half of the best. The four thresholds were chosen on seeds 0 and 1
+of the [public logs](../public_logs/README.md) and of `{scale}`; `python experiments/collapses.py --search` repeats the
+search. Seeds 2 to 4 and the other sets were not used. A false alarm is a healthy run that the rule flags in some epoch;
+a miss is a collapsed run that the rule never flags. Undecided runs are left out.
 
 {errors}
 
@@ -70,25 +73,25 @@ Every error:
 
 {mistakes}
 
-## What the gap after the first epoch is worth
+## What the gap after the first epoch predicts
 
-The gap is FGSM accuracy minus PGD-10 accuracy after the first epoch, in points. *Over 3* counts runs with a larger
-gap that collapsed later, out of all runs with a larger gap.
+The gap is FGSM accuracy minus PGD-10 accuracy after the first epoch, in percentage points. *Over 3* counts, among the
+runs with a gap of more than 3 points, those that collapsed.
 
 {gaps}
 
-In the 5-epoch runs at epsilon 8/255, a gap over 3 points after one epoch precedes most collapses. At 16/255, healthy
-runs have such a gap too. In the public logs, whose learning rate rises slowly, no collapsed run had it after one epoch.
-In {at_once} of the {fallen} collapsed runs of the logs, the gap does not exceed 3 points before the epoch in which the
-collapse begins; in {also} of their {healthy} healthy runs, it exceeds 3 points in some epoch. So a gap that the rule
-does not flag is no reason to stop a run, and no run warns of it.
+In the 5-epoch runs at epsilon 8/255, a gap of more than 3 points after the first epoch predicts most collapses; at
+16/255, healthy runs have such a gap, too. In the public logs, whose learning rate rises slowly, no collapsed run had
+such a gap after the first epoch. In {at_once} of their {fallen} collapsed runs, the gap does not exceed 3 points before
+the epoch in which the collapse begins; in {also} of their {healthy} healthy runs, it exceeds 3 points in some epoch. So
+a gap that the rule does not flag is no reason to stop a run, and runs do not warn of it.
 
 Written by `python experiments/collapses.py`.
 """
 
 
 class Run(NamedTuple):
-    """A labelled run, or a run without a label (None) at SCALE."""
+    """A run with a label, or a run of SCALE without a label (None)."""
 
     group: str
     name: str
@@ -114,7 +117,7 @@ def read_all() -> list[Run]:
 
 
 def fell(run: Run) -> bool:
-    """Return whether a run collapsed in some epoch: by its label, or by the rule if it has none."""
+    """Return whether a run collapsed in some epoch: by its label, or by the rule if the run has no label."""
     return any(collapsed(run.epochs)) if run.label is None else run.label == "collapsed"
 
 
@@ -209,7 +212,7 @@ def figure(groups: dict[tuple[str, str], list[Run]]) -> Any:
                       for run in runs if size == epsilon and fell(run) is state]
             axes.plot(*zip(*points), linestyle="", marker=style[0], color=style[1], alpha=0.75, label=label)
         axes.set_title(f"epsilon {epsilon}/255")
-        axes.set_xlabel("accuracy under PGD-10 after the last epoch, %")
+        axes.set_xlabel("PGD-10 accuracy after the last epoch, %")
         axes.set_xlim(left=-1)
     panels[0].set_yticks(range(len(methods)), methods)
     panels[0].invert_yaxis()
@@ -233,7 +236,7 @@ def search(runs: list[Run]) -> None:
 
 def main() -> None:
     p = Parser(__doc__)
-    p.add_argument("--search", action="store_true", help="print the errors of other thresholds")
+    p.add_argument("--search", action="store_true", help="print the errors of other thresholds; write nothing")
     runs = read_all()
     if p.parse_args().search:
         return search(runs)

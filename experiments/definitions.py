@@ -1,4 +1,4 @@
-"""Which runs make each table, at which scale.
+"""Definitions of the tables: the runs of each, at every scale.
 
 A run is the command of its data set with, in this order, the flags of the scale, of the table's row, and a seed; a
 later flag overrides an earlier one, and a run that stands in two tables is made once. To add a table, add it to TABLES:
@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The paper's commands, up to the attack.
+# The ZeroGrad paper's commands, up to the attack.
 DATASETS = {
     "cifar10": "train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2",
     "cifar100": "train_cifar100.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2",
@@ -19,7 +19,7 @@ DATASETS = {
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the runs are: `flags` for every one, and the seeds of each."""
+    """Size of the runs: a description, the `flags` of every run, and the seeds of each row."""
 
     about: str
     flags: str
@@ -32,25 +32,26 @@ CPU_SHORT = f"{CPU} --epochs=5 --train-samples=20000 --last-samples=1000 --final
 SHORT = "--base-width=16 --epochs=2 --train-samples=20000 --last-samples=1000 --final-iters=0"
 DEMO = "--base-width=16 --epochs=8 --train-samples=5000 --test-samples=500 --last-samples=500 --final-iters=0"
 SCALES = {
-    "paper": Scale("the paper's commands, in bfloat16, for a GPU", "--amp", (0, 1, 2)),
-    "cpu": Scale("a quarter of the network's width and 15 epochs, where a table does not say otherwise, for CPUs; the "
-                 "whole training set", CPU, (0,)),
-    "cpu-short": Scale("a quarter of the network's width, 20,000 training images and 5 epochs, so that a CPU can "
-                       "afford several seeds", CPU_SHORT, (0, 1, 2)),
-    "cpu-short-bf16": Scale("the scale cpu-short in bfloat16 and compiled, for CPUs with AVX-512 BF16, better AMX; "
+    "paper": Scale("the ZeroGrad paper's commands, in bfloat16, for a GPU", "--amp", (0, 1, 2)),
+    "cpu": Scale("base width 16 (full: 64), 15 epochs and the whole training set, unless a table says otherwise; for "
+                 "CPUs", CPU, (0,)),
+    "cpu-short": Scale("base width 16, 20,000 training images and 5 epochs, so that a CPU can train several seeds",
+                       CPU_SHORT, (0, 1, 2)),
+    "cpu-short-bf16": Scale("the scale cpu-short in bfloat16 and compiled, for CPUs with AVX-512 BF16 or AMX; "
                             "needs a C++ compiler", f"{CPU_SHORT} --amp --compile", (0, 1, 2)),
-    "short": Scale("a quarter of the network's width, 20,000 training images and 2 epochs, to see every method work; "
-                   "no final evaluation", SHORT, (0,)),
-    "seeds": Scale("the scale cpu with two seeds, for ZeroGrad with q = 0.35 alone", CPU, (0, 1)),
-    "cpu-bf16": Scale("the scale cpu in bfloat16 and compiled, for CPUs with AVX-512 BF16, better AMX; needs a C++ "
+    "short": Scale("base width 16, 20,000 training images and 2 epochs, to see every method work; no final "
+                   "evaluation", SHORT, (0,)),
+    "seeds": Scale("the scale cpu with two seeds, only for ZeroGrad with q = 0.35", CPU, (0, 1)),
+    "cpu-bf16": Scale("the scale cpu in bfloat16 and compiled, for CPUs with AVX-512 BF16 or AMX; needs a C++ "
                       "compiler", f"--device=cpu --amp --compile {SMALL}", (0,)),
-    "cpu-paper": Scale("the paper's commands at full width, in bfloat16 and compiled, for CPUs with AMX; the final "
-                       "evaluation on 1,000 images", "--device=cpu --amp --compile --final-samples=1000", (0,)),
-    "demo": Scale("a quarter of the network's width, 5,000 training images, 8 epochs and 500 test images, to see FGSM "
-                  "collapse in minutes; no final evaluation", DEMO, (0, 1, 2, 3, 4)),
-    "demo-bf16": Scale("the scale demo in bfloat16 and compiled, for CPUs with AVX-512 BF16, better AMX; needs a C++ "
+    "cpu-paper": Scale("the ZeroGrad paper's commands (base width 64), in bfloat16 and compiled, for CPUs with AMX; "
+                       "the final evaluation on 1,000 images",
+                       "--device=cpu --amp --compile --final-samples=1000", (0,)),
+    "demo": Scale("base width 16, 5,000 training images, 8 epochs and 500 test images, to see FGSM collapse in "
+                  "minutes; no final evaluation", DEMO, (0, 1, 2, 3, 4)),
+    "demo-bf16": Scale("the scale demo in bfloat16 and compiled, for CPUs with AVX-512 BF16 or AMX; needs a C++ "
                        "compiler", f"{DEMO} --amp --compile", (0, 1, 2, 3, 4)),
-    "smoke": Scale("seconds a run on synthetic images: only to see that everything works",
+    "smoke": Scale("seconds for each run, on synthetic images: only to see that everything works",
                    "--dummy --device=cpu --base-width=4 --epochs=2 --batch-size=32 --train-samples=96 --test-iters=2 "
                    "--test-samples=64 --last-samples=64 --final-iters=2 --final-restarts=1 --final-samples=64", (0,)),
 }
@@ -58,7 +59,7 @@ SCALES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One run, or several seeds of it: a cell for each column, data set, flags, others' figures, scales.
+    """Row of a table: one run, or several seeds of it. `cells` has a text for each column.
 
     `attacks`: what evaluate.py then attacks the last network with.
     """
@@ -78,19 +79,19 @@ class Table:
     rows: tuple[Row, ...]
 
     def at(self, scale: str) -> tuple[Row, ...]:
-        """The rows that there are at a scale."""
+        """Return the rows that are made at a scale."""
         return tuple(row for row in self.rows if scale in row.scales)
 
 
 METHODS = {
-    "FGSM, zero initialization": "--attack=fgsm --fgsm-init=zero --fgsm-alpha=1",
+    "FGSM from zero": "--attack=fgsm --fgsm-init=zero --fgsm-alpha=1",
     "FGSM-RS": "--attack=fgsm --fgsm-alpha=1.25",
     "ZeroGrad, q = 0.35": "--attack=zerograd --zero-qval=0.35",
     "ZeroGrad, q = 0.7": "--attack=zerograd --zero-qval=0.7",
     "MultiGrad": "--attack=multigrad --multi-samps=3",
     "PGD-10": "--attack=pgd",
 }
-CIFAR100_METHODS = {**{name: METHODS[name] for name in ("FGSM, zero initialization", "FGSM-RS")},
+CIFAR100_METHODS = {**{name: METHODS[name] for name in ("FGSM from zero", "FGSM-RS")},
                     "ZeroGrad, q = 0.45": "--attack=zerograd --zero-qval=0.45",
                     **{name: METHODS[name] for name in ("ZeroGrad, q = 0.7", "MultiGrad", "PGD-10")}}
 SVHN_METHODS = {name: flags for name, flags in METHODS.items() if name != "ZeroGrad, q = 0.35"}
@@ -132,8 +133,8 @@ def _what_decides(epsilon: int) -> Table:
                "start from zero": " --fgsm-init=zero", "highest learning rate 0.05, not 0.2": " --lr-max=0.05",
                "base width 32": " --base-width=32"}
     rows = (Row((change,), "cifar10", ZEROGRAD + _epsilon(epsilon) + flags) for change, flags in changes.items())
-    return Table(f"CIFAR-10, epsilon {epsilon}/255: what decides whether ZeroGrad with q = 0.35 holds", ("changed",),
-                 tuple(rows))
+    return Table(f"CIFAR-10, epsilon {epsilon}/255: what decides whether ZeroGrad with q = 0.35 collapses",
+                 ("changed",), tuple(rows))
 
 
 def _from_zero() -> Table:
@@ -152,11 +153,11 @@ def _papers_commands() -> Table:
     rows = [(dataset, name, methods[name]) for dataset, quantile, methods in (
         ("cifar10", "0.35", METHODS), ("cifar100", "0.45", CIFAR100_METHODS), ("svhn", "0.7", SVHN_METHODS))
         for name in (f"ZeroGrad, q = {quantile}", "MultiGrad")]
-    return Table("The paper's commands", ("data set", "trained with"), tuple(
+    return Table("The ZeroGrad paper's commands", ("data set", "trained with"), tuple(
         Row((dataset, name), dataset, flags, scales=("paper", "smoke")) for dataset, name, flags in rows))
 
 
-# In order of worth: where time is short, the first are made first.
+# Most important first: with --budget, the first tables are made first.
 TABLES = {
     "paper": _papers_commands(),
     "cifar10": Table("CIFAR-10, epsilon 8/255", ("trained with",), _methods("cifar10", {**METHODS, **PARALLEL})),
@@ -183,21 +184,22 @@ TABLES = {
     "from_zero": _from_zero(),
     "methods": Table("CIFAR-10, epsilon 8/255: every `--method`", ("`--method`",), tuple(
         Row((f"`{name}`",), "cifar10", f"--method={name}", scales=("short",)) for name in BY_NAME)),
-    "attacks": Table("CIFAR-10, epsilon 8/255: two networks under many attacks, 5 epochs", ("trained with",), tuple(
+    "attacks": Table("CIFAR-10, epsilon 8/255: two networks under many attacks, after 5 epochs",
+                     ("trained with",), tuple(
         Row((name,), "cifar10", f"--method={method} --epochs=5", scales=("short",),
             attacks="clean,fgsm,pgd-10-1,pgd-50-10,cw,autoattack")
-        for name, method in (("N-FGSM", "n-fgsm"), ("FGSM, zero initialization", "fgsm")))),
+        for name, method in (("N-FGSM", "n-fgsm"), ("FGSM from zero", "fgsm")))),
     "seeds": Table("CIFAR-10, epsilon 8/255: ZeroGrad with q = 0.35 again", ("trained with",), (
         Row(("ZeroGrad, q = 0.35",), "cifar10", ZEROGRAD, scales=("seeds",)),)),
     "demo": Table("CIFAR-10, epsilon 16/255: FGSM collapses, N-FGSM does not", ("trained with",), tuple(
         Row((name,), "cifar10", f"--method={method}{_epsilon(16)}", scales=("demo", "demo-bf16", "smoke"))
-        for name, method in (("FGSM, zero initialization", "fgsm"), ("N-FGSM", "n-fgsm")))),
+        for name, method in (("FGSM from zero", "fgsm"), ("N-FGSM", "n-fgsm")))),
 }
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One run of a row at a scale. `name` is that of its folder and of its result."""
+    """One run of a row at a scale. `name` names its folder and its result."""
 
     scale: str
     dataset: str
@@ -207,7 +209,7 @@ class Experiment:
 
     @classmethod
     def of(cls, row: Row, scale: str, seed: int) -> "Experiment":
-        """The run of a row, without those of its flags that hold at this scale anyway."""
+        """Return the run of a row, without the flags that the scale sets anyway."""
         given = SCALES[scale].flags.split()
 
         def holds(flag: str) -> bool:
@@ -223,14 +225,14 @@ class Experiment:
 
     @property
     def command(self) -> list[str]:
-        """The script and its flags, each once, but for those that say where files are."""
+        """Script and flags, each flag once, without the flags for folders."""
         script, *flags = DATASETS[self.dataset].split()
         flags += [*SCALES[self.scale].flags.split(), *self.flags.split(), f"--seed={self.seed}"]
         return [script, *{flag.split("=")[0].replace("--no-", "--"): flag for flag in flags}.values()]
 
     @property
     def evaluation(self) -> list[str]:
-        """The script and its flags that evaluate the run, without its folder; empty where the run's own suffices."""
+        """Script and flags that evaluate the run, without its folder; empty if the run's own evaluations suffice."""
         return ["evaluate.py", f"--attacks={self.attacks}", "--samples=1000"] if self.attacks else []
 
     @property
@@ -239,6 +241,6 @@ class Experiment:
 
 
 def experiments(tables: list[str], scale: str, seeds: tuple[int, ...]) -> list[Experiment]:
-    """The runs of `tables`, each once: table by table, within it seed by seed, so that all its rows come early."""
+    """Return the runs of `tables`, each once: table by table, and within a table seed by seed."""
     return list(dict.fromkeys(Experiment.of(row, scale, seed)
                               for table in tables for seed in seeds for row in TABLES[table].at(scale)))

@@ -2,8 +2,8 @@
 
     python experiments/report.py --scale=cpu
 
-reads experiments/results/SCALE/*.json, as reproduce.py writes them, and writes experiments/report/SCALE.md with every
-table, and the figures SCALE_*.png and SCALE_*.pdf. A row that was not measured is left out.
+The command reads the results that reproduce.py wrote, experiments/results/SCALE/*.json. It writes all tables to
+experiments/report/SCALE.md, and the figures SCALE_*.png and SCALE_*.pdf. Rows without results are omitted.
 """
 import shlex
 import statistics
@@ -24,26 +24,28 @@ from singlestep.run.folder import atomic_write
 TRAINING = "train_robust_acc"
 
 NOTES = """
-* Accuracies are in %, on test images: with several seeds, the mean ± the sample standard deviation. The choice of test
-  images alone gives a standard error of up to 0.5 with 10,000 images, and of 1.6 with 1,000.
-* PGD-10-1 has 10 steps and 1 restart. An image counts as robust if it is correct after every step. In older runs
-  (without `fgsm_acc` in their files), PGD-10 after an epoch looks at the last step only.
-* Column titles give the number of test images after the last epoch, and after the earlier epochs. The best earlier
-  epoch is chosen on the same test images that its accuracy is reported on.
-* Epochs count from 1. "flagged" is the first epoch in collapse by the rule of
-  [collapse.md](../../docs/collapse.md) or, with several seeds, the number of runs that the rule flags in some epoch;
-  "then healthy" means that the rule no longer flags the last epoch. Labels by eye differ for a few runs
-  ([collapses.md](collapses.md)). In the figures, a cross marks the first flagged epoch, and a band spans the seeds.
-* Seconds are medians over a run's epochs, on machines that did other work, too. They are orders of magnitude; for
+* Accuracies are in %, on test images. With several seeds, a cell has the mean ± the sample standard deviation. The
+  choice of test images alone gives a standard error of up to 0.5 with 10,000 images, and of 1.6 with 1,000.
+* PGD-10-1 has 10 attack steps and 1 restart. PGD accuracies are every-step accuracies: an image is robust if it is
+  correct after every attack step. In older runs (without `fgsm_acc` in their files), PGD-10 after an epoch is last-step
+  accuracy: an image is robust if it is correct after the last attack step.
+* The column titles say on how many test images the last epoch and the earlier epochs are evaluated. The best earlier
+  epoch is chosen on the same test images that it is reported on.
+* *flagged* is the first epoch that the rule (docs/accuracy.md) flags as catastrophic overfitting ("collapse") or, with
+  several seeds, how many runs it flags in some epoch. "then healthy" means that the rule does not flag the last epoch.
+  In the figures, a cross marks the first flagged epoch, and a band spans the seeds. Epochs count from 1.
+* [experiments/report/collapses.md](collapses.md) counts runs that we labelled as collapsed by eye. Its counts may
+  differ from those here, since the rule errs on some runs; that page lists them.
+* Seconds are medians over a run's epochs, on machines that also did other work. They are orders of magnitude; for
   ratios, see benchmarks/README.md. A table whose runs come from several kinds of machine has no such column.
 """
 ELSEWHERE = """\
-* "published elsewhere" comes from RobustBench's model cards, whose training differs: clean / robust accuracy that the
-  authors report / accuracy under AutoAttack.
+* *published elsewhere*: from RobustBench's model cards, with other recipes: clean / PGD accuracy as its authors report
+  it / AutoAttack.
 """
 
 class Results:
-    """The results of a scale, by row; `refused` lists the files that are none of its runs' or are damaged."""
+    """Results of a scale, by row. `refused` lists files that are damaged or belong to none of its runs."""
 
     def __init__(self, folder: Path, scale: str):
         self.scale = scale
@@ -56,14 +58,19 @@ class Results:
         self.seeds, self.refused = sorted(seeds), [path for name, path in files.items() if name not in self.by_name]
 
     def flags(self, row: Row) -> dict[str, Any]:
-        """All flags of a row's runs, but for the seed."""
+        """Return all flags of a row's runs, without the seed."""
         experiment = Experiment.of(row, self.scale, 0)
         return options.parse(options.data_set(experiment.dataset), argv=experiment.command[1:]).flags()
 
     def of(self, row: Row) -> dict[int, Result]:
-        """The results of a row by seed."""
+        """Return the results of a row by seed."""
         names = {seed: Experiment.of(row, self.scale, seed).name for seed in self.seeds}
         return {seed: self.by_name[name] for seed, name in names.items() if name in self.by_name}
+
+
+def flagged(runs: list[list[dict[str, Any]]]) -> str:
+    """Return the first epoch that the rule flags, or how many of several runs it flags."""
+    return figures.collapse(runs).replace("then sound", "then healthy")
 
 
 def last(key: str) -> Callable[[Result], float]:
@@ -71,7 +78,7 @@ def last(key: str) -> Callable[[Result], float]:
 
 
 def best(record: Result) -> float:
-    """The highest accuracy of an epoch before the last, which may be on more images."""
+    """Return the highest PGD accuracy before the last epoch, which may have more test images."""
     return 100 * max(epoch[PGD] for epoch in record["epochs"][:-1])
 
 
@@ -84,14 +91,14 @@ def seconds(record: Result) -> float:
 
 
 def label(table: Table, row: Row) -> str:
-    """What a row is called in a figure: numbers by their columns, else its last cell."""
+    """Return the name of a row in a figure: its numbers with their columns, else its last cell."""
     if all(cell.replace(".", "", 1).isdecimal() for cell in row.cells):
         return ", ".join(f"{column} = {cell}" for column, cell in zip(table.columns, row.cells))
     return row.cells[-1]
 
 
 def size(row: Row) -> float:
-    """What a row is sorted by: the number in its first cell, if it is one."""
+    """Return the sort key of a row: the number in its first cell, else 0."""
     try:
         return float(row.cells[0])
     except ValueError:
@@ -99,9 +106,9 @@ def size(row: Row) -> float:
 
 
 def table_text(table: Table, results: Results) -> str:
-    """The table in Markdown; accuracies in %, as means over the seeds with their standard deviation.
+    """Return the table in Markdown; accuracies in %, as means over the seeds with their standard deviation.
 
-    Where runs were stopped early, each has a row of its own: their last epochs differ.
+    If runs were stopped early, every run has a row of its own, since their last epochs differ.
     """
     rows = sorted(measured(table, results), key=size)
     found = [results.of(row) for row in rows]
@@ -124,7 +131,7 @@ def table_text(table: Table, results: Results) -> str:
     }
     if judged:
         columns[f"PGD-{judged['iters']}-{judged['restarts']}, {judged['images']:,} images"] = final
-    if judged and judged["model"] == "best":  # the final evaluation is of another network than the columns before it
+    if judged and judged["model"] == "best":  # the final evaluation is on another network than the columns before it
         attack = list(columns)[-1]
         columns[f"best model: clean, {judged['images']:,} images"] = lambda record: 100 * record["final"]["clean_acc"]
         columns[f"best model: {attack}"] = columns.pop(attack)
@@ -141,14 +148,14 @@ def table_text(table: Table, results: Results) -> str:
         cells = ["-" if value is best and not earlier else
                  figures.mean([value(record) for record in by_seed.values()], 1) + (peaks if value is best else "")
                  for value in columns.values()]
-        lines.append([*row.cells, *cells, figures.collapse(found_in), ", ".join(map(str, by_seed))])
+        lines.append([*row.cells, *cells, flagged(found_in), ", ".join(map(str, by_seed))])
         lines[-1] += [row.published] if published else []
     return markdown(lines) + attacked(table, results) + (
         f"\n{missing} of the {len(rows) + missing} rows of this table are not measured yet.\n" if missing else "")
 
 
 def attacked(table: Table, results: Results) -> str:
-    """What evaluate.py found of the last networks, in Markdown; nothing where the table asks for no attacks."""
+    """Return evaluate.py's accuracies of the last networks, in Markdown; empty if the table has no attacks."""
     lines: list[list[str]] = []
     for row in (row for row in measured(table, results) if row.attacks):
         names = row.attacks.split(",")
@@ -158,7 +165,8 @@ def attacked(table: Table, results: Results) -> str:
             shares = [[100 * found[name][key] for key in ("accuracy", "low", "high")] for name in names]
             lines.append([*row.cells, str(seed), *("{:.1f} ({:.1f} to {:.1f})".format(*share) for share in shares)])
     return "" if not lines else (
-        "\nThe last network under evaluate.py's attacks, with Wilson's 95% intervals (commands: in the results):\n\n"
+        "\nThe last network under evaluate.py's attacks, with Wilson's 95% intervals (the commands are in the results, "
+        "`experiments/results/`):\n\n"
         + markdown(lines))
 
 
@@ -167,20 +175,20 @@ def markdown(lines: list[list[str]]) -> str:
 
 
 def common(results: Results) -> list[str]:
-    """The flags that all runs have."""
+    """Return the flags that all runs have."""
     commands = [shlex.split(result["command"]) for result in results.by_name.values()]
     return [flag for flag in commands[0][2:] if all(flag in command for command in commands)]
 
 
 def run_list(results: Results) -> str:
-    """Every run that the numbers come from: its command, and the commits and machines it was made with."""
-    told = common(results)
+    """Return a table of the runs: command, commits and machines."""
+    shared = common(results)
     lines = ["| run | commit | machine | `--jobs` | PyTorch |\n| --- | --- | --- | --- | --- |\n"]
     for result in results.by_name.values():
         starts = [{**start, "machine": f"{start['device']}, threads: {start['threads']}"} for start in result["starts"]]
         commit, machine, version = ("; ".join(dict.fromkeys(str(start[key])[:length] for start in starts))
                                     for key, length in (("commit", 12), ("machine", None), ("torch", None)))
-        own = shlex.join(word for word in shlex.split(result["command"])[1:] if word not in told)
+        own = shlex.join(word for word in shlex.split(result["command"])[1:] if word not in shared)
         ended = f", stopped after epoch {result['stopped']}" if "stopped" in result else ""
         lines.append(f"| `{own}`{ended} | {commit} | {machine} | {result.get('jobs', '-')} | {version} |\n")
     return "".join(lines)
@@ -191,13 +199,13 @@ def measured(table: Table, results: Results) -> list[Row]:
 
 
 def over_epochs(axes, table: Table, rows: list[Row], results: Results, key: str) -> None:
-    """A panel with a curve for each row."""
+    """Draw a curve for each row."""
     groups = {label(table, row): [record["epochs"] for record in results.of(row).values()] for row in rows}
     figures.curves(axes, groups, styles(table, rows, results), key)
 
 
 def styles(table: Table, rows: list[Row], results: Results) -> list[figures.Style]:
-    """One for each row: of its method, in a table of methods."""
+    """Return a style for each row: that of its method, in a table of methods."""
     flags = [results.flags(row) for row in rows]
     own = [style for each in flags if (style := figures.style_of_method(each))]
     return own if table.columns[-1] == "trained with" and len(own) == len(rows) else figures.styles(flags)
@@ -205,7 +213,7 @@ def styles(table: Table, rows: list[Row], results: Results) -> list[figures.Styl
 
 def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable[[Result], float], name: str,
            style: figures.Style) -> None:
-    """A line through the means over the seeds, with the standard deviation as bars."""
+    """Draw a line through the means over the seeds, with the standard deviation as bars."""
     values = [[value(record) for record in by_seed.values()] for by_seed in found]
     means = [statistics.mean(v) for v in values]
     axes.plot(x, means, color=style.colour, marker=style.marker, linestyle=style.dash, label=name)
@@ -216,13 +224,13 @@ def points(axes, x: list[float], found: list[dict[int, Result]], value: Callable
 
 @figures.own_style()
 def figure_of_epochs(name: str, results: Results) -> Any:
-    """Draw PGD accuracy, in which a collapse shows, and accuracy on the perturbed training images over the epochs."""
+    """Draw PGD accuracy and training accuracy over epochs: a collapse separates them."""
     table = TABLES[name]
     rows = sorted(measured(table, results), key=size)
     if len(rows) < 2:
         return None
     figure, panels = figures.subplots(1, 2, figsize=(9.5, 3.4))
-    titles = {PGD: "test images under PGD", TRAINING: "training images under the run's attack"}
+    titles = {PGD: "test images under PGD", TRAINING: "training images under the training attack"}
     for axes, (key, title) in zip(panels, titles.items()):
         over_epochs(axes, table, rows, results, key)
         axes.set_title(title)
@@ -250,7 +258,7 @@ def figure_of_quantiles(name: str, results: Results) -> Any:
 
 @figures.own_style()
 def figure_of_epsilons(name: str, results: Results) -> Any:
-    """Accuracy over epsilon, a curve for each method that was measured at two or more."""
+    """Draw accuracy over epsilon: a curve for each method with two or more epsilons."""
     table = TABLES[name]
     by_method: dict[str, list[Row]] = {}
     for row in sorted(measured(table, results), key=size):
@@ -273,7 +281,7 @@ def figure_of_epsilons(name: str, results: Results) -> Any:
 
 @figures.own_style()
 def figure_of_epsilons_over_epochs(name: str, results: Results) -> Any:
-    """PGD accuracy over epochs, a panel for each epsilon at which there is something to compare."""
+    """Draw PGD accuracy over epochs: a panel for each epsilon with two or more methods."""
     rows = sorted(measured(TABLES[name], results), key=size)
     panels = {epsilon: [row for row in rows if row.cells[0] == epsilon] for epsilon, _ in (row.cells for row in rows)}
     panels = {epsilon: own for epsilon, own in panels.items() if len(own) > 1}
@@ -291,7 +299,7 @@ def figure_of_epsilons_over_epochs(name: str, results: Results) -> Any:
     return figure
 
 
-# The figures by name: the table that each is of, and how it is drawn.
+# Figures by name: their table and their function.
 FIGURES = {
     **{name: (name, figure_of_epochs) for name in ("cifar10", "cifar100", "svhn", "multigrad", "collapse", "collapse12",
                                                    "from_zero", "demo")},
@@ -307,7 +315,7 @@ def write_report(results: Results, out: Path) -> Path:
     notes = NOTES + (ELSEWHERE if results.scale == "paper" else "")
     text = [f"# Results at the scale `{results.scale}`\n\n"
             f"{scale.about[0].upper() + scale.about[1:]}. All runs have these flags: `{shlex.join(common(results))}`.\n"
-            f"The list [at the end](#the-runs) has the other flags of each run, and where it was made.\n"
+            f"The list [at the end](#the-runs) has the other flags of each run, and the machine and commit of each.\n"
             f"{notes}* Written by `python experiments/report.py --scale={results.scale}`.\n"]
     for name, table in TABLES.items():
         if not measured(table, results):
@@ -333,18 +341,18 @@ def write_report(results: Results, out: Path) -> Path:
 
 def main() -> None:
     p = options.Parser(__doc__)
-    p.add_argument("--scale", choices=SCALES, help="of which runs (default: of all that there are results of)")
-    p.add_argument("--results", type=options.path, default=str(ROOT / "experiments/results"), help="where the results "
-                   "are")
-    p.add_argument("--out", type=options.path, default=str(ROOT / "experiments/report"), help="where the report goes")
+    p.add_argument("--scale", choices=SCALES, help="scale to report (default: every scale with results)")
+    p.add_argument("--results", type=options.path, default=str(ROOT / "experiments/results"),
+                   help="folder of the results")
+    p.add_argument("--out", type=options.path, default=str(ROOT / "experiments/report"), help="folder of the report")
     args = p.parse_args()
     with one_line_errors():
         found = [Results(Path(args.results), scale) for scale in ([args.scale] if args.scale else SCALES)]
         for path in (path for results in found for path in results.refused):
-            say(f"# left out: {path} is damaged, or of another command than definitions.py has", error=True)
+            say(f"# left out: {path} is damaged, or its command is not in definitions.py", error=True)
         if not any(results.by_name for results in found):
             where = f" at --scale {args.scale}" if args.scale else ""
-            raise UsageError(f"--results {args.results} holds no results{where}: reproduce.py makes them")
+            raise UsageError(f"--results {args.results} holds no results{where}: make them with reproduce.py")
         try:
             for results in found:
                 if results.by_name:

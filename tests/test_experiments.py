@@ -95,7 +95,7 @@ def test_the_runner_makes_what_is_missing_and_makes_it_again_with_the_same_bits(
     assert record["command"].startswith("python train_cifar.py --epochs=2 ") and "--seed=1" in record["command"]
     assert [epoch["epoch"] for epoch in record["epochs"]] == [0, 1] and record["final"]["images"] == 64
     assert str(tmp_path) not in json.dumps(record)
-    assert "2 of 2 runs are there" in run_tables(tmp_path, *flags).stdout
+    assert "2 of 2 runs have results" in run_tables(tmp_path, *flags).stdout
     for path in (tmp_path / "results/smoke").iterdir():
         path.unlink()
     shutil.rmtree(tmp_path / "runs/smoke/cifar10_zerograd_zero-qval=0_seed=0")  # one run anew, one result from its run
@@ -351,7 +351,7 @@ def test_the_list_is_a_line_a_run_and_tells_how_long_they_take(tmp_path, run_mai
     states = {line.split()[1]: line.split()[2:] for line in lines}
     assert states["cifar10_pgd_seed=0"] == ["0", "min", "done"]
     assert all(state[-1] == "missing" and "~" not in state[0] for name, state in states.items() if "pgd" not in name)
-    assert total.startswith("1 of 7 runs are there") and "--jobs=2" in total
+    assert total.startswith("1 of 7 runs have results") and "--jobs=2" in total
     _, output, _ = run_main(reproduce, *flags, *places(tmp_path / "none"))
     assert all("~" in line for line in output.splitlines()[:-1])
     known = {run: result for run in experiments(["cifar10"], "smoke", (0,)) if (

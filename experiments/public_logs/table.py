@@ -1,12 +1,12 @@
-"""Compare what a public benchmark reports with the last epochs in its logs.
+"""Compare the accuracies that a public benchmark reports with the last epochs in its logs.
 
     python experiments/public_logs/table.py
 
-reads curves.jsonl.gz, and writes README.md (the table) and ranks.png (the figure) into the same folder. A line of
-curves.jsonl.gz is a run: data set, method, seed; `reported`, what the benchmark reports of the run's best checkpoint,
-in %; and lists with a value an epoch, in hundredths of a percent: `train` (accuracy under the training attack), and on
-validation images `clean`, `fgsm`, `pgd10` (judged at its last step) and `average_pgd10` (of the averaged weights, empty
-where the run keeps none).
+The command reads curves.jsonl.gz, and writes README.md (the tables) and ranks.png (the figure) into the same folder.
+Every line of curves.jsonl.gz is a run: data set, method, seed; `reported`: the accuracies that the benchmark reports of
+the run's best checkpoint, in %; and lists with one value per epoch, in hundredths of a percent: `train` (accuracy under
+the training attack) and, on validation images, `clean`, `fgsm`, `pgd10` (last-step accuracy) and `average_pgd10` (of
+the averaged weights; empty if the run has none).
 """
 import gzip
 import json
@@ -33,28 +33,29 @@ TEXT = """\
 # What a leaderboard of fast adversarial training hides
 
 [FastAT_Benchmark](https://github.com/fzjcdt/FastAT_Benchmark) (arXiv 2604.22853) publishes the logs of {runs}
-training runs: 21 methods on CIFAR-10 and CIFAR-100, 20 on Tiny-ImageNet, three seeds each. The protocol is theirs,
-not ours: ResNet18 (Tiny-ImageNet: PreActResNet18), epsilon 8/255, 100 epochs (Free: 50), OneCycle with a peak of 0.1,
-label smoothing 0.4, weight averaging. Accuracy after an epoch is on 1,000 validation images (Tiny-ImageNet: 2,000),
-and PGD-10 is judged at its last step. An asterisk marks methods that the benchmark trains differently from their
-authors: ELLE with lambda 1 (authors: 1000), Free with a learning rate that never comes down, PCO, RS-CS and MEP-CS
-with labels smoothed twice, GAT with an attack on a softmax of a softmax in every other batch. The numbers are from
-the logs at commit b99c0de (2026-05-06), rounded to 0.01.
+training runs: 21 methods on CIFAR-10 and CIFAR-100, 20 on Tiny-ImageNet, three seeds each. The recipe differs from
+ours: ResNet18 (Tiny-ImageNet: PreActResNet18), epsilon 8/255, 100 epochs (Free: 50), OneCycle with a peak of 0.1, label
+smoothing 0.4, weight averaging. The benchmark evaluates epochs on 1,000 validation images (Tiny-ImageNet: 2,000); its
+PGD-10 accuracy is last-step accuracy. An asterisk marks methods that the benchmark trains differently from their
+authors: ELLE with lambda 1 (authors: 1000); Free with a learning rate that never decreases; PCO, RS-CS and MEP-CS with
+labels smoothed twice; GAT with an attack on a softmax of a softmax in every other batch. The numbers are from the logs
+at commit b99c0de (2026-05-06), rounded to 0.01; [curves.jsonl.gz](curves.jsonl.gz) holds them.
 
-The benchmark reports each run's best checkpoint under PGD-10 on the validation images (of PGD: the last). So the
-leaderboard shows no collapse. By [our rule](../../docs/collapse.md), {ever} of the {runs} runs collapse in
-some epoch, and {end} are still in collapse after the last.
+The benchmark reports each run's best checkpoint, chosen by PGD-10 on the validation images (for PGD: the last). So the
+leaderboard shows no collapse. [Our rule](../../docs/accuracy.md#the-watch) flags {ever} of the {runs} runs as collapsed
+in some epoch, and {end} of the {runs} runs in the last epoch. On these runs, the labels by eye agree with the rule
+([errors of the rule](../report/collapses.md#errors-of-the-rule)).
 
-![Collapses by method and epoch](ranks.png)
+![Flagged epochs by method](ranks.png)
 
-A line is a run, from the first epoch to the last; it is red while the run is in collapse. Methods are ordered by the
+Each line is a run, from the first epoch to the last; epochs that the rule flags are red. Methods are ordered by the
 reported PGD-50. The number on the right is the method's rank by PGD-10 after the last epoch.
 
-In the tables, *reported* is the mean ± sample standard deviation over the seeds of the benchmark's PGD-50 on the test
-set; *last epoch* is PGD-10 on the validation images after the last epoch, of the network and of the averaged weights.
-Ranks are in parentheses; they compare methods by their means. *Collapse* lists, for each seed that collapses, the
-epochs in collapse (from 1). A network that loses its FGSM accuracy too is not in collapse: NuAT on Tiny-ImageNet ends
-without any.
+In the tables, *reported* is what the benchmark reports on the test set (`benchmark_data.json`): the mean ± sample
+standard deviation over the seeds. *Last epoch* is PGD-10 on the validation images after the last epoch, of the network
+and of the averaged weights. Ranks are in parentheses; they compare methods by their means. *Flagged epochs* lists, for
+each seed that the rule flags, the epochs (from 1). The rule does not flag a network that also loses its FGSM accuracy:
+NuAT on Tiny-ImageNet ends with almost no FGSM accuracy.
 """
 
 
@@ -87,7 +88,7 @@ def read_runs() -> list[Run]:
 
 
 def spans(states: list[bool]) -> list[tuple[int, int]]:
-    """Return the first and the last epoch, from 1, of every uninterrupted collapse."""
+    """Return the first and the last epoch, from 1, of every series of flagged epochs."""
     found: list[tuple[int, int]] = []
     for epoch, state in enumerate(states, start=1):
         if state and found and found[-1][1] == epoch - 1:
@@ -128,12 +129,14 @@ def ranks(groups: dict[str, list[Run]], key: str = figures.PGD) -> dict[str, int
 def table(groups: dict[str, list[Run]]) -> str:
     """Return the table of one data set, in Markdown."""
     network, average = ranks(groups), ranks(groups, "average_robust_acc")
-    lines = ["| method | reported PGD-50 | last epoch, network | last epoch, average | collapse: epochs |",
-             "| --- | --- | --- | --- | --- |"]
+    lines = ["| method | reported clean | reported PGD-50 | last epoch, network | last epoch, average "
+             "| flagged epochs |",
+             "| --- | --- | --- | --- | --- | --- |"]
     for place, (method, runs) in enumerate(groups.items(), start=1):
         fallen = [f"seed {run.seed}: {text}" for run in runs if (text := spans_text(collapsed(run.epochs)))]
         averages = [run.epochs[-1]["average_robust_acc"] for run in runs if "average_robust_acc" in run.epochs[-1]]
-        lines.append(f"| {METHODS[method]} | {figures.mean([run.reported['pgd50'] for run in runs], 1)} ({place}) "
+        lines.append(f"| {METHODS[method]} | {figures.mean([run.reported['clean'] for run in runs], 1)} "
+                     f"| {figures.mean([run.reported['pgd50'] for run in runs], 1)} ({place}) "
                      f"| {figures.mean([run.epochs[-1][figures.PGD] for run in runs])} ({network[method]}) "
                      f"| {figures.mean(averages)}{f' ({average[method]})' if averages else ''} "
                      f"| {'; '.join(fallen) or 'none'} |")
@@ -142,7 +145,7 @@ def table(groups: dict[str, list[Run]]) -> str:
 
 @figures.own_style()
 def figure(runs: list[Run]) -> Any:
-    """Draw a line for each run, red where it is in collapse; a panel for each data set."""
+    """Draw a line for each run, red in flagged epochs; a panel for each data set."""
     drawn, panels = figures.subplots(1, 3, figsize=(12, 5.2))
     for axes, (data_set, title) in zip(panels, DATA_SETS.items()):
         groups = by_method([run for run in runs if run.data_set == data_set])
@@ -157,7 +160,7 @@ def figure(runs: list[Run]) -> Any:
         axes.set_yticks(range(1, len(groups) + 1), [f"{METHODS[name]}  {i}" for i, name in enumerate(groups, 1)])
         axes.set_ylim(len(groups) + 0.6, 0.4)
         axes.set_title(title)
-        axes.set_xlabel("epoch (red: in collapse)")
+        axes.set_xlabel("epoch (red: flagged)")
         axes.grid(axis="y", visible=False)
         right = axes.secondary_yaxis("right")
         right.set_yticks(range(1, len(groups) + 1), [str(last_ranks[name]) for name in groups])
