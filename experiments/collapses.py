@@ -35,7 +35,7 @@ TEXT = """\
 # How often a method collapses, and how well the rule finds it
 
 On this page, *collapsed* means that we labelled the run by eye, from its curves, as catastrophic overfitting. The pages
-of the scales, such as [{scale}.md]({scale}.md), count runs that the [rule](../../docs/accuracy.md#the-watch) flags
+of the scales, such as [{scale}.md]({scale}.md), count runs that the [rule](../../docs/collapse.md#the-rule) flags
 instead. Their counts may differ from those here, since the rule errs on some runs ([below](#errors-of-the-rule)).
 
 The runs of the first two tables have the scale `{scale}`: CIFAR-10, PreActResNet18 with base width 16 (full: 64),
@@ -50,7 +50,8 @@ processor of every run; the runs of a method come from two processors.
 
 *Collapsed* counts runs that are labelled as collapsed in some epoch ([labels.csv](../labels.csv)); *95%* is
 Wilson's 95% interval for the fraction of runs that collapse. Means are over the seeds, ± the sample standard deviation.
-A network that also loses its FGSM accuracy has not collapsed: GradAlign at 16/255 does not train at all.
+A network that also loses its FGSM accuracy has not collapsed: GradAlign at 16/255 does not train at all. The runs of
+ckpt are attacked in train mode (`--ckpt-mode=train`, the default when they were made).
 
 {counts}
 

@@ -179,14 +179,9 @@ PUBLISHED = {"FGSM from zero": "69.17 / 42.49", "FGSM-RS": "77.66 / 48.27",
              "ZeroGrad, q = 0.35": "75.85 / 51.06", "N-FGSM": "78.59 / 53.07", "PGD-10": "82.36 / 54.17"}
 
 
-def one_name(method: str) -> str:
-    """The name of a method in definitions.py; "FGSM, zero initialization" is its former one."""
-    return method.replace("FGSM, zero initialization", "FGSM from zero")
-
-
 def stem(method: str, data_set: str = "cifar10", epsilon: int = 8) -> str:
     """The name, without its seed, of the result of a method, as tables call it."""
-    flags = RIVALS.get(one_name(method)) or method.replace("ZeroGrad, q = ", "--attack=zerograd --zero-qval=")
+    flags = RIVALS.get(method) or method.replace("ZeroGrad, q = ", "--attack=zerograd --zero-qval=")
     if epsilon != 8:
         flags += f" --epsilon={epsilon} --pgd-alpha={epsilon / 4:g}"
     return "_".join([data_set, *flags.replace("--attack=", "").replace("--", "").split()])
@@ -252,7 +247,7 @@ COLUMNS: dict[str, Callable[[dict[str, str]], str]] = {
     "clean, float32": mean(clean, "cpu"), "clean, bfloat16": mean(clean, "cpu-bf16"),
     "PGD-10, float32": mean(pgd, "cpu"), "PGD-10, bfloat16": mean(pgd, "cpu-bf16"),
     "PGD-10, each seed": each_seed, "collapsed": lambda cells: shown_collapses(runs_of_a_row(cells)),
-    "published, 8/255: clean / PGD-50": lambda cells: PUBLISHED.get(one_name(method_of(cells)), ""),
+    "published, 8/255: clean / PGD-50": lambda cells: PUBLISHED.get(method_of(cells), ""),
     **{f"{title}, {epsilon}/255": study(show, epsilon) for epsilon in (8, 16) for title, show in (
         ("clean", shown_mean(clean)), ("PGD-10", shown_mean(pgd)), ("collapsed", shown_collapses))},
 }
@@ -310,7 +305,7 @@ def test_the_attacked_networks_have_the_accuracies_of_their_evaluations():
     for row in rows:
         name, _, collapsed = next(iter(row.values())).partition(": ")
         result = RESULTS[{"FGSM from zero": "short/cifar10_method=fgsm_epochs=5_seed=0",
-                          "N-FGSM": "short/cifar10_method=n-fgsm_epochs=5_seed=0"}[one_name(name)]]
+                          "N-FGSM": "short/cifar10_method=n-fgsm_epochs=5_seed=0"}[name]]
         found = {each["attack"]: each for record in result["evaluations"] for each in record["attacks"]}
         assert any(collapse.collapsed(result["epochs"])) == bool(collapsed)
         for title, attack in attacks.items():

@@ -42,7 +42,7 @@ labels smoothed twice; GAT with an attack on a softmax of a softmax in every oth
 at commit b99c0de (2026-05-06), rounded to 0.01; [curves.jsonl.gz](curves.jsonl.gz) holds them.
 
 The benchmark reports each run's best checkpoint, chosen by PGD-10 on the validation images (for PGD: the last). So the
-leaderboard shows no collapse. [Our rule](../../docs/accuracy.md#the-watch) flags {ever} of the {runs} runs as collapsed
+leaderboard shows no collapse. [Our rule](../../docs/collapse.md#the-rule) flags {ever} of the {runs} runs as collapsed
 in some epoch, and {end} of the {runs} runs in the last epoch. On these runs, the labels by eye agree with the rule
 ([errors of the rule](../report/collapses.md#errors-of-the-rule)).
 
