@@ -1,13 +1,13 @@
-"""Make the runs behind the tables and figures. A run that has a result is skipped.
+"""Train the runs behind the tables and figures.
 
     python experiments/reproduce.py cifar10 quantile --data-dir=../cifar-data
-    python experiments/reproduce.py --scale=paper --budget=60         # everything, in order of worth, for an hour
-    python experiments/reproduce.py --scale=cpu --list                # what is there, and how long the rest takes
+    python experiments/reproduce.py --scale=paper --budget=60         # all tables, most important first, for an hour
+    python experiments/reproduce.py --scale=cpu --list                # list finished runs and the time for the rest
 
-A run's files are in runs/SCALE/NAME. When it is complete, and evaluated where the table asks for evaluate.py's attacks,
-its result is written to experiments/results/SCALE/NAME.json, and it is not made again. On Ctrl-C, on SIGTERM and when
-the budget is spent, the runs save their state and stop; the same command continues them. If a run fails, its name is
-printed and the others continue. Jobs are spread over the GPUs, or share the cores of a CPU.
+A run's files are in runs/SCALE/NAME. After the training (and evaluate.py, for tables with its attacks), the result is
+written to experiments/results/SCALE/NAME.json. Runs with a result are skipped. On Ctrl-C, on SIGTERM and when the
+budget is spent, the runs save their state and stop; the same command continues them. If a run fails, its name is
+printed and the others continue. Parallel runs are spread over the GPUs, or share the cores of a CPU.
 """
 import os
 import shutil
@@ -37,7 +37,7 @@ POLL = 0.5  # seconds between two looks at the runs
 GRACE = 120  # seconds that a run has to save its state and stop
 MEMORY = 2 << 30  # bytes that a run on a CPU may need
 
-# Minutes for each of the `passes` of a run, and for the rest of it, where no result tells: a guess.
+# Estimate if no result has the time: minutes for each of the `passes` of a run, and for the rest of the run.
 ROUGH = {"paper": (0.012, 8.0), "cpu": (3.5, 5.0), "cpu-short": (1.3, 2.0), "cpu-short-bf16": (0.3, 1.0),
          "short": (1.3, 2.0), "seeds": (3.5, 5.0), "cpu-bf16": (1.3, 3.0), "cpu-paper": (2.0, 60.0),
          "demo": (0.25, 1.0), "demo-bf16": (0.1, 0.5), "smoke": (0.01, 0.1)}
@@ -45,7 +45,7 @@ ROUGH = {"paper": (0.012, 8.0), "cpu": (3.5, 5.0), "cpu-short": (1.3, 2.0), "cpu
 
 @dataclass
 class Job:
-    """A run under way, in one of the slots; or, with `evaluates`, its evaluation by evaluate.py."""
+    """Process of a run, in one of the slots; with `evaluates`, its evaluation by evaluate.py."""
 
     experiment: Experiment
     slot: int
@@ -54,7 +54,7 @@ class Job:
 
 
 class Runner:
-    """Makes `missing` runs, `--jobs` at a time."""
+    """Train the `missing` runs, `--jobs` in parallel."""
 
     def __init__(self, missing: list[Experiment], args):
         self.args = args
@@ -261,7 +261,7 @@ def show(wanted: list[Experiment], tables: list[str], args) -> None:
         state = "done" if e in known else f"{done} of {e.epochs} epochs" if done else "missing"
         say(f"{table_of[e]:{width}}  {e.name:{longest}}  {'' if told else '~'}{time_:.0f} min  {state}")
     missing = sum(e not in known for e in wanted)
-    say(f"{len(wanted) - missing} of {len(wanted)} runs are there; the others take some {left / 60:.1f} hours, "
+    say(f"{len(wanted) - missing} of {len(wanted)} runs have results; the others take about {left / 60:.1f} hours, "
         f"{left / 60 / max(1, min(args.jobs, missing)):.1f} with --jobs={args.jobs}")
 
 
@@ -276,36 +276,37 @@ def last_line(folder: Path) -> str:
 
 
 def main() -> None:
-    p = Parser(__doc__)
+    scales = "".join(f"\n  {name:16}{scale.about}" for name, scale in SCALES.items())
+    p = Parser(f"{__doc__}\nScales:\n{scales}\n")
     p.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (default: all, in this order)")
-    p.add_argument("--scale", choices=SCALES, help="; ".join(f"{name}: {scale.about}" for name, scale in
-                   SCALES.items()) + " (default: paper where there is a GPU, cpu-bf16 where the processor computes in "
-                   "bfloat16 and there is a C++ compiler, else cpu)")
+    p.add_argument("--scale", choices=SCALES, help="size of the runs, see above (default: paper with a GPU; "
+                   "cpu-bf16 on a CPU with bfloat16 instructions and a C++ compiler; else cpu)")
     p.add_argument("--seeds", type=number(int, 1, 1000), metavar="N",
                    help="seeds 0 to N-1 of each row (default: the scale's)")
-    p.add_argument("--only", metavar="TEXT", default="", help="only the runs with this in their names")
+    p.add_argument("--only", metavar="TEXT", default="", help="only runs whose name contains TEXT")
     p.add_argument("--jobs", type=number(int, 1, 1000), metavar="K",
-                   help="runs at once (default: one a GPU; on a CPU, one a core where they are narrow, else one)")
+                   help="number of parallel runs (default: one per GPU; on a CPU, one per core for narrow networks, else "
+                   "one)")
     p.add_argument("--budget", type=number(float, 0), default=float("inf"), metavar="MINUTES",
                    help="stop after this time")
-    p.add_argument("--data-dir", type=path, help="torchvision's root, for all data sets (default: the scripts')")
-    p.add_argument("--runs", type=path, default=str(ROOT / "runs"), help="where the runs' folders are")
-    p.add_argument("--results", type=path, default=str(ROOT / "experiments/results"), help="where the results are")
-    p.add_argument("--list", action="store_true", help="only say what is there, what is missing, and how long it takes")
+    p.add_argument("--data-dir", type=path, help="folder of all data sets (default: that of each training script)")
+    p.add_argument("--runs", type=path, default=str(ROOT / "runs"), help="folder of the runs' folders")
+    p.add_argument("--results", type=path, default=str(ROOT / "experiments/results"), help="folder of the results")
+    p.add_argument("--list", action="store_true", help="list the runs (done, epochs, missing) with their times, and exit")
     tables = vars(args := p.parse_args()).pop("tables")
     with one_line_errors():
         wanted = choose(args, tables)
         missing = [e for e in wanted if read_result(args.results, e) is None]
         if args.list:
             return show(wanted, tables or list(TABLES), args)
-        say(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there")
+        say(f"{len(wanted) - len(missing)} of {len(wanted)} runs have results")
         if missing:
             args.jobs = min(args.jobs, len(missing))
             sys.exit(Runner(missing, args).run())
 
 
 def choose(args, tables: list[str]) -> list[Experiment]:
-    """The runs that are asked for; fills in what was not given. Raises UsageError where a flag is wrong."""
+    """Return the selected runs, and set the defaults in `args`. Raises UsageError for a wrong flag."""
     unknown = [table for table in tables if table not in TABLES]
     if unknown:
         raise UsageError(f"there is no table {unknown[0]}: take some of {', '.join(TABLES)}")
