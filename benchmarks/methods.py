@@ -1,9 +1,9 @@
-"""How long a training step of every method takes, over one of FGSM-RS.
+"""Time a training step of every method, relative to FGSM-RS.
 
     python benchmarks/methods.py --base-width=16 --json=benchmarks/results/methods.json
 
-In every round each method takes its turn, so that a machine whose speed drifts slows all; a ratio is the median over
-the rounds. Flags of train_cifar.py that say what network, batch, precision and machine are ours hold for all of them.
+Each round times every method once, so that a drifting clock speed affects all methods alike; a ratio is the median over
+the rounds. Flags of train_cifar.py (network, batch, precision, device) apply to all methods.
 """
 import json
 import statistics
@@ -65,11 +65,11 @@ def measure(args, argv: list[str]) -> None:
 def main() -> None:
     p = options.Parser(__doc__)
     p.add_argument("--methods", nargs="*", default=list(methods.METHODS), choices=list(methods.METHODS),
-                   help="whose steps are measured")
-    p.add_argument("--rounds", type=options.number(int, 1), default=5, help="turns of each")
+                   help="methods to time")
+    p.add_argument("--rounds", type=options.number(int, 1), default=5, help="rounds")
     p.add_argument("--steps", type=options.number(int, 1), default=2,
-                   help="steps a turn (even: every other one of NuAT is different)")
-    p.add_argument("--json", type=options.path, help="also write the figures here")
+                   help="training steps per method and round; even, since NuAT alternates two kinds of steps")
+    p.add_argument("--json", type=options.path, help="JSON file for the measured times")
     own, argv = p.parse_known_args()
     args = options.parse(CIFAR10, argv=argv)
     vars(args).update(vars(own))

@@ -1,10 +1,13 @@
-"""The published scripts' way to train and to evaluate, written plainly, as the other side of the benchmark.
+"""Baseline of the benchmark: training and evaluation as in the authors' scripts.
 
-Same network, batch and attacks as ours. What makes it slow is kept: float32 in PyTorch's default layout, backward
-passes through every parameter in an attack, a further forward pass after FGSM and PGD (which moves BatchNorm once
-more), images augmented one at a time in float64 (by two processes, beside the step), two reads of a number from the
-device a step, and an evaluation that attacks broken images further (and judges the perturbation of the highest
-loss alone).
+Network, batch and attacks are the same as in this package. The baseline keeps what makes the authors' scripts slow:
+
+* float32 in PyTorch's default layout;
+* backward passes through every parameter in an attack;
+* an additional forward pass after FGSM and PGD, which updates BatchNorm's running statistics again;
+* images augmented one by one in float64, by two processes in parallel to the training step;
+* two reads of a number from the device in every training step;
+* an evaluation that continues to attack misclassified images, and uses only the perturbation with the highest loss.
 """
 import numpy as np
 import torch

@@ -1,16 +1,17 @@
-"""How fast the training step, the data and the final evaluation are, beside the published way, in one process.
+"""Compare the speed of this package with a plain version of the authors' scripts (published_style.py).
 
     python benchmarks/speed.py                                         # float32, full width
     python benchmarks/speed.py --amp --json benchmarks/results/gpu.json
     python benchmarks/speed.py --rounds 3 --eval-iters 10 --eval-restarts 2 --eval-images 64    # on a CPU
     python benchmarks/speed.py --peer                # pip install torchattacks adversarial-robustness-toolbox
 
-The sides take turns, so that a machine whose speed drifts slows all; a ratio is the median over the rounds. The
-peak is that of a matrix product of the same precision, measured here; the work of a step is counted, not assumed.
-Flags of train_cifar.py that say what network, batch and machine are ours hold here, too. The published way has the same
-network and PyTorch's defaults: on CUDA, float32 convolutions in TF32, as ours are without --no-tf32. The peers, as far
-as they are installed, are a plain loop around torchattacks, with the published way's data, and ART's trainer of
-FGSM-RS, with its own, which are not augmented, in eval mode; both in the precision of ours.
+The command times the training step, data loading and the final evaluation. Both sides run in this process and alternate
+in every round, so that a drifting clock speed affects both; a ratio is the median over the rounds. The peak is that of
+a matrix product in the same precision, measured here; the work of a training step is counted. Flags of train_cifar.py
+(network, batch, precision, device) set the configuration. The baseline has the same network and PyTorch's defaults: on
+CUDA, float32 convolutions in TF32, as this package without --no-tf32. --peer adds, if they are installed, torchattacks
+(a plain loop with the baseline's data) and ART's trainer of FGSM-RS (its own data without augmentation, the network in
+eval mode), both in the precision of this package.
 """
 import contextlib
 import io
@@ -180,15 +181,15 @@ def save(result: dict, path: str | None) -> None:
 def main() -> None:
     p = options.Parser(__doc__)
     add = p.add_argument
-    add("--rounds", type=options.number(int, 1), default=5, help="turns of each side")
-    add("--steps", type=options.number(int, 1), help="steps a round (default: 20 on CUDA, 1 on CPU)")
-    add("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS), help="whose steps are measured")
-    add("--eval-iters", type=options.number(int, 1), default=50, help="PGD's steps in an evaluation")
-    add("--eval-restarts", type=options.number(int, 1), default=10, help="its restarts")
-    add("--eval-images", type=options.number(int, 0), default=1024, help="0: no evaluation")
-    add("--eval-rounds", type=options.number(int, 1), default=1, help="turns of each evaluation")
-    add("--peer", action="store_true", help="measure torchattacks in a plain loop and ART's trainer, too")
-    add("--json", type=options.path, help="also write the figures here")
+    add("--rounds", type=options.number(int, 1), default=5, help="rounds")
+    add("--steps", type=options.number(int, 1), help="training steps per round (default: 20 on CUDA, 1 on CPU)")
+    add("--attacks", nargs="*", default=list(ATTACKS), choices=list(ATTACKS), help="attacks to time")
+    add("--eval-iters", type=options.number(int, 1), default=50, help="PGD steps in an evaluation")
+    add("--eval-restarts", type=options.number(int, 1), default=10, help="PGD restarts in an evaluation")
+    add("--eval-images", type=options.number(int, 0), default=1024, help="images to attack; 0: no evaluation")
+    add("--eval-rounds", type=options.number(int, 1), default=1, help="rounds of each evaluation")
+    add("--peer", action="store_true", help="also time torchattacks in a plain loop and ART's trainer")
+    add("--json", type=options.path, help="JSON file for the measured times")
     own, argv = p.parse_known_args()
     args = options.parse(CIFAR10, argv=["--lr-max=0.01", *argv])
     vars(args).update(vars(own))

@@ -2,9 +2,9 @@
 
     python experiments/batchnorm.py runs/gradalign --samples=1000
 
-prints the accuracy of all networks that the run's folder holds (model_E.pth of every epoch with --chkpt-iters=1): as
-saved, and with the running statistics estimated anew, as means over the run's training images without perturbation.
---out=FILE.json keeps the accuracies, with the run's command and epochs, and where run and accuracies were computed.
+The command prints the accuracy of all networks in the run's folder (model_E.pth of every epoch with --chkpt-iters=1):
+as saved, and with running statistics estimated again, as means over the run's training images without perturbation.
+--out=FILE.json saves the accuracies, the run's command and epochs, and the machines of the run and of this command.
 """
 import json
 import shlex

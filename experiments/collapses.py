@@ -48,10 +48,9 @@ processor of every run; the runs of a method come from two processors.
 
 ## Collapses
 
-*Collapsed* counts runs that are labelled as collapsed in some epoch ([labels.csv](../labels.csv)); *95%* is
-Wilson's 95% interval for the fraction of runs that collapse. Means are over the seeds, ± the sample standard deviation.
-A network that also loses its FGSM accuracy has not collapsed: GradAlign at 16/255 does not train at all. The runs of
-ckpt are attacked in train mode (`--ckpt-mode=train`, the default when they were made).
+*Collapsed* counts runs that are labelled as collapsed in some epoch ([labels.csv](../labels.csv)); *95%* is Wilson's
+95% interval for the fraction of runs that collapse. Means are over the seeds, ± the sample standard deviation.
+A network that also loses its FGSM accuracy has not collapsed: GradAlign at 16/255 does not train at all.
 
 {counts}
 

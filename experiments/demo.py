@@ -1,10 +1,10 @@
-"""See catastrophic overfitting: train on FGSM and on N-FGSM at epsilon 16/255, and draw accuracy over the epochs.
+"""See catastrophic overfitting: train with FGSM from zero and N-FGSM at epsilon 16/255, and draw accuracy over epochs.
 
     python experiments/demo.py --data-dir=../cifar-data
 
-trains a narrow network twice, on 5,000 images of CIFAR-10 for 8 epochs (downloaded, if they are not there), in bfloat16
-where the processor computes in it. It prints the epochs of both runs and a row for each, and writes the figure
-runs/SCALE/demo.png. The same command continues after an interruption.
+The command trains a narrow network twice: 8 epochs on 5,000 images of CIFAR-10, which it downloads if they are missing.
+It trains in bfloat16 if the CPU has bfloat16 instructions and there is a C++ compiler. It prints the epochs of both
+runs and a row for each, and writes the figure runs/SCALE/demo.png. The same command continues after an interruption.
 """
 import subprocess
 import sys
@@ -21,7 +21,8 @@ def main() -> None:
     p = Parser(__doc__)
     p.add_argument("--data-dir", type=path, help="folder of the data set (default: that of train_cifar.py)")
     p.add_argument("--scale", choices=("demo", "demo-bf16", "smoke"), help="demo: float32; demo-bf16: bfloat16, "
-                   "compiled; smoke: seconds, on synthetic images (default: what the processor is made for)")
+                   "compiled; smoke: seconds, on synthetic images (default: demo-bf16 on a CPU with bfloat16 "
+                   "instructions and a C++ compiler, else demo)")
     p.add_argument("--seed", type=number(int, 0), default=0, help="seed of both runs")
     p.add_argument("--runs", type=path, default="runs", help="folder of the runs and the figure")
     args = p.parse_args()

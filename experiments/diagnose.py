@@ -1,13 +1,13 @@
-"""Show what ZeroGrad is about: how the gradient is spread over the entries of an image, and which of its signs flip.
+"""Show the statistics behind ZeroGrad: gradient magnitudes within an image, and how often gradient signs flip.
 
     python experiments/diagnose.py runs/zerograd --out=zerograd.png
 
-prints two tables over all networks that the run's folder holds (model_E.pth of every epoch with --chkpt-iters=1), on
-the first test images; --out also draws them, into zerograd_magnitudes.png and zerograd_flips.png:
+The command prints two tables over all networks in the run's folder (model_E.pth of every epoch with --chkpt-iters=1),
+on the first test images; --out also draws them, into zerograd_magnitudes.png and zerograd_flips.png:
 
 * quantiles of abs(gradient) within an image, relative to the image's mean; the median over the images;
-* how often an entry's gradient has opposite signs at two random points of the epsilon ball, by where its magnitude at
-  the first point ranks in the image, and for the entries that ZeroGrad with --zero-qval zeroes and keeps.
+* fraction of entries whose gradient sign differs between two random points of the epsilon ball: by rank of the
+  magnitude at the first point, and separately for the entries that ZeroGrad with --zero-qval zeroes and keeps.
 """
 import math
 import sys

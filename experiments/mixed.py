@@ -1,15 +1,15 @@
-"""Find what decides whether a seed collapses: the initial weights, the order of the images or the random starts.
+"""Test what decides whether a seed collapses: initial weights, order of the images or random starting points.
 
     python experiments/mixed.py --data-dir=../cifar-data
 
-trains ZeroGrad with q = 0.35 at epsilon 8/255 with every mixture of two seeds: the initial weights, the order (with
-crops and flips) and the random starts each from one seed of a pair. The two runs of a pair that are not mixed are those
-of reproduce.py. Runs that have a result are skipped; --budget and signals work as for reproduce.py. Then it writes
-report/mixed.md, with the pairs that are complete.
+The command trains with ZeroGrad (q = 0.35) at epsilon 8/255. For each pair of seeds, it trains all 8 combinations: the
+initial weights, the image order (with crops and flips) and the random starting points are each seeded by one seed of
+the pair. The 2 runs of a pair that are not mixed are those of reproduce.py. Runs with a result are skipped; --budget
+and signals work as for reproduce.py. At the end, the command writes report/mixed.md with the complete pairs.
 
     python experiments/mixed.py train WEIGHTS ORDER STARTS --epochs=5 ...
 
-makes one run, with these three seeds; the other flags are those of train_cifar.py.
+This form trains one run with these three seeds; the other flags are those of train_cifar.py.
 """
 import itertools
 import statistics

@@ -1,12 +1,13 @@
-"""What a GPU does with this code: a line of JSON for each item, written to OUT/probe.jsonl before the next one begins.
+"""Measure this code on a GPU. Every item appends one JSON line to OUT/probe.jsonl as soon as it is done.
 
     python experiments/probe.py OUT                    # needs a CUDA GPU, no data
-    python experiments/probe.py OUT --only=captured    # the items with this in their names
+    python experiments/probe.py OUT --only=captured    # only items whose name contains this text
     python experiments/probe.py OUT --dummy            # seconds, without a GPU: only to see that everything works
 
-Items: facts of the GPU; ceilings of copies, matrix products and launches; training steps; an epoch's evaluation; steps
-recorded as a CUDA graph; kernels by time; memory by network; last tests/test_cuda.py, whose results also go to
-OUT/test_cuda.xml. If an item fails, its line holds the error. Images and labels are random. A second call adds lines.
+Items: facts of the GPU; ceilings of copies, matrix products and launches; training steps; an epoch's evaluation;
+training steps recorded as a CUDA graph; kernels by time; memory by network; at the end tests/test_cuda.py, whose
+results also go to OUT/test_cuda.xml. If an item fails, its line has the error. Images and labels are random. A second
+call appends lines.
 """
 import contextlib
 import gc

@@ -195,7 +195,7 @@ def gpus() -> list[str]:
 
 
 def default_jobs(scale: str) -> int:
-    """Runs at once: one a GPU; on a CPU, one a core where they are too narrow to gain from more, else one."""
+    """Return the number of parallel runs: one per GPU; on a CPU, one per core for narrow networks, else 1."""
     flags = SCALES[scale].flags.split()
     if "--device=cpu" not in flags and (count := len(gpus())):
         return count
@@ -285,14 +285,14 @@ def main() -> None:
                    help="seeds 0 to N-1 of each row (default: the scale's)")
     p.add_argument("--only", metavar="TEXT", default="", help="only runs whose name contains TEXT")
     p.add_argument("--jobs", type=number(int, 1, 1000), metavar="K",
-                   help="number of parallel runs (default: one per GPU; on a CPU, one per core for narrow networks, else "
-                   "one)")
+                   help="number of parallel runs (default: one per GPU; on a CPU, one per core "
+                   "for networks of --base-width 16 or less, else 1)")
     p.add_argument("--budget", type=number(float, 0), default=float("inf"), metavar="MINUTES",
                    help="stop after this time")
     p.add_argument("--data-dir", type=path, help="folder of all data sets (default: that of each training script)")
     p.add_argument("--runs", type=path, default=str(ROOT / "runs"), help="folder of the runs' folders")
     p.add_argument("--results", type=path, default=str(ROOT / "experiments/results"), help="folder of the results")
-    p.add_argument("--list", action="store_true", help="list the runs (done, epochs, missing) with their times, and exit")
+    p.add_argument("--list", action="store_true", help="list the runs with their states and times, and exit")
     tables = vars(args := p.parse_args()).pop("tables")
     with one_line_errors():
         wanted = choose(args, tables)

@@ -1,4 +1,4 @@
-"""The result of a run: one JSON file, written by reproduce.py once the run is complete, read by report.py."""
+"""The result of a run: one JSON file, written by reproduce.py after the run, read by report.py."""
 import json
 import math
 import shlex
@@ -10,8 +10,8 @@ from definitions import ROOT, Experiment
 sys.path.insert(0, str(ROOT))
 from singlestep.run.folder import atomic_write
 
-# name, command, jobs (runs at once), starts, final (the final evaluation), epochs (one dict each); and where there is
-# such a thing: evaluations (evaluate.py's), stopped (the epoch after which somebody ended the run for good).
+# name, command, jobs (parallel runs), starts (launches), final (the final evaluation), epochs (one dict each).
+# Optional: evaluations (records of evaluate.py), stopped (the epoch after which the run was stopped for good).
 Result = dict
 MACHINE = ("commit", "device", "threads", "torch", "torchvision", "python")
 NEEDED = ("train_time", "train_robust_acc", "test_acc", "test_robust_acc", "test_images")  # of every epoch
@@ -22,7 +22,7 @@ def result_file(results: Path, experiment: Experiment) -> Path:
 
 
 def read_result(results: Path, experiment: Experiment) -> Result | None:
-    """The result of `experiment`; None if there is none, or one of another command, or a damaged one."""
+    """Return the result of `experiment`; None if it is missing, damaged, or of another command."""
     try:
         result = json.loads(result_file(results, experiment).read_text(encoding="utf-8"))
         stopped = result.get("stopped")

@@ -1,9 +1,10 @@
-"""Draw what the attacks do: images, the perturbations of FGSM and ZeroGrad, and the entries that ZeroGrad zeroed.
+"""Draw images, the perturbations of FGSM and ZeroGrad, and the entries that ZeroGrad zeroed.
 
     python experiments/sheet.py runs/cpu/NAME --out=sheet.png
 
-draws test images under the last model of a finished run, whose arguments (data set, epsilon) are used. Under an image
-stands its class, under it and under the perturbed one what the network takes it for: in bold where that is wrong.
+The command draws test images and attacks the last network of a finished run, with the data set and epsilon of the run.
+Below each image: its class and the network's prediction. Below each perturbed image: the prediction. Wrong predictions
+are bold.
 """
 import json
 import os
