@@ -70,7 +70,7 @@ class Results:
 
 def flagged(runs: list[list[dict[str, Any]]]) -> str:
     """Return the first epoch that the rule flags, or how many of several runs it flags."""
-    return figures.collapse(runs).replace("then sound", "then healthy")
+    return figures.collapse(runs)
 
 
 def last(key: str) -> Callable[[Result], float]:
