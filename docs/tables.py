@@ -26,7 +26,7 @@ def table(*rows: tuple[str, ...]) -> str:
 
 def methods() -> str:
     """The published methods, a row each."""
-    return table(("`--method`", "what it is", "paper", "forward-backward passes per step (standard training: 1)"),
+    return table(("`--method`", "what it is", "paper", "passes per training step (standard training: 1)"),
                  *((f"`{name}`", method.text, paper(method.source), method.passes) for name, method in METHODS.items()))
 
 

@@ -31,9 +31,10 @@ NOTES = """
   accuracy: an image is robust if it is correct after the last attack step.
 * The column titles say on how many test images the last epoch and the earlier epochs are evaluated. The best earlier
   epoch is chosen on the same test images that it is reported on.
-* *flagged* is the first epoch that the rule (docs/accuracy.md) flags as catastrophic overfitting ("collapse") or, with
-  several seeds, how many runs it flags in some epoch. "then healthy" means that the rule does not flag the last epoch.
-  In the figures, a cross marks the first flagged epoch, and a band spans the seeds. Epochs count from 1.
+* *flagged* is the first epoch that the [rule](../../docs/collapse.md#the-rule) flags as catastrophic overfitting
+  ("collapse") or, with several seeds, how many runs it flags in some epoch. "then healthy" means that the rule does not
+  flag the last epoch. In the figures, a cross marks the first flagged epoch, and a band spans the seeds. Epochs count
+  from 1.
 * [experiments/report/collapses.md](collapses.md) counts runs that we labelled as collapsed by eye. Its counts may
   differ from those here, since the rule errs on some runs; that page lists them.
 * Seconds are medians over a run's epochs, on machines that also did other work. They are orders of magnitude; for
@@ -66,11 +67,6 @@ class Results:
         """Return the results of a row by seed."""
         names = {seed: Experiment.of(row, self.scale, seed).name for seed in self.seeds}
         return {seed: self.by_name[name] for seed, name in names.items() if name in self.by_name}
-
-
-def flagged(runs: list[list[dict[str, Any]]]) -> str:
-    """Return the first epoch that the rule flags, or how many of several runs it flags."""
-    return figures.collapse(runs)
 
 
 def last(key: str) -> Callable[[Result], float]:
@@ -148,7 +144,7 @@ def table_text(table: Table, results: Results) -> str:
         cells = ["-" if value is best and not earlier else
                  figures.mean([value(record) for record in by_seed.values()], 1) + (peaks if value is best else "")
                  for value in columns.values()]
-        lines.append([*row.cells, *cells, flagged(found_in), ", ".join(map(str, by_seed))])
+        lines.append([*row.cells, *cells, figures.collapse(found_in), ", ".join(map(str, by_seed))])
         lines[-1] += [row.published] if published else []
     return markdown(lines) + attacked(table, results) + (
         f"\n{missing} of the {len(rows) + missing} rows of this table are not measured yet.\n" if missing else "")

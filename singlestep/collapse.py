@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import check_epsilon, check_images, in_ball, input_gradient
+from .attacks import check_epsilon, check_images, eval_mode, in_ball, input_gradient
 
 # Thresholds, chosen on runs labelled by eye; experiments/collapses.py measures the errors of the rule.
 MISLED = 0.5  # a collapse begins below this PGD accuracy / FGSM accuracy
@@ -89,11 +89,9 @@ def signs(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, norm: str = "l
     """
     check_images(x)
     check_epsilon(epsilon, norm)
-    training = model.training
-    model.eval()
-    at_x, _ = input_gradient(model, x, y, torch.zeros_like(x))
-    at_point, _ = input_gradient(model, x, y, in_ball(x, epsilon, norm))
-    model.train(training)
+    with eval_mode(model):
+        at_x, _ = input_gradient(model, x, y, torch.zeros_like(x))
+        at_point, _ = input_gradient(model, x, y, in_ball(x, epsilon, norm))
     at_x, at_point = at_x.float().flatten(1), at_point.float().flatten(1)
     cosine = torch.cosine_similarity(at_x, at_point, dim=1)
     spread = (at_x.norm(p=1, dim=1) / at_x.norm(dim=1).clamp(min=1e-30)).square() / at_x.shape[1]

@@ -441,9 +441,9 @@ def packed(robust: Tensor) -> str:
 
 def unpacked(row: dict[str, Any]) -> Tensor:
     """Return whether each image is robust, bool (N,), from a row of evaluation.json. Raises ValueError on damage."""
-    packed_bits = np.frombuffer(bytes.fromhex(row["robust_images"]), dtype=np.uint8)
-    robust = np.unpackbits(packed_bits)[:row["n"]].astype(bool)
-    if len(robust) != row["n"] or robust.sum() != row["robust"]:
+    bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["robust_images"]), dtype=np.uint8))
+    robust = bits[:row["n"]].astype(bool)
+    if len(bits) != -(-row["n"] // 8) * 8 or robust.sum() != row["robust"]:
         raise ValueError
     return torch.from_numpy(robust)
 

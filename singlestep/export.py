@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,17 +87,30 @@ def read_starts(opened: Opened) -> list[dict[str, Any]]:
 
 
 def spelled_out(opened: Opened, command: list[str]) -> list[str]:
-    """Return a command, with --like replaced by all flags of the run."""
+    """Return a command, with --like replaced by the run's other flags, with all digits."""
     if not any(word.partition("=")[0] == "--like" for word in command):
         return command
-    flags = options.flags_like(str(opened.folder.path), opened.dataset, False)
-    return [command[0], *shlex.split(options.as_flags(flags))]
+    kept = without(command, ["--like"])
+    given = {word.partition("=")[0] for word in kept}
+    flags = options.repeated(options.run_flags(opened.folder.path), opened.dataset)
+    return [*kept, *(exact(name, value) for name, value in flags.items()
+                     if options.option(name) not in given and value is not False and value is not None)]
+
+
+def exact(name: str, value: Any) -> str:
+    """Return a flag as a word of the command line, with all digits of its value."""
+    values = value if isinstance(value, (tuple, list)) else [value]
+    return options.option(name) + ("" if value is True else f"={','.join(map(str, values))}")
 
 
 def without_paths(command: list[str]) -> list[str]:
     """Return a command without the flags in PATHS, which are written --flag=VALUE or --flag VALUE."""
-    names, kept = [options.option(name) for name in PATHS], []
-    words = iter(command)
+    return without(command, [options.option(name) for name in PATHS])
+
+
+def without(command: list[str], names: Iterable[str]) -> list[str]:
+    """Return a command without these flags, which are written --flag=VALUE or --flag VALUE."""
+    kept, words = [], iter(command)
     for word in words:
         if word in names:
             next(words, None)

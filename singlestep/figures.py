@@ -19,7 +19,7 @@ from unittest import mock
 
 from . import options, tables
 from .methods import ATTACKS, DEPENDENT, METHODS, OBJECTIVES
-from .options import DATA_SETS, FLAGS
+from .options import FLAGS
 from .run.console import UsageError, one_line_errors, say
 from .run.folder import Folder, atomic_write, read_records
 from .tables import Accuracy
@@ -87,13 +87,17 @@ def collapsed(epochs: list[dict[str, Any]]) -> list[bool]:
 
 
 def defaults(flags: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's flags, completed by the defaults of flags that are newer than the run."""
+    """Return a run's flags, completed by the defaults of flags that are newer than the run.
+
+    A mean or std that only repeats the data set's becomes None, the default, as in args.json of most runs.
+    """
     try:
         dataset = options.data_set(flags["data_set"])
     except UsageError:  # the user's own data set
         dataset = options.CIFAR10
     args = options.arguments(dataset, {}).flags()
-    return {**args, **dependent({**args, **flags}), **flags}
+    usual = {name for name in ("mean", "std") if tuple(flags.get(name) or ()) == getattr(dataset, name)}
+    return {**args, **dependent({**args, **flags}), **flags, **dict.fromkeys(usual)}
 
 
 def dependent(flags: dict[str, Any]) -> dict[str, Any]:
@@ -134,16 +138,7 @@ def without_effect(flags: dict[str, Any]) -> set[str]:
 
 def differing(runs: list[dict[str, Any]]) -> list[str]:
     """Return the flags in which runs differ, without flags that do not affect training."""
-    constants = next(({"mean": each.mean, "std": each.std} for each in DATA_SETS.values()
-                      if each.name == runs[0].get("data_set")), {})
-
-    def differ(run: dict[str, Any], other: dict[str, Any], name: str) -> bool:
-        stated = [tuple(each[name]) for each in (run, other) if each.get(name) is not None and name in constants]
-        if len(stated) == 1:  # the other run has the constants of the data set
-            return stated[0] != constants[name]
-        return run.get(name) != other.get(name)
-
-    return [name for name in runs[0] if name in NAMED and any(differ(runs[0], run, name) for run in runs)]
+    return [name for name in runs[0] if name in NAMED and any(run.get(name) != runs[0][name] for run in runs)]
 
 
 def ordered(runs: list[dict[str, Any]], among: list[str]) -> list[tuple[float, ...]] | None:

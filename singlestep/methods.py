@@ -353,7 +353,7 @@ METHODS: dict[str, Method] = {
         text="ConvergeSmooth: FGSM-RS without the clip to the ball; penalty on jumps of the loss at the starting point",
         differs="the authors' penalty is also 0 in the last epoch, in the epoch before each drop of the learning rate, "
                 "and in the two after it; here it is 0 only in the first two epochs of the run. Defaults "
-                "are those of their code, which is set to epsilon 16; the paper has more terms and other gaps"),
+                "are those of their code, which is set to epsilon 16/255; the paper has more terms and other gaps"),
     "mep-cs": Method(
         dict(attack="pgi", fgsm_alpha=1.0, objective="smooth", smooth_at="clean", label_smoothing=4 / 9), "3",
         "arXiv 2308.12857",
@@ -462,7 +462,7 @@ METHODS: dict[str, Method] = {
         {"CIFAR-100": dict(fuap_rows=200), "Tiny-ImageNet": dict(fuap_rows=300)},
         text="FGSM-FUAP: one step from noise and a perturbation for each group of similar features",
         compared=RECORDED, differs="as uap; the authors' repository calls it fgsm_uap. LIET's paper reports its "
-                                   "collapse at epsilon 16"),
+                                   "collapse at epsilon 16/255"),
     "n-lap": Method(
         dict(attack="n_lap", fgsm_alpha=1.0), "2", "arXiv 2405.16262",
         text="N-FGSM that also moves the weights before each step, the first layers most",

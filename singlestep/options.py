@@ -814,17 +814,26 @@ def flags_like(source: str, dataset: DataSet, new_method: bool) -> dict[str, Any
     if gone:
         say(f"# --like {source}: {', '.join(gone)} ignored: no longer supported", error=True)
     own = dataset if run["data_set"] == dataset.name else stated or data_set(run["data_set"])
-    flags = {name: run[name] for name, each in FLAGS.items()
-             if name in run and each.metadata["group"] not in ("files", "machine") and name not in ("data_dir", "eval")}
-    chosen: dict[str, Any] = {name: flags[name] for name in ("method", "recipe") if name in flags}
     try:
-        for names in (FLAGS.keys() - DEPENDENT.keys(), DEPENDENT):  # these defaults depend on the other flags
-            usual = arguments(own, chosen)
-            chosen |= {name: flags[name] for name in names if name in flags and flags[name] != getattr(usual, name)}
+        chosen = repeated(run, own)
     except UsageError as error:
         raise UsageError(f"--like {source}: {error}") from None
     of_method = {"method", "attack", "objective", *method_flags()} - {*NETWORK, "pgd_alpha"} if new_method else set()
     return {name: value for name, value in chosen.items() if name not in of_method}
+
+
+def repeated(run: dict[str, Any], dataset: DataSet) -> dict[str, Any]:
+    """Return the flags of a run that differ from the defaults of its method, recipe and data set.
+
+    Leaves out the flags of files and machine. Raises UsageError if a flag is wrong.
+    """
+    flags = {name: run[name] for name, each in FLAGS.items()
+             if name in run and each.metadata["group"] not in ("files", "machine") and name not in ("data_dir", "eval")}
+    chosen: dict[str, Any] = {name: flags[name] for name in ("method", "recipe") if name in flags}
+    for names in ([name for name in FLAGS if name not in DEPENDENT], DEPENDENT):  # those depend on the other flags
+        usual = arguments(dataset, chosen)
+        chosen |= {name: flags[name] for name in names if name in flags and flags[name] != getattr(usual, name)}
+    return chosen
 
 
 def run_flags(folder: str | Path) -> dict[str, Any]:
@@ -1009,8 +1018,9 @@ def unit_hints(values: dict[str, Any]) -> list[str]:
     epsilon = values.get("epsilon") or 8.0
     for name in ("fgsm_alpha", "pgd_step"):
         step = values.get(name) or 0
-        if step > 4 or 0 < step < 0.1:
-            meant = step / epsilon if step > 4 else 255 * step / epsilon
+        in_pixels = 0 < step < 0.1 and (name == "fgsm_alpha" or step * (values.get("pgd_iters") or 1) < 1)
+        if step > 4 or in_pixels:
+            meant = 255 * step / epsilon if in_pixels and epsilon >= 1 else step / epsilon
             hints.append(f"{option(name)}={step:g} means {step:g} epsilons: did you mean {meant:.3g}?")
     for name in ("mean", "std"):
         if max(values.get(name) or (0,)) > 1:

@@ -384,8 +384,8 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
                "--last-samples=1000 shortens the last-epoch evaluation")
     yield from precision_hints(args, device)
     for name, value in args.dropped.items():
-        yield (f"{options.option(name)}={getattr(args, name)}, not {value} as in --recipe {args.recipe}: the method "
-               f"requires it")
+        yield (f"{options.option(name)}={getattr(args, name)}, not {value} as in --recipe {args.recipe}: the attack or "
+               f"the loss requires it")
     if "pad_mode" in args.given and not run.augmentation.padding:
         yield f"--pad-mode has no effect: images of {args.data_set} are not cropped"
     yield from options.idle_flags(args)

@@ -100,8 +100,9 @@ def test_the_public_logs_collapse_where_their_page_says(tmp_path):
     runs = public.read_runs()
     states = {run.name: collapse.collapsed(run.epochs) for run in runs}
     page = (ROOT / "experiments/public_logs/README.md").read_text()
-    for number in (sum(map(any, states.values())), sum(state[-1] for state in states.values())):
-        assert f" {number} of the {len(runs)} runs" in " ".join(page.split())
+    for number, where in ((sum(map(any, states.values())), " as collapsed in some epoch"),
+                          (sum(state[-1] for state in states.values()), " in the last epoch")):
+        assert f" {number} of the {len(runs)} runs{where}" in " ".join(page.split())
     for data_set, title in public.DATA_SETS.items():
         own = public.by_method([run for run in runs if run.data_set == data_set])
         assert f"## {title}\n\n{public.table(own)}\n" in page

@@ -387,7 +387,7 @@ def test_damaged_evaluations_are_found_before_anything_is_measured(content, run,
     assert (run / "evaluation.json").read_text() == content
 
 
-@pytest.mark.parametrize("robust_images", ["zz", "ff00ff", "", None, ["ff"], "00"])
+@pytest.mark.parametrize("robust_images", ["zz", "ff00ff", "07ff", "", None, ["ff"], "00"])
 def test_damaged_robust_images_are_one_line_of_error(robust_images, run, judged):
     flags = [run, "--device=cpu", "--samples=8", "--attacks=clean,fgsm"]
     assert judged(*flags)[0] == 0

@@ -193,11 +193,13 @@ def test_a_truncated_file_is_one_line(part, run, exported, tmp_path, judged):
 
 def test_the_command_of_a_run_like_another_has_all_its_flags(run, exported, tmp_path):
     args = json.loads((run / "args.json").read_text())
-    args["starts"][0]["command"] = ["train_cifar.py", "--like=somewhere", "--seed=3", "--fname=private"]
+    args["starts"][0]["command"] = ["train_cifar.py", "--like", "somewhere", "--amp", "--seed=3", "--fname=private"]
+    args["args"]["lr_max"] = 0.12345678
     (run / "args.json").write_text(json.dumps(args))
     assert exported(run, f"--to={tmp_path / 'x.safetensors'}")[0] == 0
     script, *flags = metadata(tmp_path / "x.safetensors")["starts"][0]["command"]
-    assert script == "train_cifar.py" and not any("like" in flag or "private" in flag for flag in flags)
+    assert script == "train_cifar.py" and flags[:2] == ["--amp", "--seed=3"] and "--lr-max=0.12345678" in flags
+    assert not any("like" in flag or "somewhere" in flag or "private" in flag for flag in flags)
     repeated = options.parse(options.CIFAR10, argv=flags)
     own = {name for name, each in options.FLAGS.items() if each.metadata["group"] not in ("files", "machine")}
     wanted = {name: args["args"][name] for name in own - {"data_dir"}}

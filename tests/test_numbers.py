@@ -162,7 +162,7 @@ def test_there_are_marks_and_a_wrong_number_fails():
 
 @pytest.mark.parametrize("page", MEASURED)
 def test_no_percentage_goes_unchecked(page):
-    checked = COLUMNS.keys() | {"forward-backward passes per step (standard training: 1)"}
+    checked = COLUMNS.keys() | {"passes per training step (standard training: 1)"}
     cells = [cell for rows in tables(PAGES[page]) for row in rows if not checked & row.keys() for cell in row.values()]
     assert re.findall(r".{0,40}\d%", MARK.sub("", " ".join(prose(page).split()))) == []
     assert [cell for cell in cells if re.match(r"\d+\.\d(?![\d.])", cell)] == []
@@ -313,7 +313,7 @@ def test_the_attacked_networks_have_the_accuracies_of_their_evaluations():
 
 
 def test_the_passes_of_a_method_are_those_that_its_line_in_options_has():
-    title = "forward-backward passes per step (standard training: 1)"
+    title = "passes per training step (standard training: 1)"
     rows, = (rows for rows in tables(PAGES["README.md"]) if title in rows[0])
     for row in rows:
         names, passes = re.findall(r"`(.+?)`", row["`--method`"]), row[title].split(", ")

@@ -485,6 +485,8 @@ train.main(options.CIFAR10, options.parse(options.CIFAR10))
     ("--attack=fgsm --norm=l_2", "--epsilon=8 means 8/255, a small radius for --norm=l_2"),
     ("--attack=none --norm=l_2 --epsilon=128", None), ("--norm=l_inf", None),
     ("--attack=fgsm --norm=l_2 --epsilon=0.5", "--epsilon=0.5 means 0.5/255: did you mean 128?"),
+    ("--attack=fgsm --fgsm-alpha=0.0392", "--fgsm-alpha=0.0392 means 0.0392 epsilons: did you mean 1.25?"),
+    ("--attack=fgsm --epsilon=0.031 --fgsm-alpha=0.039", "did you mean 1.26?"),
     ("--epsilon=0.031", "--epsilon=0.031 means 0.031/255: did you mean 7.9"), ("--epsilon=8/255", None)])
 def test_what_has_no_effect_or_another_meaning_is_told(flags, told, tmp_path, call, small_dummy):
     status, output, _ = call("train_cifar.py", *SMALL, "--epochs=1", *flags.split(), "--fname", tmp_path / "run")

@@ -337,7 +337,8 @@ def results_lines(args, record: dict[str, Any], images: int) -> str:
     flags, full, evaluated = "", "", shlex.quote(args.fname)
     if args.data_set == "own":  # the network is not an architecture of --model
         file = shlex.quote(f"{args.fname}/model_{args.epochs - 1}.pth")
-        evaluated = f"--network=MODULE:FUNCTION --weights={file} --data-set=NAME"
+        evaluated = (f"--network=MODULE:FUNCTION --weights={file} --data-set=NAME --epsilons={args.epsilon:g} "
+                     f"--norm={args.norm}")
     if record.get("test_images"):
         seconds = record["test_time"] / record["test_images"]
         within = int(60 / max(pgd_seconds(args, seconds, 10, 1, 1), 1e-9))  # how many images take a minute
