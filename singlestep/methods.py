@@ -186,8 +186,8 @@ ATTACKS: dict[str, Attack] = {
         defaults=dict(fgsm_alpha=1.25),
         starts_at="U(±epsilon)",
         step="(k / c) * box(delta + alpha * sign(g)); k: the smallest of 1, ..., c - 1 at which the network in eval "
-             "mode misclassifies the image, else c; k = 0 if the start is misclassified; c: `--ckpt-count`; the pass "
-             "at the start is in the mode `--ckpt-mode`"),
+             "mode misclassifies the image, else c; k = 0 if x + eta is misclassified; c: `--ckpt-count`; g and the "
+             "check of x + eta are from a pass in the mode `--ckpt-mode`"),
     "free": Attack(
         start=False, update="free_update", replays="free_replays",
         starts_at="delta of the previous step",
@@ -350,7 +350,8 @@ METHODS: dict[str, Method] = {
         dict(attack="nfgsm", fgsm_alpha=1.0, noise_k=1.0, objective="smooth", smooth_at="start",
              label_smoothing=4 / 9), "3", "arXiv 2308.12857",
         {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
-        text="ConvergeSmooth: FGSM-RS without the clip to the ball; penalty on jumps of the loss at the starting point",
+        text="ConvergeSmooth: FGSM-RS without the clip to the ball; a penalty keeps the loss at the starting point near "
+             "its mean of the previous epoch",
         differs="the authors' penalty is also 0 in the last epoch, in the epoch before each drop of the learning rate, "
                 "and in the two after it; here it is 0 only in the first two epochs of the run. Defaults "
                 "are those of their code, which is set to epsilon 16/255; the paper has more terms and other gaps"),
@@ -358,7 +359,8 @@ METHODS: dict[str, Method] = {
         dict(attack="pgi", fgsm_alpha=1.0, objective="smooth", smooth_at="clean", label_smoothing=4 / 9), "3",
         "arXiv 2308.12857",
         {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
-        text="ConvergeSmooth: one step from a perturbation stored for each image; penalty on jumps of the clean loss",
+        text="ConvergeSmooth: one step from a perturbation stored for each image; a penalty keeps the clean loss near its "
+             "mean of the previous epoch",
         differs="as rs-cs; D and M are stored in half precision and reset every 40 epochs on every data set"),
     "n-fgsm": Method(
         dict(attack="nfgsm", fgsm_alpha=1.0), "2", "arXiv 2202.01181", WARM_UP_ON_SVHN,
