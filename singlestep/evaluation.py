@@ -101,12 +101,14 @@ class Evaluated(NamedTuple):
         flags: flags of the network's run; empty without a run.
         rows: rows of the network's table.
         norm: norm of the ball.
+        data_set: name of the data set, with "synthetic" for synthetic images.
     """
 
     folder: Path
     flags: dict[str, Any]
     rows: list[dict[str, Any]]
     norm: str = "l_inf"
+    data_set: str = ""
 
     def by_column(self) -> dict[tuple[str, float, str], dict[str, Any]]:
         """Return (attack, epsilon, norm) -> row."""
@@ -143,6 +145,9 @@ def main(args) -> None:
             table, caption = comparison(found, args.by_seed)
             if len(found) > 1:
                 say(f"\n{tables.aligned(table)}\n# {caption}")
+            data_sets = dict.fromkeys(each.data_set for each in found)
+            if len(data_sets) > 1:
+                say(f"# warning: the rows are not comparable: the test images differ ({', '.join(data_sets)})")
             tables.write(table, caption, args)
         world.leave()
 
@@ -194,8 +199,9 @@ def evaluate_network(path: str, network: Callable[[], tuple[Opened, Images]], ar
         warn(job)
     if job.failure:
         raise job.failure
+    data_set = ("synthetic " if job.opened.args.dummy else "") + job.opened.dataset.name
     return Evaluated(Path(path), figures.defaults(job.opened.run) if "attack" in job.opened.run else {}, job.rows,
-                     job.opened.args.norm)
+                     job.opened.args.norm, data_set)
 
 
 def comparison(networks: list[Evaluated], by_seed: bool = False) -> tuple[tables.Table, str]:

@@ -783,6 +783,15 @@ def test_evaluate_ends_with_the_table_and_reads_the_test_set_once(run, judged, m
     one_line(judged(*flags, f"--csv={tmp_path / 'none' / 'x.csv'}"), "--csv: must be a file in a folder")
 
 
+def test_a_table_of_different_test_images_has_a_warning(run, call, judged, tmp_path):
+    assert call("train_cifar100.py", *RUN, "--fname", tmp_path / "other")[0] == 0
+    flags = ["--device=cpu", "--samples=8", "--attacks=clean"]
+    status, output, _ = judged(run, tmp_path / "other", *flags)
+    warning = output.splitlines()[-1]
+    assert status == 0 and "# warning: " in warning and "synthetic CIFAR-10, synthetic CIFAR-100" in warning
+    assert "test images differ" not in judged(run, run / "model_1.pth", *flags)[1]
+
+
 # A network of one's own
 
 OWN = """
