@@ -350,8 +350,8 @@ METHODS: dict[str, Method] = {
         dict(attack="nfgsm", fgsm_alpha=1.0, noise_k=1.0, objective="smooth", smooth_at="start",
              label_smoothing=4 / 9), "3", "arXiv 2308.12857",
         {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
-        text="ConvergeSmooth: FGSM-RS without the clip to the ball; a penalty keeps the loss at the starting point near "
-             "its mean of the previous epoch",
+        text="ConvergeSmooth: FGSM-RS without the clip to the ball; a penalty keeps the loss at the starting point "
+             "near its mean of the previous epoch",
         differs="the authors' penalty is also 0 in the last epoch, in the epoch before each drop of the learning rate, "
                 "and in the two after it; here it is 0 only in the first two epochs of the run. Defaults "
                 "are those of their code, which is set to epsilon 16/255; the paper has more terms and other gaps"),
@@ -359,8 +359,8 @@ METHODS: dict[str, Method] = {
         dict(attack="pgi", fgsm_alpha=1.0, objective="smooth", smooth_at="clean", label_smoothing=4 / 9), "3",
         "arXiv 2308.12857",
         {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
-        text="ConvergeSmooth: one step from a perturbation stored for each image; a penalty keeps the clean loss near its "
-             "mean of the previous epoch",
+        text="ConvergeSmooth: one step from a perturbation stored for each image; a penalty keeps the clean loss near "
+             "its mean of the previous epoch",
         differs="as rs-cs; D and M are stored in half precision and reset every 40 epochs on every data set"),
     "n-fgsm": Method(
         dict(attack="nfgsm", fgsm_alpha=1.0), "2", "arXiv 2202.01181", WARM_UP_ON_SVHN,
