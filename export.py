@@ -4,9 +4,8 @@
     python export.py runs/zerograd --which=best --half --to=small.safetensors
     python export.py runs/zerograd --to=robustbench/ --name=Author2026Title
 
-The metadata of the file holds the architecture, the normalization, the training flags and the measured accuracies;
-`load_run` and evaluate.py read them. Run evaluate.py first: metadata and cards contain only the accuracies that the
-training run and evaluate.py have measured.
+The metadata of the file holds the architecture, the normalization and the training flags, so load_run and evaluate.py
+need no others. It also holds the accuracies that the training run and evaluate.py have measured: run evaluate.py first.
 """
 from singlestep.options import parse_export
 

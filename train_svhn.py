@@ -3,7 +3,8 @@
     python train_svhn.py --epochs=15 --lr-schedule=cyclic --lr-max=0.01 --attack=zerograd --zero-qval=0.7 --full-test
     python train_svhn.py --epochs=15 --lr-schedule=cyclic --lr-max=0.01 --attack=multigrad --multi-samps=3 --full-test
 
-The final evaluation uses the best checkpoint, which is chosen on training images.
+The final evaluation uses the best checkpoint: by PGD accuracy on the first 2% of the training images or, with
+--val-size=N, on the N images that are held out.
 """
 from singlestep.options import SVHN, parse
 

@@ -4,8 +4,8 @@
     python experiments/reproduce.py --scale=paper --budget=60         # all tables, most important first, for an hour
     python experiments/reproduce.py --scale=cpu --list                # list finished runs and the time for the rest
 
-A run's files are in runs/SCALE/NAME. After the training (and evaluate.py, for tables with its attacks), the result is
-written to experiments/results/SCALE/NAME.json. Runs with a result are skipped. On Ctrl-C, on SIGTERM and when the
+A run's files are in runs/SCALE/NAME. After the training (for the table `attacks`, also after evaluate.py), the result
+is written to experiments/results/SCALE/NAME.json. Runs with a result are skipped. On Ctrl-C, on SIGTERM and when the
 budget is spent, the runs save their state and stop; the same command continues them. If a run fails, its name is
 printed and the others continue. Parallel runs are spread over the GPUs, or share the cores of a CPU.
 """

@@ -15,10 +15,11 @@ otherwise, abs(delta) <= epsilon (for l_2: the l_2 norm of each image's delta). 
 model's mode stay unchanged, except that LAP moves the weights. In train mode, the forward passes update BatchNorm's
 running statistics, as in the published methods.
 
-"Passes: N" is the cost of one training step with this attack, including the weight update. One pass is a forward and a
-backward pass; a forward pass alone counts 1/3.
+"Passes: N" is the cost of a whole training step: of this attack and of its objective, `ce` unless named. One pass is a
+forward and a backward pass; a forward pass alone counts 1/3.
 
-In formulas, eta is the starting point, the perturbation from which delta is computed. g is the gradient of the mean
+In formulas, eta is the starting point, the perturbation from which delta is computed. Random starting points are
+clipped so that x + eta is in [0, 1], except those of PGI, FGSM-PCO and TRADES. g is the gradient of the mean
 cross-entropy with respect to the perturbation, at x + eta unless stated otherwise, and box(delta) projects delta to the
 ball and clips x + delta to [0, 1]. For l_2, g / norm2(g) of each image replaces sign(g), and a random point of the ball
 has a uniform direction and a length ~ U(0, epsilon).
@@ -56,8 +57,8 @@ class Step:
         drawn: the augmentation of x: "top" and "left" of the crop in the padded image, "flip", each (B,).
         padding: pixels by which the augmentation pads each side of an image before the crop.
         optimizer: SGD with its momentum buffers and one parameter group, for an attack that moves the weights.
-        rows: for each image, the index of the shared perturbation of its starting point, (B,).
-        start: eta, the perturbation at the attack's first forward pass; with keeps_graph, a leaf of the graph.
+        rows: FGSM-UAP: for each image, the index of the universal perturbation of its starting point, (B,).
+        start: eta, the perturbation at the attack's first gradient; with keeps_graph, a leaf of the graph.
         logits, gradient: logits at x + eta, and the gradient of the mean cross-entropy with respect to eta.
         direction: sora's direction of steepest ascent at its starting point.
         checks: check images, epsilon, logits and gradients in every call, which synchronizes with the device.
@@ -93,33 +94,33 @@ class Step:
 
     @property
     def ramp(self) -> float:
-        """Factor of NuAT's weight: min(done / 0.9, 1)."""
+        """Factor of NuAT's weight: min(done / 0.9, 1), as in the authors' code."""
         return min(self.done / 0.9, 1.0)
 
     @property
     def boost(self) -> float:
-        """Factor of GAT's weight: 4 from done = 0.86 on, 1 before."""
+        """Factor of GAT's weight: 4 from done = 0.86 on (the authors' second drop of the learning rate), 1 before."""
         return 4.0 if self.done >= 0.86 else 1.0
 
     def reserve(self, name: str, x: Tensor, *shape: int) -> None:
         """Allocate `kept[name]` as zeros, (images, *shape), unless it exists with this shape.
 
-        Its dtype is float16, but the dtype of x if x is not float32 or `shape` is empty.
+        dtype: float16 if x is float32 and `shape` is not empty, else the dtype of x.
         """
         if name not in self.kept or self.kept[name].shape != (self.images, *shape):
             dtype = torch.float16 if shape and x.dtype is torch.float32 else x.dtype
             self.kept[name] = torch.zeros(self.images, *shape, dtype=dtype, device=x.device)
 
-    def store(self, name: str, rows: Tensor, whole: Tensor) -> None:
-        """Write the rows of all processes into `kept[name]`.
+    def store(self, name: str, values: Tensor, whole: Tensor) -> None:
+        """Write the values of all processes into `kept[name]`.
 
         Args:
             name: key of a tensor in `kept`.
-            rows: this process's rows, one for each image of its share.
-            whole: row indices in `kept[name]` for the global batch.
+            values: one value or tensor for each image of this process's share.
+            whole: indices into `kept[name]` for the global batch.
         """
-        together = torch.zeros(len(whole), *rows.shape[1:], dtype=rows.dtype, device=rows.device)
-        together[self.rank::self.size] = rows
+        together = torch.zeros(len(whole), *values.shape[1:], dtype=values.dtype, device=values.device)
+        together[self.rank::self.size] = values
         self.kept[name][whole] = self.sum(together).to(self.kept[name].dtype)
 
     def same(self, values: Tensor) -> Tensor:
@@ -290,8 +291,8 @@ def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
           step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """N-FGSM (de Jorge et al., arXiv 2202.01181): FGSM from larger noise, without projection to the ball.
 
-    delta = eta + alpha * sign(g), eta ~ U(-k * epsilon, k * epsilon), clipped to the pixel range only, so abs(delta)
-    can reach k * epsilon + alpha. Passes: 2.
+    delta = eta + alpha * sign(g); eta ~ U(-k * epsilon, k * epsilon). x + delta is clipped to [0, 1], but delta is not
+    projected to the ball, so abs(delta) can reach k * epsilon + alpha. Passes: 2.
     """
     eta = start(x, k * epsilon)
     grad, _ = input_gradient(model, x, y, eta, step, smoothing)
@@ -302,8 +303,8 @@ def nfgsm(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
 def sora(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, norm: str = "l_inf") -> Tensor:
     """SORA (arXiv 2606.00738): a step of random length that shrinks as the loss becomes less linear. Passes: 2.
 
-    delta = eta + a * r * sign(g), eta ~ U(-epsilon, epsilon), r ~ U(0, 1) for each entry, clipped to the pixel range
-    only, so abs(delta) can reach 3 * epsilon.
+    delta = eta + a * r * sign(g); eta ~ U(-epsilon, epsilon); r ~ U(0, 1) for each entry. x + delta is clipped to
+    [0, 1], but delta is not projected to the ball, so abs(delta) can reach 3 * epsilon.
 
     a = 2 * epsilon * min(1, 0.02 / (1 - v)). v measures how well g predicts g', the gradient at x + delta: it starts at
     0.99 and is updated after each step (see `sora_update`).
@@ -334,7 +335,9 @@ def sora_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: flo
 @checked
 def ckpt(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, count: int = 3,
          step: Step | None = None, mode: str = "eval", smoothing: float = 0.0) -> Tensor:
-    """FGSM-RS with checkpoints (Kim et al., arXiv 2010.01799). Passes: 2 + (count - 1) / 3.
+    """FGSM-RS with checkpoints, points on the way to delta (Kim et al., arXiv 2010.01799).
+
+    Passes: 2 + (count - 1) / 3.
 
     delta = (k / count) * delta_RS; delta_RS is the result of FGSM-RS. For each image, k is the smallest of
     1 .. count - 1 at which the model in eval mode misclassifies the image, else count. delta = 0 for an image that is
@@ -391,7 +394,8 @@ def pgi(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, st
     g is the gradient at x + D of the cross-entropy with label smoothing `smoothing`. Every `reset` epochs, D becomes a
     random corner of the ball and M becomes 0. D is not cropped or flipped with its image.
 
-    D and M are stored in half precision. M is stored multiplied by 128 * C * H * W, so that its entries are about 1.
+    D and M are stored in half precision. M is stored multiplied by 128 * C * H * W, so that its entries are about 1
+    with batches of 128.
     """
     for name in ("pgi", "pgi momentum"):
         step.reserve(name, x, *x.shape[1:])
@@ -496,8 +500,8 @@ def uap_update(step: Step, x: Tensor, delta: Tensor, grad: Tensor, epsilon: floa
         m_k <- decay * m_k + mean(G_i) / norm1(G), the mean over the images i that started from u_k
         u_k <- clip(u_k + a * sign(m_k), -a, a)
 
-    G = g + g'. g is the gradient of the attack's loss, g' = `grad` that of the training loss, both with respect to eta.
-    The authors' code accumulates the two gradients in one tensor, too.
+    G = g + g'. g is the gradient of the attack's loss and g' (`grad`) the gradient of the training loss, both with
+    respect to eta. The authors' code accumulates the two gradients in one tensor, too.
     """
     u, m = step.kept["uap"], step.kept["uap momentum"]
     total = len(x) * (step.gradient + grad)  # of the sum over images, since the processes' shares can differ by one
@@ -606,7 +610,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
 
         CE(f(x + eta), y) + ramp * weight * norm_nuclear(f(x) - f(x + eta)) / B, with `Step.ramp`.
 
-    f(x) is computed in train mode, f(x + eta) in eval mode.
+    f(x) is computed in the model's current mode, in training train mode; f(x + eta) in eval mode.
     """
     return alternating(model, x, y, epsilon, alpha, smoothing, step, lambda step, clean, logits: weight * step.ramp * (
         torch.linalg.matrix_norm(clean - logits, ord="nuc") / len(x)))
@@ -622,7 +626,7 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float,
 
         CE(f(x + eta), y) + boost * weight * mean_i(sum_c((p_c(x) - p_c(x + eta))^2)), with `Step.boost`.
 
-    p(x) is computed in train mode, f(x + eta) in eval mode.
+    p(x) is computed in the model's current mode, in training train mode; f(x + eta) in eval mode.
     """
     return alternating(model, x, y, epsilon, alpha, smoothing, step, lambda step, clean, logits: weight * step.boost * (
         (clean.softmax(dim=1) - logits.softmax(dim=1)).square().sum(dim=1).mean()))
@@ -630,10 +634,12 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float,
 
 def alternating(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, smoothing: float,
                 step: Step | None, term: Callable[[Step, Tensor, Tensor], Tensor]) -> Tensor:
-    """Return FGSM's delta in eval mode from random corners, ±epsilon / 2; every second batch adds `term` to its loss.
+    """Return delta after one FGSM step in eval mode from ±epsilon / 2, at random for each entry.
+
+    In every second batch, the loss includes `term`.
 
     Args:
-        term: (step, f(x) in train mode, f(x + delta)) -> scalar; both logits in float32.
+        term: (step, f(x) in the model's current mode, f(x + delta) in eval mode) -> scalar; both logits in float32.
     """
     delta = corners(x, epsilon / 2).clamp(-x, 1 - x)
     with torch.no_grad(), frozen(model):
@@ -653,9 +659,10 @@ def n_lap(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, 
           up: bool = False) -> Tensor:
     """N-LAP: N-FGSM with layer-aware weight perturbations (Lin et al., arXiv 2405.16262). Passes: 2.
 
-    delta = eta + alpha * sign(g), eta ~ U(-k * epsilon, k * epsilon), clipped to the pixel range only, so abs(delta)
-    can reach k * epsilon + alpha. The backward pass that gives g also gives the gradients of the weights, with which
-    `lap_gradient` moves the weights. The training loss is computed at the moved weights.
+    delta = eta + alpha * sign(g); eta ~ U(-k * epsilon, k * epsilon). x + delta is clipped to [0, 1], but delta is not
+    projected to the ball, so abs(delta) can reach k * epsilon + alpha. The backward pass that gives g also gives the
+    gradients of the weights, with which `lap_gradient` moves the weights. The training loss is computed at the moved
+    weights.
     """
     eta = start(x, k * epsilon)
     grad = lap_gradient(model, x, y, eta, beta, up, step)
@@ -720,7 +727,8 @@ def atas(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, step: Step, c: 
 
     g is the gradient with the model in eval mode. norm2(g_i) is multiplied by B / 128, since c was published for
     batches of 128. In the first `warmup` epochs, a_i = epsilon, and v stays. D is drawn uniformly from the ball in the
-    first epoch and in every reset-th epoch but the last. D is stored in half precision. Passes: 2.
+    first epoch and in every `reset`-th epoch, but not in the run's last epoch. D is stored in half precision.
+    Passes: 2.
     """
     height, width = x.shape[2:]
     padded = (len(x), x.shape[1], height + 2 * step.padding, width + 2 * step.padding)
@@ -777,8 +785,8 @@ def steepest(grad: Tensor, norm: str) -> Tensor:
 def quantile_mask(grad: Tensor, q: float) -> Tensor:
     """Return `grad` (B, C, H, W) with 0 for entries whose magnitude is strictly below their image's q-quantile.
 
-    The quantile interpolates linearly between two magnitudes that are neighbors in sorted order. The entries below the
-    quantile are those below the larger neighbor, so finding the smallest kept entry suffices, without a full sort.
+    The quantile lies between two neighbors in the sorted magnitudes (linear interpolation) or on one of them. The
+    larger neighbor is the smallest kept entry; finding it needs no full sort.
 
     Raises:
         ValueError: q is not in [0, 1].

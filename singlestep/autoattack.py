@@ -20,8 +20,8 @@ from .run.folder import atomic_write
 
 EDGE = {"l_inf": 1e-6, "l_2": 1e-5}  # tolerance for rounding errors in abs(delta) or norm2(delta) <= epsilon
 
-# Cost of a robust image in forward passes; a backward pass counts 2. APGD and FAB take 100 steps (for each of 9 target
-# classes), Square takes 5,000 queries.
+# Cost of a robust image in forward passes, rounded; a backward pass counts 2. APGD and FAB take 100 steps (targeted:
+# for each of 9 classes; FAB makes two forward passes a step), Square takes 5,000 queries.
 COST = {"apgd-ce": 300, "apgd-t": 2800, "fab-t": 3600, "square": 5000}
 
 

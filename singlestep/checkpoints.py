@@ -27,7 +27,8 @@ class Opened(NamedTuple):
         args, dataset: arguments and data set of the network's run.
         source: file or files from which the network was read.
         folder: folder of `source`.
-        run: flags recorded in args.json; empty without args.json.
+        run: flags that the run recorded in args.json, in a checkpoint or in the metadata of an exported file; empty
+            if there are none.
         notes: lines to print.
         epoch: index (from 0) of the epoch during or after which the network was saved; None if unknown.
     """
@@ -45,14 +46,14 @@ class Opened(NamedTuple):
 def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     """Load the network in a run folder or in a checkpoint file, with the arguments of its run.
 
-    The arguments come from the metadata of an exported file, else from args.json in the folder (for a file: in its
-    parent folder), else from `flags`.
+    The arguments are those that the run recorded: in the metadata of an exported file, else in args.json of the folder
+    (for a file: of its parent folder). `flags` override them.
 
     Args:
         path: folder of a run, exported file, checkpoint of these scripts, or third-party checkpoint.
-        which: "last", "best" (highest score) or "healthy" (newest that has not collapsed); for a file with several
-            networks, the network's key.
-        flags: data_set, model, base_width, mean, ...; a flag that is not None overrides args.json.
+        which: "last", "best" (highest score) or "healthy" (newest that is not in collapse); for a file with
+            several networks, the network's key.
+        flags: data_set, model, base_width, mean, ...; None: as recorded, else the default.
 
     Raises:
         UsageError: the network does not exist or does not fit the flags, or the data set is unknown.
@@ -256,7 +257,7 @@ def load_network(model: nn.Module, content: dict, source: str, normalize: bool =
         content: the state dict, or the content of its file.
         source: name of the file, for error messages.
         normalize: use the normalization constants in the file, if there are any.
-        which: the network's key in a file with several networks; without such a key, the first network is loaded.
+        which: the network's key in a file with several networks; "last", if no network has this key: the first network.
 
     Returns:
         Notes to print.

@@ -30,7 +30,7 @@ def collapsed(history: list[dict[str, Any]]) -> list[bool]:
     with P >= 3/4 * F and P >= B / 2. The first epoch has no B and needs the first two conditions only.
 
     Records of older runs have no F: for these, the network is collapsed if P < B / 2. Records without C do not need
-    F > C / 4.
+    F > C / 4. Records of standard training (defence_mean = 0) are never collapsed, and their P do not count for B.
     """
     states: list[bool] = []
     best: float | None = None

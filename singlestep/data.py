@@ -149,7 +149,7 @@ class Images:
         return Images(self.pixels.to(device), self.labels.to(device), memory_format)
 
     def batch(self, index: Tensor | slice, augmentation: Augmentation = Augmentation(), drawn=None):
-        """Return x in [0, 1], float32 (B, 3, H, W), and y (B,). With `drawn`, x is augmented.
+        """Return x in [0, 1], (B, C, H, W), float32 if the pixels are uint8, and y (B,). With `drawn`, x is augmented.
 
         drawn: parameters from `Augmentation.draw`, one for each image of the batch.
         """

@@ -50,8 +50,8 @@ def facts(opened: Opened) -> dict[str, Any]:
 
         data_set, statement, starts    as in args.json, without paths
         args        flags of the run, without paths; without a run, the flags of the network only
-        network     epoch, counted from 0, and collapsed, whether the run was in collapse after this epoch; None if
-                    unknown
+        network     epoch: the network's, counted from 0; collapsed: whether the run was in collapse after this epoch;
+                    None if unknown
         results     `collapse.summary` of the run
         accuracy    one row for each attack on the network, as in evaluation.json
     """
@@ -87,7 +87,7 @@ def read_starts(opened: Opened) -> list[dict[str, Any]]:
 
 
 def spelled_out(opened: Opened, command: list[str]) -> list[str]:
-    """Return a command, with --like replaced by the run's other flags, with all digits."""
+    """Return a command in which --like is replaced by the flags that it stands for, each number with all digits."""
     if not any(word.partition("=")[0] == "--like" for word in command):
         return command
     kept = without(command, ["--like"])
@@ -120,7 +120,7 @@ def without(command: list[str], names: Iterable[str]) -> list[str]:
 
 
 def epoch_of(opened: Opened, history: list[dict[str, Any]]) -> int | None:
-    """Return the epoch, counted from 0, after which the network was saved; None if unknown."""
+    """Return the epoch, counted from 0, during or after which the network was saved; None if unknown."""
     best = [record["epoch"] for record in history if record.get("best")]
     healthy = [record["epoch"] for record in history if not record.get("collapsed")]
     named = {"model_best.pth": best, "model_healthy.pth": healthy}.get(Path(opened.source).name)
@@ -228,7 +228,7 @@ def training(known: dict[str, Any], run: Args) -> list[str]:
     method = options.as_flags({**options.in_effect(run), "norm": run.norm})
     lines = [f"* Method: `{method}`", f"* Seed: {run.seed}"]
     if known["network"]["epoch"] is not None:
-        lines.append(f"* Saved after epoch {known['network']['epoch'] + 1} of {run.epochs}")
+        lines.append(f"* Weights of epoch {known['network']['epoch'] + 1} of {run.epochs}")
     results = known["results"]
     if results["best_robust_acc"] is not None:
         first = results["collapse_epoch"]
@@ -290,7 +290,7 @@ def for_robustbench(opened: Opened, args) -> dict[Path, bytes]:
 
 
 def leaderboard_entry(opened: Opened, run: Args, data_set: str) -> dict[str, Any]:
-    """Return RobustBench's JSON card, with accuracies in %, as text. Print what the user has to add."""
+    """Return the entries of RobustBench's JSON card; accuracies are strings, in %. Print what the user has to add."""
     if run.dummy:
         say("# warning: this network was trained on synthetic images: do not submit it to RobustBench")
     found = {row["attack"]: row for row in facts(opened)["accuracy"]

@@ -219,7 +219,7 @@ def best(epochs: list[dict[str, Any]]) -> int:
 def collapse(runs: Iterable[list[dict[str, Any]]]) -> str:
     """Describe the collapse of runs: "no", "epoch 5", "epoch 5, then healthy" for one; "2 of 3, epoch 5-7" for several.
 
-    Each epoch is the first one in collapse of a run, from 1. "then healthy": the last epoch is not in collapse.
+    Epochs count from 1; each is a run's first epoch in collapse. "then healthy": the last epoch is not in collapse.
     """
     runs = list(runs)
     states = [collapsed(epochs) for epochs in runs]

@@ -159,9 +159,10 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18: images in [0, 1], (B, 3, H, W), to logits, (B, num_classes). Arguments as in `PreActResNet`, and:
+    """ResNet-18: images in [0, 1], (B, 3, H, W), to logits, (B, num_classes).
 
     Args:
+        num_classes, base_width, mean, std: as in `PreActResNet`.
         block: "standard", or "nuat": a ReLU also follows each block's second BatchNorm, before the addition, as in
             github.com/val-iisc/NuAT.
     """
@@ -244,6 +245,9 @@ class WideResNet(nn.Module):
 
 
 def new_network(dataset: DataSet, args: Args) -> nn.Module:
-    """Return a new network of the architecture in `args`, with classes and normalization of the data set."""
+    """Return a new network of the architecture in `args`, with the classes of the data set.
+
+    --mean and --std take precedence over the data set's normalization.
+    """
     return globals()[args.model](num_classes=dataset.classes, mean=args.mean or dataset.mean,
                                  std=args.std or dataset.std, **args.keywords(MODELS[args.model]))

@@ -13,8 +13,8 @@ An objective returns the loss, a scalar, and the logits at x + delta, (B, classe
 `step.network`, which has the same weights as `model`.
 
 In formulas, f(x) are logits, p(x) = softmax(f(x)), CE(x) is the mean cross-entropy of f(x) and y, and eta is the
-attack's starting point, `step.start`. "Passes: N" is the cost of a training step without that of the attack. One pass
-is a forward and a backward pass; a forward pass alone counts 1/3.
+attack's starting point, `step.start`. "Passes of the objective: N" is the cost of a training step without the
+attack. One pass is a forward and a backward pass; a forward pass alone counts 1/3.
 """
 import math
 from typing import TYPE_CHECKING
@@ -35,7 +35,7 @@ def perturbed(x: Tensor, delta: Tensor) -> Tensor:
 
 def ce(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step",
        smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Cross-entropy at the perturbed images (arXiv 2103.15476): loss = CE(x + delta). Passes: 1."""
+    """Cross-entropy at the perturbed images (arXiv 2103.15476): loss = CE(x + delta). Passes of the objective: 1."""
     step.check(x, epsilon)
     logits = model(perturbed(x, delta))
     return F.cross_entropy(logits, y, label_smoothing=smoothing), logits
@@ -43,7 +43,9 @@ def ce(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, st
 
 def gradalign(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
               smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """GradAlign (Andriushchenko and Flammarion, arXiv 2007.02617). Passes: 4, one of them a double backward pass.
+    """GradAlign (Andriushchenko and Flammarion, arXiv 2007.02617).
+
+    Passes of the objective: 4, one of them a double backward pass.
 
     loss = CE(x + delta) + weight * (1 - mean(cos(g1, g2)))
 
@@ -62,7 +64,7 @@ def gradalign(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: fl
 
 def elle(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
          adaptive: bool = False, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """ELLE and, with `adaptive`, ELLE-A (Abad Rocamora et al., arXiv 2401.11618). Passes: 4.
+    """ELLE and, with `adaptive`, ELLE-A (Abad Rocamora et al., arXiv 2401.11618). Passes of the objective: 4.
 
     loss = CE(x + delta) + weight * mean((l(x_c) - (1 - t) * l(x_a) - t * l(x_b))^2)
 
@@ -95,14 +97,16 @@ def elle(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
 
 def aaer(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step",
          weights: tuple[float, float, float], smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """AAER, abnormal adversarial examples regularization (Lin et al., NeurIPS 2023, arXiv 2404.08154). Passes: 1.
+    """AAER, abnormal adversarial examples regularization (Lin et al., NeurIPS 2023, arXiv 2404.08154).
+
+    Passes of the objective: 1.
 
     loss = CE(x + delta) + lambda_1 * (n_a / B) * (lambda_2 * D_a + lambda_3 * max(V_a - V_n, 0))
 
-    An image is abnormal (a) if the attack lowered its cross-entropy l, else normal (n). n_a is the number of abnormal
-    images and D_a their mean of l(x + eta) - l(x + delta). V_a and V_n are the means of norm2(f(x + eta) -
-    f(x + delta))^2 over abnormal and over normal images. The penalty is 0 if all images of the batch are abnormal
-    or all are normal. As in the authors' code, only V_a has a gradient, through f(x + delta).
+    An image is abnormal (subscript a) if the attack lowered its cross-entropy l, else normal (subscript n). n_a is the
+    number of abnormal images and D_a their mean of l(x + eta) - l(x + delta). V_a and V_n are the means of
+    norm2(f(x + eta) - f(x + delta))^2 over abnormal and over normal images. The penalty is 0 if all images of the batch
+    are abnormal or all are normal. As in the authors' code, only V_a has a gradient, through f(x + delta).
 
     Args:
         weights: (lambda_1, lambda_2, lambda_3).
@@ -124,7 +128,7 @@ def aaer(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
 
 def trades(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", beta: float,
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """TRADES (Zhang et al., arXiv 1901.08573). Passes: 2.
+    """TRADES (Zhang et al., arXiv 1901.08573). Passes of the objective: 2.
 
     loss = CE(x) + beta * KL(p(x) || p(x + delta)), with gradients through both p(x) and p(x + delta).
     """
@@ -137,7 +141,7 @@ def trades(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
 
 def nuclear(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
             smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """NuAT (Sriramanan et al., NeurIPS 2021). Passes: 2.
+    """NuAT (Sriramanan et al., NeurIPS 2021). Passes of the objective: 2.
 
     loss = CE(x) + ramp * weight * norm_nuclear(f(x) - f(x + delta)) / B, with `Step.ramp`.
     """
@@ -149,7 +153,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: floa
 
 def guided(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """GAT (Sriramanan et al., arXiv 2011.14969). Passes: 2.
+    """GAT (Sriramanan et al., arXiv 2011.14969). Passes of the objective: 2.
 
     loss = CE(x) + boost * weight * mean_i(sum_c((p_c(x) - p_c(x + delta))^2)), with `Step.boost`.
     """
@@ -162,7 +166,9 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
 
 def logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
            smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The objective of FGSM-MEP (Jia et al., arXiv 2207.08859) and of FGSM-UAP (Pan et al., AAAI 2024). Passes: 1.7.
+    """The objective of FGSM-MEP (Jia et al., arXiv 2207.08859) and of FGSM-UAP (Pan et al., AAAI 2024).
+
+    Passes of the objective: 1.7.
 
     loss = CE(x + delta) + weight * mean((f(x + delta) - f(x + eta))^2), a mean over images and classes, with gradients
     through both logits.
@@ -173,7 +179,7 @@ def logits(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float
 
 def liet(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", smoothing: float,
          weight: float) -> tuple[Tensor, Tensor]:
-    """The objective of LIET (ICCV 2025). Passes: 1.7.
+    """The objective of LIET (ICCV 2025). Passes of the objective: 1.7.
 
     loss = nCE(x + delta) + weight * (e + 1) / E * mean(JSD(p(x + eta), p(x + delta))), with gradients through both.
 
@@ -193,7 +199,7 @@ def liet(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, 
 
 def pco(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
         scale: float, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """The objective of FGSM-PCO (Wang et al., arXiv 2407.12443), as in its authors' code. Passes: 2.7.
+    """The objective of FGSM-PCO (Wang et al., arXiv 2407.12443), as in its authors' code. Passes of the objective: 2.7.
 
     loss = CE(x + d) + weight * abs(MSE(f(x + delta), f(x + eta)) - MSE(f(x + delta), f(x + d)))
 
@@ -213,7 +219,7 @@ def pco(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, s
 
 def smooth(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor, epsilon: float, step: "Step", weight: float,
            gap: float, point: str, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-    """ConvergeSmooth (Zhao et al., arXiv 2308.12857), as in its authors' code. Passes: 2.
+    """ConvergeSmooth (Zhao et al., arXiv 2308.12857), as in its authors' code. Passes of the objective: 2.
 
     loss = CE(x + delta) + k * weight * L, with L = CE(x) for point "clean", CE(x + eta) for point "start"
 

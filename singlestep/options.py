@@ -1,7 +1,7 @@
 """The command line: the data sets, every flag with its default, unit and range, and the checks of their values.
 
-`Args` is the definition of a training script's flags, one field a flag; argparse's parser is made from it. Nothing here
-imports PyTorch, so that --help and a refused flag answer at once.
+`Args` defines the flags of a training script, one field per flag; argparse's parser is made from it. Nothing here
+imports PyTorch, so --help and errors about flags appear at once.
 """
 import argparse
 import dataclasses
@@ -68,7 +68,7 @@ class DataSet:
         return {**CIFAR10.defaults, "fname": f"{slug}_model", **self.defaults}
 
     def statement(self) -> dict[str, Any]:
-        """Return the record of this data set in args.json; with it, evaluate.py does not need the training script."""
+        """Return the description of this data set for args.json; with it, evaluate.py needs no training script."""
         source = self.source
         if not isinstance(source, str):
             source = f"{source.__module__}:{source.__qualname__}"
@@ -79,7 +79,7 @@ class DataSet:
     def stated(cls, statement: dict[str, Any]) -> "DataSet":
         """Return the data set that a run recorded.
 
-        Raises ValueError, KeyError, TypeError, AttributeError or argparse.ArgumentTypeError if the record is damaged.
+        Raises ValueError, KeyError, TypeError, AttributeError or argparse.ArgumentTypeError if `statement` is damaged.
         """
         module = str.partition(statement["source"], ":")[0]
         if module.partition(".")[0] in sys.stdlib_module_names:  # no data set, but os.system and the like
@@ -309,9 +309,9 @@ class Args:
     """The flags of a training script. Epsilon, step sizes and radii have the command line's units: 1/255 or epsilons.
 
     Attributes beyond the flags:
-        data_set, statement: name of the data set, and its record (see `DataSet.statement`).
+        data_set, statement: name of the data set, and its description (see `DataSet.statement`).
         given: names of the flags that the user gave.
-        dropped: flags of the recipe that conflict with values that the method requires.
+        dropped: flags of the recipe that conflict with values that the attack or the objective requires.
     """
 
     data_dir: str = flag("data", "folder of the data set; if it holds none of the files, they are downloaded to it", "",
@@ -320,7 +320,8 @@ class Args:
                        scores=True, orders=True)
     train_samples: int | None = flag("data", "train on the first N training images only", None, number(int, 1),
                                      metavar="N", orders=True)
-    val_size: int = flag("data", "hold the last N training images out and choose the best checkpoint on them", 0,
+    val_size: int = flag("data", "hold the last N training images out and choose the best checkpoint on them; 0: "
+                         "choose it on test images, on SVHN on the first 2%% of the training images", 0,
                          number(int, 0), metavar="N", scores=True, orders=True)
 
     model: str = flag("model", "PreActResNet by depth, ResNet18, or WideResNet", "PreActResNet18",
@@ -365,38 +366,40 @@ class Args:
     seed: int = flag("training", "seed of all random numbers", 0, number(int, 0, 2**32 - 1), orders=True, named=False)
     objective: str = flag("training", "training loss", "ce", choices=OBJECTIVES)
     gradalign_lambda: float = flag("training", "gradalign: weight of the penalty (default: as published for "
-                                   "--epsilon)", None, number(float, 0))
-    elle_lambda: float = flag("training", "elle: weight of the penalty (default: as published for --epsilon)", None,
-                              number(float, 0))
-    elle_adaptive: bool = flag("training", "ELLE-A: the penalty weight of elle becomes --elle-lambda after a batch "
-                               "whose penalty exceeds the mean of all earlier batches by 2 standard deviations; "
-                               "otherwise it is multiplied by 0.99", False)
+                                   "the data set and --epsilon)", None, number(float, 0))
+    elle_lambda: float = flag("training", "elle: weight of the penalty (default: as published for --epsilon; with "
+                              "--elle-adaptive, 4000)", None, number(float, 0))
+    elle_adaptive: bool = flag("training", "ELLE-A: the penalty weight of elle starts at 0. A batch whose penalty "
+                               "exceeds the mean of the earlier batches' penalties (three or more) by more than 2 "
+                               "standard deviations sets it to --elle-lambda; any other batch multiplies it by 0.99",
+                               False)
     aaer_lambdas: tuple[float, ...] = flag("training", "aaer: weights lambda_1 of the penalty, lambda_2 of its loss "
                                            "term, lambda_3 of its logit term (default: as published for "
                                            "--epsilon and the data set)", None, triple, metavar="L1,L2,L3")
     trades_beta: float = flag("training", "trades: weight of the divergence", 6.0, number(float, 0))
-    nuclear_lambda: float = flag("training", "weight of the nuclear norm in NuAT's attack and in its loss", 4.5,
-                                 number(float, 0))
-    guided_lambda: float = flag("training", "weight of the change of probabilities in GAT's attack and in its loss",
-                                10.0, number(float, 0))
-    logits_lambda: float = flag("training", "weight of the difference of logits in the loss of FGSM-MEP and FGSM-UAP",
-                                10.0, number(float, 0))
+    nuclear_lambda: float = flag("training", "weight of the nuclear norm in NuAT's attack (nuclear) and in its loss",
+                                 4.5, number(float, 0))
+    guided_lambda: float = flag("training", "weight of the change of probabilities in GAT's attack (guided) and in "
+                                "its loss", 10.0, number(float, 0))
+    logits_lambda: float = flag("training", "weight of the difference of logits in the loss of FGSM-MEP (pgi) and "
+                                "FGSM-UAP (uap, cuap, fuap)", 10.0, number(float, 0))
     liet_smoothing: float = flag("training", "non-uniform label smoothing in LIET's attack and in its loss (default: "
-                                 "as published for the data set and --epsilon)", None, number(float, 0, 1))
-    liet_lambda: float = flag("training", "LIET: weight of the divergence in the last epoch, to which it grows "
-                              "linearly from epoch to epoch (default: as published for the data set and --epsilon)",
-                              None, number(float, 0))
+                                 "0.6; on CIFAR-100 0.8; above epsilon 8, 0.4)", None, number(float, 0, 1))
+    liet_lambda: float = flag("training", "LIET: weight of the divergence; it grows linearly from epoch to epoch and "
+                              "reaches this value in the last epoch (default: 100; on CIFAR-100 200; above epsilon 8, "
+                              "20)", None, number(float, 0))
     pco_lambda: float = flag("training", "weight of the difference of logits in FGSM-PCO's loss", 10.0,
                              number(float, 0))
     pco_scale: float = flag("training", "factor of the new perturbation in FGSM-PCO's blend with the previous one", 1.5,
                             number(float, 0))
     smooth_lambda: float = flag("training", "smooth (ConvergeSmooth): weight of the penalty on a change of the loss L "
                                 "from its mean in the previous epoch", 1.0, number(float, 0))
-    smooth_gap: float = flag("training", "smooth: change of L, from its mean in the previous epoch, up to which there "
-                             "is no penalty", 0.03, number(float, 0))
+    smooth_gap: float = flag("training", "smooth: no penalty while L differs from its mean in the previous epoch by "
+                             "this or less", 0.03, number(float, 0))
     smooth_at: str = flag("training", "smooth: where L is computed: at clean images, or at the attack's starting point",
                           "clean", choices=("clean", "start"))
-    label_smoothing: float = flag("training", "label smoothing of the training loss", 0.0, number(float, 0, 1))
+    label_smoothing: float = flag("training", "label smoothing of the training loss and, for pgi, pco, uap, cuap and "
+                                  "fuap, of the attack's loss", 0.0, number(float, 0, 1))
     ema: float = flag("training", "decay of an exponential moving average of the weights and BatchNorm's statistics; "
                       "the average is evaluated and saved; 0: no average", 0.0, number(float, 0, 1), metavar="DECAY")
 
@@ -412,7 +415,8 @@ class Args:
     fgsm_alpha: float = flag("attack", "step size of single-step attacks, in epsilons (default: 2; 1 for nfgsm, pgi, "
                              "pco, nuclear, guided, n_lap, liet, uap, cuap, fuap; 1.25 for ckpt, r_lap)", None,
                              number(float, 0), convert=lambda value, args: value * args.epsilon / 255)
-    attack_smoothing: float = flag("attack", "label smoothing of the attack's loss", 0.0, number(float, 0, 1))
+    attack_smoothing: float = flag("attack", "label smoothing of the attack's loss, for fgsm, zerograd, multigrad, "
+                                   "nfgsm, ckpt, nuclear and guided", 0.0, number(float, 0, 1))
     fgsm_init: str = flag("attack", "starting point of fgsm, zerograd, r_lap and, in training, pgd", "random",
                           choices=("zero", "random"))
     zero_qval: float = flag("attack", "zerograd: fraction of each image's gradient entries that are set to 0", None,
@@ -427,9 +431,9 @@ class Args:
     pgd_alpha: float = flag("attack", "PGD's step size in 1/255, in training and in evaluation (default: 2; for l_2 "
                             "15)", None, number(float, 0), scores=True,
                             convert=lambda value, args: trained_step(args) / 255)
-    pgd_step: float | None = flag("attack", "step size of pgd and kl in training, in epsilons (default: --pgd-alpha, "
-                                  "which is in 1/255)", None, number(float, 0))
-    pgd_iters: int = flag("attack", "attack steps of pgd and kl in training", 10, number(int, 1))
+    pgd_step: float | None = flag("attack", "step size of pgd and kl (TRADES) in training, in epsilons (default: "
+                                  "--pgd-alpha, which is in 1/255)", None, number(float, 0))
+    pgd_iters: int = flag("attack", "attack steps of pgd and kl (TRADES) in training", 10, number(int, 1))
     noise_k: float = flag("attack", "radius of the noise of nfgsm and n_lap, in epsilons (default: 2; 3 on SVHN if "
                           "epsilon >= 12; 4 for WideResNet if epsilon >= 16)", None, number(float, 0))
     ckpt_count: int = flag("attack", "ckpt: number of parts into which the perturbation is divided", 3, number(int, 2))
@@ -437,23 +441,23 @@ class Args:
                           "train: as in FastAT_Benchmark", "eval", choices=("eval", "train"))
     free_replays: int = flag("attack", "free: training steps per batch; an epoch keeps its number of training steps, "
                              "so it covers fewer images", 8, number(int, 1))
-    pgi_reset: int = flag("attack", "pgi: number of epochs between two resets of the stored perturbations", 40,
-                          number(int, 1))
+    pgi_reset: int = flag("attack", "pgi (FGSM-MEP): number of epochs between two resets of the stored perturbations",
+                          40, number(int, 1))
     atas_c: float = flag("attack", "atas: c in the step size 16/255 / (1 + sqrt(v) / c); v: moving average of the "
                          "squared norm of an image's gradient", 0.01, number(float, 1e-9))
     atas_warmup: int = flag("attack", "atas: number of first epochs in which the step size is epsilon", 5,
                             number(int, 0))
     atas_reset: int = flag("attack", "atas: number of epochs between two resets of the stored perturbations", 10,
                            number(int, 1))
-    uap_alpha: float = flag("attack", "FGSM-UAP: step size of the universal perturbations and bound on their entries, "
-                            "in 1/255", 10.0, in_255ths, convert=lambda value, args: value / 255)
+    uap_alpha: float = flag("attack", "FGSM-UAP (uap, cuap, fuap): step size of the universal perturbations and bound "
+                            "on their entries, in 1/255", 10.0, in_255ths, convert=lambda value, args: value / 255)
     uap_decay: float = flag("attack", "FGSM-UAP: decay of the momentum of the universal perturbations", 0.3,
                             number(float, 0, 1))
     fuap_rows: int = flag("attack", "FGSM-FUAP: number of universal perturbations, one for each group of similar "
                           "features", 50, number(int, 1))
     lap_beta: float = flag("attack", "LAP: length of the first layer's move, as a fraction of the norm of its weights "
                            "(default: as published for --epsilon)", None, number(float, 0))
-    lap_up: bool = flag("attack", "LAP: move the weights up the loss, as in the paper (default: down, as in the "
+    lap_up: bool = flag("attack", "LAP: move the weights up the loss, as in LAP's paper (default: down, as in its "
                         "authors' code)", False)
     liet_noise: tuple[float, ...] = flag("attack", "LIET: range from which each batch draws the fraction of its "
                                          "starting point's entries that are noise (default: as published for "
@@ -463,8 +467,9 @@ class Args:
 
     test_samples: int = flag("evaluation", "number of test images in the evaluation after each epoch", 1000,
                              number(int, 1), metavar="N", fixed=True, scores=True)
-    last_samples: int | None = flag("evaluation", "number of test images in the last-epoch evaluation, --test-samples "
-                                    "or more (default: all)", None, number(int, 1), metavar="N", named=False)
+    last_samples: int | None = flag("evaluation", "number of test images in the evaluation after the last epoch, "
+                                    "--test-samples or more (default: all)", None, number(int, 1), metavar="N",
+                                    named=False)
     full_test: bool = flag("evaluation", "evaluate on all test images after every epoch", False, fixed=True,
                            scores=True)
     test_iters: int = flag("evaluation", "PGD steps in the evaluation after each epoch", 10, number(int, 1), fixed=True,
@@ -483,9 +488,9 @@ class Args:
     eval: bool = flag("evaluation", "do not train: evaluate the network that --resume names", False, named=False)
 
     fname: str = flag("files", "folder of the logs and checkpoints", "", path)
-    like: str | None = flag("files", "take the defaults from this run's flags, except --data-dir and the groups files "
-                            "and machine. Given flags override the run's. With --method, the run's attack, objective "
-                            "and their flags are not taken", None, path, metavar="RUN")
+    like: str | None = flag("files", "take the defaults from this run's flags, except --data-dir and the flags of the "
+                            "groups files and machine. Given flags override the run's. With --method, the run's "
+                            "attack, objective and their flags are not taken", None, path, metavar="RUN")
     resume: int | str = flag("files", "N: continue after N epochs, from model_{N-1}.pth and opt_{N-1}.pth; auto: "
                              "continue from the newest complete state, or begin a new run if there is none", 0,
                              number(int, 0, also=("auto",)), metavar="N|auto")
@@ -523,7 +528,7 @@ class Args:
         return {name: value for name, value in vars(self).items() if name in FLAGS or name == "data_set"}
 
     def keywords(self, keywords: dict[str, str]) -> dict[str, Any]:
-        """Return the values of a record's keywords, each in the unit of the function."""
+        """Return the values of keywords (keyword -> flag, see methods.py), each in the unit of the function."""
         values = {}
         for keyword, name in keywords.items():
             convert = FLAGS[name].metadata["convert"]
@@ -550,12 +555,12 @@ class Args:
 
     @staticmethod
     def completed(before: dict[str, Any]) -> dict[str, Any]:
-        """Return a run's flags, completed by the defaults of newer flags, if these depend on no other flag."""
+        """Return a run's flags, completed by the defaults of newer flags that depend on no other flag."""
         defaults = {name: each.default for name, each in FLAGS.items() if each.default is not None}
         return {**defaults, **FORMER_DEFAULTS, **before} if before else {}
 
     def changed(self, before: dict[str, Any], trait: str) -> list[str]:
-        """Return the flags with `trait` (see `flag`) whose value differs from `before`, the flags of an earlier run.
+        """Return the flags with `trait` (see `flag`) whose value differs from `before`, the flags of the saved run.
 
         Flags that `before` lacks count as equal. Flags that the user gave come first, flags whose default depends on
         other flags last.
@@ -722,7 +727,8 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
     """Return the arguments of a run. Raises UsageError if a flag is wrong.
 
     Precedence, highest first: given flags; flags of the run that --like names; values that the attack or the objective
-    requires, in place of a recipe's value or of none; --recipe; --method; `run`; the data set; the field's default.
+    requires, where otherwise a recipe's value or None would stand; --recipe; --method; `run`; the data set; the field's
+    default.
 
     Args:
         given: flags of the user.
@@ -861,7 +867,7 @@ def described(text: str, source: str | Path, wrong: UsageError) -> tuple[dict[st
     """Return flags and data set of a run from `text`, the content of `source`. Raises `wrong` if it is damaged.
 
     A relative --data-dir is resolved from the folder in which the run was launched, if that folder exists. Older runs
-    recorded neither this folder nor their data set; their data set is None.
+    recorded neither this folder nor the description of their data set; the returned data set is then None.
     """
     try:
         saved = json.loads(text)
@@ -907,13 +913,13 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     add("--norm", choices=NORMS, help="norm of the ball (default: the run's, or l_inf)")
     add("--samples", type=number(int, 1), metavar="N", help="the first N test images (default: all)")
     add("--seed", type=number(int, 0, 2**32 - 1), help="seed of the random starts (default: the run's, or 0)")
-    add("--which", default="last", metavar="NAME", help="network to load. Of a run: last, best (highest score) or "
-        "healthy (newest that has not collapsed). Of a file with several networks: the network's key (default: "
-        "%(default)s)")
+    add("--which", default="last", metavar="NAME", help="network to load. Of a run: last (the default), best "
+        "(model_best.pth) or healthy (newest that is not in collapse). Of a file with several networks: the network's "
+        "key (default: last, or else the first network)")
     add("--out", type=path, metavar="FOLDER", help="folder of evaluation.json (default: the run's, or the file's)")
     add("--again", action="store_true", help="rerun attacks that already have a result in evaluation.json")
     add_table_flags(p.add_argument_group("table that compares the networks").add_argument)
-    add = p.add_argument_group("data and model (each default: the run's)").add_argument
+    add = p.add_argument_group(DATA_AND_MODEL).add_argument
     add("--data-set", choices=DATA_SETS, help="data set on which the network was trained")
     add_flags(p, RUNS, add)
     p.set_defaults(**dict.fromkeys(RUNS))
@@ -933,6 +939,8 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
         p.error("--weights works only with --network: give the file of a network as RUN_OR_FILE instead")
     return args
 
+
+DATA_AND_MODEL = "data and model (default: as recorded in the run or the file, else as below)"
 
 # Flags of data and model that evaluate.py takes from a run.
 RUNS = ("data_dir", "dummy", *NETWORK)
@@ -964,10 +972,10 @@ def parse_export(description: str | None = None, argv: list[str] | None = None) 
     p.add_argument("--half", action="store_true", help="write the weights in float16, which halves the file")
     p.add_argument("--name", type=identifier, help="name of the network in RobustBench, such as Author2026Title "
                    "(default: from the method and the network)")
-    p.add_argument("--which", default="last", metavar="NAME", help="network to load. Of a run: last, best "
-                   "(highest score) or healthy (newest that has not collapsed). Of a file with several networks: "
-                   "the network's key (default: %(default)s)")
-    add = p.add_argument_group("data and model (each default: the run's)").add_argument
+    p.add_argument("--which", default="last", metavar="NAME", help="network to load. Of a run: last (the default), "
+                   "best (model_best.pth) or healthy (newest that is not in collapse). Of a file with several "
+                   "networks: the network's key (default: last, or else the first network)")
+    add = p.add_argument_group(DATA_AND_MODEL).add_argument
     add("--data-set", choices=DATA_SETS, help="data set on which the network was trained")
     add_flags(p, NETWORK, add)
     p.set_defaults(**dict.fromkeys(NETWORK))
@@ -1006,7 +1014,7 @@ def idle_flags(args: Args) -> list[str]:
 
 
 def unit_hints(values: dict[str, Any]) -> list[str]:
-    """Return hints about values that look like the wrong unit. values: flag -> value."""
+    """Return warnings about values that look like the wrong unit. values: flag -> value."""
     hints = []
     for name, least in (("epsilon", 1.0), ("pgd_alpha", 0.05)):
         if 0 < (values.get(name) or 0) < least:
@@ -1030,7 +1038,7 @@ def unit_hints(values: dict[str, Any]) -> list[str]:
 
 
 def reach_hints(attack: str, steps: int, alpha: float, epsilon: float) -> list[str]:
-    """Return a warning if PGD cannot reach the surface of the ball from its center, else []."""
+    """Return a note if PGD cannot reach the surface of the ball from its center, else []."""
     if steps * alpha >= epsilon * (1 - 1e-9) or not steps:
         return []
     return [f"{attack}: attack steps of {alpha:g}/255 cannot reach the surface of the ball, {epsilon:g}/255 from its "
@@ -1038,7 +1046,7 @@ def reach_hints(attack: str, steps: int, alpha: float, epsilon: float) -> list[s
 
 
 def pgd_hints(args: Args) -> list[str]:
-    """Return warnings about PGD that is too weak, in training and in evaluation."""
+    """Return notes about PGD that is too weak, in training and in evaluation."""
     step = f"--pgd-alpha={args.pgd_alpha:g}"
     uses = [("test_iters", step, args.pgd_alpha), ("final_iters", step, args.pgd_alpha)]
     if "pgd_iters" in in_effect(args) and not args.eval:
@@ -1095,7 +1103,7 @@ def method_help(dataset: DataSet, name: str) -> str:
 
 
 def check(args: Args) -> None:
-    """Raise UsageError if flags conflict, or if no folder for temporary files is writable."""
+    """Raise UsageError if flags conflict, tensorboard is not installed or no folder for temporary files is writable."""
     try:
         tempfile.gettempdir()
     except OSError:

@@ -53,8 +53,8 @@ class Result:
     Attributes:
         clean_loss: cross-entropy without a perturbation.
         right: whether the image is correct without a perturbation.
-        robust_loss: cross-entropy at the first misclassified point; for a robust image, the highest at the end of a
-            restart.
+        robust_loss: cross-entropy at the first misclassified point; for a robust image, the highest of the losses at
+            the ends of the restarts.
         robust: whether the image is correct at every point of the attack.
         magnitude: mean abs(delta), for l_2 norm2(delta), at the first misclassified point; for a robust image, at the
             end of the last restart.
@@ -103,7 +103,7 @@ class Result:
 
 
 class AttackStep(NamedTuple):
-    """Event after an attack step on a batch of this process's images.
+    """Event after an attack step, or a forward pass without a perturbation, on a batch of this process's images.
 
     Attributes:
         image_passes: forward passes of single images in this step: the number of images in the batch.

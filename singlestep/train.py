@@ -1,7 +1,7 @@
 """One run, from top to bottom.
 
 The training scripts call `main`; `train` does the same for a network and images of your own. The other functions are
-the parts of a run, in the order of their calls.
+the parts of a run, roughly in the order of their calls.
 """
 import contextlib
 import copy
@@ -397,7 +397,7 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
         height, width, channels = run.train.pixels.shape[1:]
         margin = 2 * run.augmentation.padding * attack.stored_padded
         size = 2 * attack.stored * len(run.train) * channels * (height + margin) * (width + margin)
-        yield f"--attack {args.attack} stores {size / 1e6:,.0f} MB of perturbations, in half precision, on {device}"
+        yield f"--attack {args.attack} stores {size / 1e6:,.0f} MB of tensors, in half precision, on {device}"
     if run.world.size > 1 and OBJECTIVES[args.objective].whole_batch:
         yield (f"--objective {args.objective} is not a mean over images: each of the {run.world.size} processes "
                f"computes it on its own images, so the loss differs from that of one process")
@@ -542,8 +542,8 @@ class AfterStep:
 def saved_if_stopped(run: Run) -> Iterator[None]:
     """Save the state if a signal stops the run or standard output was closed.
 
-    With several processes, only rank 0 sees a closed output, and saving would deadlock. The last epoch is already
-    saved.
+    With several processes, a closed output saves nothing: only rank 0 sees it, and would wait for the others forever.
+    The last complete epoch is already saved.
     """
     try:
         yield
@@ -591,7 +591,7 @@ def measure(run: Run) -> dict[str, Any]:
 
 def evaluate_network(run: Run, model: nn.Module, images: Images, attack: PGD, begun: Restart | None = None,
                      keep: Callable[[Restart], None] = lambda restart: None) -> Result:
-    """Evaluate a network under an attack, with a progress bar. Calls `keep` with each restart but the last."""
+    """Evaluate a network under an attack, with a progress bar. Calls `keep` after each restart but the last."""
     batch_size, world = run.evaluation_batch, run.world
     title = "FGSM" if attack.steps == 1 and attack.init == "zero" else f"PGD-{attack.steps}"
     with advice_on_failure(run.signals, too_many_at_once(batch_size, world.device)):

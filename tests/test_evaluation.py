@@ -570,7 +570,7 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
     (["--epsilons=1", "--mean=1,0,0"], "")])
 def test_a_value_in_another_unit_gets_a_hint(flags, hint, run, judged):
     status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=fgsm", *flags)
-    assert status == 0 and (f"# {hint}" in output if hint else "did you mean" not in output)
+    assert status == 0 and (f"# warning: {hint}" in output if hint else "did you mean" not in output)
 
 
 def test_a_network_without_finite_outputs_is_refused_and_never_right(run, judged, call):

@@ -303,7 +303,7 @@ def final_line(final: dict[str, Any]) -> str:
 
 
 def final_estimate(args, seconds: float, evaluated: int, images: int) -> str:
-    """Estimate the duration of the final evaluation, assuming that 40% of the images stay robust.
+    """Estimate the duration of the final evaluation, on the assumption that 40% of the images stay robust.
 
     Args:
         seconds, evaluated: duration and number of images of the evaluation after an epoch.
@@ -320,7 +320,7 @@ def final_estimate(args, seconds: float, evaluated: int, images: int) -> str:
 
 
 def pgd_seconds(args, seconds: float, steps: int, restarts: int, images: int) -> float:
-    """Estimate the duration of PGD, assuming that 40% of the images stay robust.
+    """Estimate the duration of PGD, on the assumption that 40% of the images stay robust.
 
     seconds: seconds per image of PGD in the evaluation after an epoch.
     """

@@ -60,7 +60,7 @@ class World:
 
     @contextlib.contextmanager
     def said_once(self) -> Iterator[None]:
-        """Context in which every process raises the same UsageError; only rank 0 prints the error."""
+        """Context for code that raises the same UsageError in every process, so that only rank 0 prints it."""
         try:
             yield
         except UsageError as error:

@@ -54,7 +54,7 @@ def link(source: Path, path: Path) -> None:
 
 
 def lock(path: str | Path, wait: float = 0) -> IO[str] | None:
-    """Lock the file `path`, for up to `wait` seconds waiting for another process.
+    """Lock the file `path`. If another process holds the lock, wait for up to `wait` seconds.
 
     Returns:
         The file, whose closing releases the lock; None, after a warning, if its file system has no locks.
@@ -289,7 +289,7 @@ class EventFiles:
         self.drawn: list[dict[str, Any]] = []
 
     def draw(self, history: list[dict[str, Any]]) -> None:
-        """Write the epochs that are not yet in the files. After a restart, write all epochs to new files."""
+        """Write the epochs that are not yet in the files. After a new launch, write all epochs to new files."""
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import
 
         if self.writer is None or self.drawn != history[:len(self.drawn)]:

@@ -4,15 +4,15 @@
     model_E.pth          state dict of the network after epoch E, counted from 0
     opt_E.pth            state dict of the optimizer after epoch E and, under "run", the rest of the state
     model_best.pth       state dict of the network with the highest score so far
-    model_healthy.pth    state dict of the newest network that had not collapsed
+    model_healthy.pth    state dict of the newest network that was not in collapse
     final.pth            progress of an interrupted final evaluation
     args.json, output.log, metrics.jsonl, final.json    logs, rewritten from the state on every save
     evaluation.json, eval.log    results of evaluate.py and of --eval
     tensorboard/         event files of --tensorboard
 
-Checkpoints contain only tensors and plain values and are loaded with weights_only=True. Every file is written
-atomically. Files of an earlier run are moved to earlier_N/, never overwritten. A network that is saved under several
-names is one file (hard links).
+Checkpoints contain only tensors and plain values and are loaded with weights_only=True. Every file but
+the event files is written atomically. Files of another, earlier run are moved to earlier_N/, never overwritten. A
+network that is saved under several names is one file (hard links).
 """
 import argparse
 import copy
