@@ -3,6 +3,11 @@
     python train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --zero-qval=0.35
     python train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=multigrad --multi-samps=3
 
+Another method, with the same schedule and two seeds:
+
+    python train_cifar.py --method=n-fgsm --recipe=paper --seed=0 --fname=runs/n-fgsm_0
+    python train_cifar.py --method=n-fgsm --recipe=paper --seed=1 --fname=runs/n-fgsm_1
+
 Quick test without a data set (a few minutes on a laptop's CPU):
 
     python train_cifar.py --dummy --epochs=3 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --base-width=16 \\

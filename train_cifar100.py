@@ -2,6 +2,11 @@
 
     python train_cifar100.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --zero-qval=0.45
     python train_cifar100.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=multigrad --multi-samps=3
+
+Another method, with the same schedule and two seeds:
+
+    python train_cifar100.py --method=n-fgsm --recipe=paper --seed=0 --fname=runs/n-fgsm_0
+    python train_cifar100.py --method=n-fgsm --recipe=paper --seed=1 --fname=runs/n-fgsm_1
 """
 from singlestep.options import CIFAR100, parse
 

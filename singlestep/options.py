@@ -275,8 +275,9 @@ def radii(text: str) -> tuple[float, ...]:
 
 # The flags of a training script
 
-GROUPS = {"data": "data", "model": "model", "training": "training", "attack": "attack to train on",
-          "evaluation": "evaluation", "files": "files", "machine": "machine"}
+GROUPS = {"method": "method (flags that you give take precedence over its defaults)", "data": "data", "model": "model",
+          "training": "training", "attack": "attack to train on", "evaluation": "evaluation", "files": "files",
+          "machine": "machine"}
 SCIENCE = ("data", "model", "training", "attack")
 
 
@@ -314,6 +315,13 @@ class Args:
         dropped: flags of the recipe that conflict with values that the attack or the objective requires.
     """
 
+    method: str | None = flag("method", "published method, such as n-fgsm or zerograd: sets the defaults of the "
+                              "attack, the loss and their flags. list: print all methods. NAME --help: print the flags "
+                              "of this method", choices=(*METHODS, "list"), metavar="NAME", fixed=False, named=False)
+    recipe: str | None = flag("method", "training protocol, of the ZeroGrad paper (paper) or of FastAT_Benchmark "
+                              "(fastat): sets the defaults of the schedule and of other flags; takes precedence over "
+                              "--method", choices=RECIPES, fixed=False, named=False)
+
     data_dir: str = flag("data", "folder of the data set; if it holds none of the files, they are downloaded to it", "",
                          path, fixed=False, named=False)
     dummy: bool = flag("data", "use synthetic images instead of the data set: no files, no download", False,
@@ -345,9 +353,6 @@ class Args:
     epochs: int = flag("training", "number of epochs", None, number(int, 1, 10**6))
     batch_size: int = flag("training", "images in a training step, over all processes", 128, number(int, 1, 10**6),
                            orders=True)
-    recipe: str | None = flag("training", "training protocol of the ZeroGrad paper or of FastAT_Benchmark: sets the "
-                              "defaults of other flags",
-                              choices=RECIPES, fixed=False, named=False)
     pad_mode: str | None = flag("training", "padding of the images before the crop (default: the data set's)", None,
                                 choices=("reflect", "zero"))
     rotate: float | None = flag("training", "random rotation by up to ±DEGREES (default: the data set's)", None,
@@ -403,8 +408,6 @@ class Args:
     ema: float = flag("training", "decay of an exponential moving average of the weights and BatchNorm's statistics; "
                       "the average is evaluated and saved; 0: no average", 0.0, number(float, 0, 1), metavar="DECAY")
 
-    method: str | None = flag("attack", "published method: sets the defaults of other flags; list: print all methods",
-                              choices=(*METHODS, "list"), metavar="NAME", fixed=False, named=False)
     attack: str = flag("attack", "perturbation of the training images", "multigrad", choices=ATTACKS)
     epsilon: float = flag("attack", "radius of the ball in 1/255, in training and in evaluation", 8.0, in_255ths,
                           scores=True)
@@ -487,7 +490,8 @@ class Args:
                             "an epoch)", "last", choices=("last", "best"))
     eval: bool = flag("evaluation", "do not train: evaluate the network that --resume names", False, named=False)
 
-    fname: str = flag("files", "folder of the logs and checkpoints", "", path)
+    fname: str = flag("files", "folder of the logs and checkpoints, created if it is missing; every run needs its own. "
+                       "Files of an earlier run in it are moved to earlier_N/", "", path)
     like: str | None = flag("files", "take the defaults from this run's flags, except --data-dir and the flags of the "
                             "groups files and machine. Given flags override the run's. With --method, the run's "
                             "attack, objective and their flags are not taken", None, path, metavar="RUN")
@@ -709,7 +713,7 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
     named, _ = p.parse_known_args(argv)
     if named.help or named.method == "list":
         print_answer(methods_table(dataset) if named.method == "list" else
-                     method_help(dataset, named.method) if named.method else p.format_help().rstrip())
+                     method_help(dataset, argv) if named.method else p.format_help().rstrip())
         p.exit()
     unset = object()
     values = vars(p.parse_args(argv, argparse.Namespace(**dict.fromkeys(FLAGS, unset))))
@@ -1086,13 +1090,20 @@ def methods_table(dataset: DataSet) -> str:
     return "\n".join(lines)
 
 
-def method_help(dataset: DataSet, name: str) -> str:
-    """Return a method's description, source and passes, the flags that it sets, and the flags that it reads."""
-    method = METHODS[name]
-    args = parse(dataset, argv=[f"--method={name}"])
+def method_help(dataset: DataSet, argv: list[str] | None) -> str:
+    """Return a method's description, source and passes, the flags that it sets, and the flags that it reads.
+
+    argv: a command line with --method and --help; None: sys.argv[1:].
+    """
+    words = sys.argv[1:] if argv is None else argv
+    args = parse(dataset, argv=[word for word in words if word not in ("-h", "--help")])
+    assert args.method
+    name, method = args.method, METHODS[args.method]
+    schedule = {each: getattr(args, each) for each in ("epochs", "lr_schedule", "lr_max")}
     lines = [f"{name}: {method.text} ({method.source}).", f"Passes in a training step: {method.passes} ({PASSES}).", "",
              f"--method={name} sets on {dataset.name}:", "", f"  {as_flags(method.flags_on(dataset.name))}", "",
-             f"The method reads these flags, shown with their values on {dataset.name}:", ""]
+             f"With your other flags, it trains on {dataset.name} with", "", f"  {as_flags(schedule)}", "",
+             "and reads these flags:", ""]
     for each, value in in_effect(args).items():
         text = FLAGS[each].metadata["help"]
         if value is None or value is False:

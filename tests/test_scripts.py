@@ -556,6 +556,13 @@ def test_help_of_a_method_shows_its_flags_alone(method, own, foreign):
     assert all(f"\n  {flag}\n" in done.stdout for flag in own) and foreign not in done.stdout
 
 
+def test_help_of_a_method_has_the_values_that_other_flags_give(call):
+    status, output, error = call("train_svhn.py", "--help", "--method=elle", "--epsilon=16", "--recipe=paper")
+    assert (status, error) == (0, "") and "\n  --elle-lambda=5000\n" in output and "\n  --epsilon=16\n" in output
+    assert "\n  --epochs=15 --lr-schedule=cyclic --lr-max=0.01\n" in output
+    one_line(call("train_svhn.py", "--help", "--method=elle", "--epsilon=x"), "--epsilon")
+
+
 def args_json(path: Path, args: options.Args, **changes) -> Path:
     """The args.json of a run with these arguments."""
     flags = {name: value for name, value in args.flags().items() if name != "data_set"}
