@@ -397,7 +397,7 @@ def notes(run: Run, plan: Plan) -> Iterator[str]:
         height, width, channels = run.train.pixels.shape[1:]
         margin = 2 * run.augmentation.padding * attack.stored_padded
         size = 2 * attack.stored * len(run.train) * channels * (height + margin) * (width + margin)
-        yield f"--attack {args.attack} stores {size / 1e6:,.0f} MB of tensors, in half precision, on {device}"
+        yield f"--attack {args.attack} stores {size / 1e6:,.0f} MB of perturbations, in half precision, on {device}"
     if run.world.size > 1 and OBJECTIVES[args.objective].whole_batch:
         yield (f"--objective {args.objective} is not a mean over images: each of the {run.world.size} processes "
                f"computes it on its own images, so the loss differs from that of one process")
