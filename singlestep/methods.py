@@ -279,8 +279,8 @@ OBJECTIVES: dict[str, Objective] = {
                   "previous lambda otherwise"),
     "aaer": Objective(
         dict(smoothing="label_smoothing", weights="aaer_lambdas"), start=True, whole_batch=True,
-        loss="CE(x + delta) + lambda_1 * (n / B) * (lambda_2 * mean_A(CE_i(x + eta) - CE_i(x + delta)) + lambda_3 * "
-             "max(V_A - V_N, 0)); A: the n images whose CE_i the attack lowered; N: the others; V: mean of norm2(f(x + "
+        loss="CE(x + delta) + lambda_1 * (n_A / B) * (lambda_2 * mean_A(CE_i(x + eta) - CE_i(x + delta)) + lambda_3 * "
+             "max(V_A - V_N, 0)); A: the n_A images whose CE_i the attack lowered; N: the others; V: mean of norm2(f(x + "
              "eta) - f(x + delta))^2; no penalty if A or N is empty",
         weighting="lambda_1, lambda_2, lambda_3 of the nearest published epsilon (8, 12, 16, 32); `nfgsm` has its own: "
                   "1,1.5,0.15 at epsilon 8; SVHN takes those of CIFAR-10, Tiny-ImageNet those of CIFAR-100"),
