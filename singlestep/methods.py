@@ -191,8 +191,8 @@ ATTACKS: dict[str, Attack] = {
              "check of x + eta are from a pass in the mode `--ckpt-mode`"),
     "free": Attack(
         start=False, update="free_update", replays="free_replays",
-        starts_at="delta of the previous step",
-        step="delta + epsilon * sign(g), for the next step; g is from the backward pass of the weights"),
+        starts_at="delta of the previous training step",
+        step="delta + epsilon * sign(g), for the next training step; g is from the backward pass of the weights"),
     "pgi": Attack(
         dict(alpha="fgsm_alpha", reset="pgi_reset", smoothing="label_smoothing"), stored=2,
         defaults=dict(fgsm_alpha=1.0),
@@ -219,8 +219,8 @@ ATTACKS: dict[str, Attack] = {
         step="as `uap`; u_k and m_k of the classes in the batch move, with the mean of G over their images"),
     "fuap": Attack(
         dict(alpha="fgsm_alpha", a="uap_alpha", count="fuap_rows", smoothing="label_smoothing"), **UAP,
-        starts_at="box(v + u_j), v ~ U(±epsilon), j one of `--fuap-rows` groups: the largest output of the first of "
-                  "two linear layers on the features of x + v, which learn to classify them",
+        starts_at="box(v + u_j), v ~ U(±epsilon); j: the index of the largest of the `--fuap-rows` outputs of the "
+                  "first of two linear layers, which learn to classify the images from the features of x + v",
         step="as `cuap`, with j in place of y"),
     "pco": Attack(
         dict(alpha="fgsm_alpha", smoothing="label_smoothing"), stored=1, defaults=dict(fgsm_alpha=1.0),
@@ -234,15 +234,15 @@ ATTACKS: dict[str, Attack] = {
         dict(alpha="fgsm_alpha", weight="nuclear_lambda", smoothing="attack_smoothing"), start=False, eval_mode=True,
         defaults=dict(fgsm_alpha=1.0),
         starts_at="±epsilon / 2 at random",
-        step="delta + alpha * sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda * "
+        step="delta + alpha * sign(h); h: the gradient of CE(x + delta) and, in every other training step, + lambda * "
              "norm_nuclear(f(x) - f(x + delta)) / B, with f(x + delta) in eval mode; lambda: as in the objective"),
     "n_lap": Attack(
         dict(alpha="fgsm_alpha", k="noise_k", beta="lap_beta", up="lap_up"), moves_weights=True,
         defaults=dict(fgsm_alpha=1.0), requires=dict(amp_impl="native"),
         starts_at="U(±k * epsilon); k: `--noise-k`",
-        step="delta + alpha * sign(g); then, for the weights w_l of layer l = 1, ..., L, w_l - beta * (1 - (ln l / ln "
-             "L)^0.3) * norm2(w_l) * b_l / norm2(b_l), + beta with `--lap-up`; b_l: SGD's next step, from the gradient "
-             "of CE(x + eta); beta: `--lap-beta`",
+        step="delta + alpha * sign(g); then the weights of layer l = 1, ..., L become w_l - beta * (1 - (ln l / ln "
+             "L)^0.3) * norm2(w_l) * b_l / norm2(b_l), with `--lap-up` plus instead of minus; b_l: SGD's next step, "
+             "from the gradient of CE(x + eta); beta: `--lap-beta`",
         clip="pixels"),
     "r_lap": Attack(
         dict(alpha="fgsm_alpha", init="fgsm_init", beta="lap_beta", up="lap_up"), moves_weights=True,
@@ -260,7 +260,7 @@ ATTACKS: dict[str, Attack] = {
         dict(alpha="fgsm_alpha", weight="guided_lambda", smoothing="attack_smoothing"), start=False, eval_mode=True,
         defaults=dict(fgsm_alpha=1.0),
         starts_at="±epsilon / 2 at random",
-        step="delta + alpha * sign(h); h: the gradient of CE(x + delta) and, in every other step, + lambda * "
+        step="delta + alpha * sign(h); h: the gradient of CE(x + delta) and, in every other training step, + lambda * "
              "mean(norm2(p(x) - p(x + delta))^2), with f(x + delta) in eval mode; lambda: as in the objective"),
 }
 
@@ -269,7 +269,8 @@ OBJECTIVES: dict[str, Objective] = {
     "gradalign": Objective(
         dict(smoothing="label_smoothing", weight="gradalign_lambda"), start=True, second_derivative=True,
         loss="CE(x + delta) + lambda * (1 - mean(cos(g(eta), g(u)))); u ~ U(±epsilon); g(eta) is a constant",
-        weighting="0.2 · 10^((epsilon - 8) / 8); on SVHN 2.5 · 10^((epsilon - 8) / 39.2)"),
+        weighting="0.2 · 10^((epsilon - 8) / 8); on SVHN 2.5 · 10^((epsilon - 8) / 39.2), a fit of the published "
+                  "values (1.657 at epsilon 1 to 3.162 at 12)"),
     "elle": Objective(
         dict(smoothing="label_smoothing", weight="elle_lambda", adaptive="elle_adaptive"),
         loss="CE(x + delta) + lambda * mean((CE_i(x_c) - (1 - t) * CE_i(x_a) - t * CE_i(x_b))^2); x_a, x_b ~ x + "
@@ -280,8 +281,8 @@ OBJECTIVES: dict[str, Objective] = {
     "aaer": Objective(
         dict(smoothing="label_smoothing", weights="aaer_lambdas"), start=True, whole_batch=True,
         loss="CE(x + delta) + lambda_1 * (n_A / B) * (lambda_2 * mean_A(CE_i(x + eta) - CE_i(x + delta)) + lambda_3 * "
-             "max(V_A - V_N, 0)); A: the n_A images whose CE_i the attack lowered; N: the others; V: mean of norm2(f(x + "
-             "eta) - f(x + delta))^2; no penalty if A or N is empty",
+             "max(V_A - V_N, 0)); A: the n_A images whose CE_i the attack lowered; N: the others; V: mean of norm2(f(x "
+             "+ eta) - f(x + delta))^2; no penalty if A or N is empty",
         weighting="lambda_1, lambda_2, lambda_3 of the nearest published epsilon (8, 12, 16, 32); `nfgsm` has its own: "
                   "1,1.5,0.15 at epsilon 8; SVHN takes those of CIFAR-10, Tiny-ImageNet those of CIFAR-100"),
     "trades": Objective(
@@ -315,23 +316,26 @@ OBJECTIVES: dict[str, Objective] = {
         weighting="fixed"),
     "smooth": Objective(
         dict(smoothing="label_smoothing", weight="smooth_lambda", gap="smooth_gap", point="smooth_at"), start=True,
-        loss="CE(x + delta) + k * lambda * L; L: CE(x), or CE(x + eta) with `--smooth-at=start`; k = sign(L - U) if "
-             "abs(L - U) > `--smooth-gap`, else 0; U: mean of L in the previous epoch; k = 0 in the first two epochs",
+        loss="CE(x + delta) + k * lambda * S; S: CE(x), or CE(x + eta) with `--smooth-at=start`; k = sign(S - S_0) if "
+             "abs(S - S_0) > `--smooth-gap`, else 0; S_0: mean of S in the previous epoch; k = 0 in the first two "
+             "epochs",
         weighting="fixed"),
 }
 
 PUBLISHED_CODE = "the code of arXiv 2103.15476: 216 perturbations equal to the bit, training to 1e-14 in float64"
-RECORDED = "steps that the authors' code took, to 1e-6 in float64"
+ONE_FORWARD_PASS = ("BatchNorm's running statistics alone: the authors' attack makes one more forward pass, which "
+                    "updates them once more")
+RECORDED = "training steps of the authors' code, to 1e-6 in float64"
 WARM_UP_ON_SVHN = {"SVHN": dict(eps_warmup=5.0, lr_max=0.05)}  # as in the authors' code
 
 METHODS: dict[str, Method] = {
     "fgsm": Method(
         dict(attack="fgsm", fgsm_init="zero", fgsm_alpha=1.0), "2", "arXiv 1412.6572",
         text="one step along the gradient's sign, from zero",
-        compared=PUBLISHED_CODE),
+        compared=PUBLISHED_CODE, differs=ONE_FORWARD_PASS),
     "fgsm-rs": Method(
-        dict(attack="fgsm", fgsm_alpha=1.25), "2", "arXiv 2001.03994", text="FGSM from a random start",
-        compared=PUBLISHED_CODE),
+        dict(attack="fgsm", fgsm_alpha=1.25), "2", "arXiv 2001.03994", text="FGSM from a random starting point",
+        compared=PUBLISHED_CODE, differs="as fgsm"),
     "zerograd": Method(
         dict(attack="zerograd"), "2", "arXiv 2103.15476",
         text="FGSM-RS without the smallest entries of each image's gradient",
@@ -340,22 +344,24 @@ METHODS: dict[str, Method] = {
         dict(attack="multigrad"), "4", "arXiv 2103.15476",
         text="one step, in the entries where the gradients at several random points agree in sign",
         compared=PUBLISHED_CODE),
-    "pgd": Method(dict(attack="pgd"), "11", "arXiv 1706.06083", text="multi-step training: ten steps",
-        compared=PUBLISHED_CODE),
+    "pgd": Method(dict(attack="pgd"), "11", "arXiv 1706.06083", text="multi-step training: ten attack steps",
+        compared=PUBLISHED_CODE, differs="as fgsm"),
     "pgd-2": Method(
         dict(attack="pgd", pgd_iters=2, pgd_step=0.5), "3", "arXiv 1706.06083",
-        text="two steps of half an epsilon from a random start",
+        text="two attack steps of half an epsilon from a random point",
         compared="formulas, in float64",
-        differs="starts at random, as in SORA's comparison; GradAlign's scripts start at zero (`--fgsm-init=zero`)"),
+        differs="starts at a random point, as in SORA's comparison; GradAlign's scripts start at zero "
+                "(`--fgsm-init=zero`)"),
     "rs-cs": Method(
         dict(attack="nfgsm", fgsm_alpha=1.0, noise_k=1.0, objective="smooth", smooth_at="start",
              label_smoothing=4 / 9), "3", "arXiv 2308.12857",
         {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
         text="ConvergeSmooth: FGSM-RS without the clip to the ball; a penalty keeps the loss at the starting point "
              "near its mean of the previous epoch",
-        differs="the authors' penalty is also 0 in the last epoch, in the epoch before each drop of the learning rate, "
-                "and in the two after it; here it is 0 only in the first two epochs of the run. Defaults "
-                "are those of their code, which is set to epsilon 16/255; the paper has more terms and other gaps"),
+        differs="the penalty is 0 in the first two epochs of the run, as in the authors' code; theirs is 0 in the last "
+                "epoch, too, and in the epoch before and the two epochs after each drop of the learning rate. Defaults "
+                "are those of their code, which is set to epsilon 16/255; the paper has more terms and other values "
+                "of `--smooth-gap`"),
     "mep-cs": Method(
         dict(attack="pgi", fgsm_alpha=1.0, objective="smooth", smooth_at="clean", label_smoothing=4 / 9), "3",
         "arXiv 2308.12857",
@@ -395,7 +401,7 @@ METHODS: dict[str, Method] = {
         differs="as elle"),
     "free": Method(
         dict(attack="free"), "1", "arXiv 1904.12843", {"SVHN": dict(lr_max=0.04)},
-        text="several steps on each batch; one backward pass updates both weights and perturbation",
+        text="several training steps on each batch; one backward pass updates both weights and perturbation",
         differs="delta of the previous batch is clipped to the ball and the pixels of the new images. An epoch has as "
                 "many steps as with any other method: the network trains on an eighth of the images, for eight "
                 "training steps each"),
@@ -432,7 +438,7 @@ METHODS: dict[str, Method] = {
                 "rate"),
     "trades": Method(
         dict(attack="kl", objective="trades"), "12.3", "arXiv 1901.08573",
-        text="multi-step training: ten steps that maximize a KL divergence, also the penalty",
+        text="multi-step training: ten attack steps that maximize a KL divergence, which is also the penalty",
         differs="epsilon and alpha come from the command line; the authors use 0.031 and 0.007, and weight decay 2e-4. "
                 "The authors make one more clean forward pass in train mode, whose output is unused: clean images make "
                 "up 67% of BatchNorm's running statistics in their code, 47% in this one (computed)"),
@@ -464,18 +470,18 @@ METHODS: dict[str, Method] = {
         dict(attack="fuap", fgsm_alpha=1.0, objective="logits", label_smoothing=0.4), "3", "AAAI 2024",
         {"CIFAR-100": dict(fuap_rows=200), "Tiny-ImageNet": dict(fuap_rows=300)},
         text="FGSM-FUAP: one step from noise and a perturbation for each group of similar features",
-        compared=RECORDED, differs="as uap; the authors' repository calls it fgsm_uap. LIET's paper reports its "
-                                   "collapse at epsilon 16/255"),
+        compared=RECORDED, differs="as uap; the authors' repository calls it fgsm_uap. LIET's paper reports that "
+                                   "FGSM-FUAP collapses at epsilon 16/255"),
     "n-lap": Method(
         dict(attack="n_lap", fgsm_alpha=1.0), "2", "arXiv 2405.16262",
-        text="N-FGSM that also moves the weights before each step, the first layers most",
+        text="N-FGSM that also moves the weights before each training step, the first layers most",
         compared=RECORDED,
         differs="none in the formulas. The weights move down the loss at the starting point, as in the authors' code; "
                 "the paper describes a move up (`--lap-up`). The weights are never restored, on purpose: the moves "
                 "accumulate. `--lap-beta` is published for CIFAR-10 only"),
     "r-lap": Method(
         dict(attack="r_lap", fgsm_alpha=1.25), "2", "arXiv 2405.16262",
-        text="FGSM-RS that also moves the weights before each step, the first layers most",
+        text="FGSM-RS that also moves the weights before each training step, the first layers most",
         compared=RECORDED, differs="as n-lap"),
     "atas": Method(
         dict(attack="atas", pad_mode="zero", rotate=0.0), "2", "arXiv 2206.02417",
@@ -483,7 +489,8 @@ METHODS: dict[str, Method] = {
         compared=RECORDED,
         differs="D is stored in half precision. The norm of an image's gradient is multiplied by B / 128, so that the "
                 "batch size does not change the step size; the authors' norm carries a factor 1 / B. The authors also "
-                "pad the test images. 4/255, 14/255 and 16/255 are the same at every epsilon, as in the authors' code"),
+                "pad the test images. The step size's constants 4/255, 14/255 and 16/255 are the same at every "
+                "epsilon, as in the authors' code"),
 }
 
 RECIPES: dict[str, Recipe] = {
