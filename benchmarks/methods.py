@@ -27,11 +27,11 @@ BASE = "fgsm-rs"
 
 
 def steps_of(method: str, argv: list[str], device: torch.device, images: Images) -> train.Run:
-    """A run of the method on random images, an epoch of which is the steps to be timed."""
+    """Return a run of the method on random images, whose epoch has the training steps to time."""
     args = options.parse(CIFAR10, argv=[*argv, f"--method={method}"])
     state, layout = train.build(CIFAR10, args, device, World(device=device))
     images = images.to(device, layout)
-    # An epoch ends with a look at what the network makes of test images: here one.
+    # An epoch ends with an evaluation on test images: use one image.
     return train.assemble(CIFAR10, args, state, Folder(args.fname), World(device=device), StopSignals(),
                           [images, images[:0], images[:1]])
 
@@ -75,7 +75,7 @@ def main() -> None:
     vars(args).update(vars(own))
     with one_line_errors():
         if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # or an hour's figures would be lost
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # before an hour of measurements
         measure(args, argv)
 
 

@@ -47,7 +47,7 @@ from singlestep.run.folder import Folder, atomic_write
 ROOT = Path(__file__).resolve().parent.parent
 EPSILON, PGD_ALPHA = 8 / 255, 2 / 255
 
-# Attack by name: ours, the published way's.
+# Attack by name: ours, the baseline's.
 ATTACKS = {
     "fgsm": (partial(attacks.fgsm, alpha=2 * EPSILON), partial(published.fgsm, alpha=2 * EPSILON)),
     "zerograd": (partial(attacks.zerograd, alpha=2 * EPSILON, q=0.35),
@@ -67,7 +67,7 @@ PEERS = {"torchattacks": "torchattacks", "art": "adversarial-robustness-toolbox"
 
 
 def seconds(work, device) -> float:
-    """Wall-clock time of `work()`, the device's part included."""
+    """Return the wall-clock seconds of `work()`, until the device is idle."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     began = time.perf_counter()
@@ -78,7 +78,7 @@ def seconds(work, device) -> float:
 
 
 def as_alone(ours: bool, precision: Precision) -> None:
-    """Have what holds for the whole process as in a process of that side alone."""
+    """Set the process-wide settings (allocator, TF32, kernel search) that this side has in a process of its own."""
     if precision.device.type == "cpu":
         keep_freed_memory(ours)
     else:
@@ -87,7 +87,7 @@ def as_alone(ours: bool, precision: Precision) -> None:
 
 
 def turn(work, precision: Precision, ours: bool) -> float:
-    """Seconds of `work()`, as in a process of that side alone; on a CPU, once its memory is warm."""
+    """Return the seconds of `work()` with this side's process-wide settings; on a CPU, after a warm-up call."""
     as_alone(ours, precision)
     if precision.device.type == "cpu":
         work()
@@ -95,7 +95,7 @@ def turn(work, precision: Precision, ours: bool) -> float:
 
 
 def side_by_side(sides: dict[str, Callable[[], None]], precision: Precision, rounds: int) -> list[dict[str, float]]:
-    """In turns, after a round that is not counted: seconds of each way, and a matrix product's operations a second."""
+    """Time all sides in turn, after a warm-up round. Returns each round's seconds by side, and `matrix_product`, FLOP/s."""
     return [{**{name: turn(work, precision, name == "ours") for name, work in sides.items()},
              "matrix_product": peak_flops(precision)} for _ in range(rounds + 1)][1:]
 
@@ -108,7 +108,7 @@ def installed(package: str) -> bool:
 
 
 def torchattacks_attack(attack: str, model: nn.Module) -> Callable[[nn.Module, Tensor, Tensor], Tensor]:
-    """torchattacks' attack, as the published way takes one; in training mode, as all attacks here."""
+    """Return torchattacks' attack with the baseline's signature; in train mode, as all attacks here."""
     import torchattacks
 
     name, keywords = TORCHATTACKS[attack]
@@ -118,7 +118,7 @@ def torchattacks_attack(attack: str, model: nn.Module) -> Callable[[nn.Module, T
 
 
 def art_epoch(model: nn.Module, optimizer, x: Tensor, y: Tensor, batch_size: int) -> Callable[[], None]:
-    """An epoch of ART's trainer of FGSM-RS, on the device of the model. It leaves the network in eval mode."""
+    """Return a function that trains for an epoch with ART's trainer of FGSM-RS. The network ends in eval mode."""
     from art.defences.trainer import AdversarialTrainerFBFPyTorch
     from art.estimators.classification import PyTorchClassifier
 
@@ -135,8 +135,7 @@ def art_epoch(model: nn.Module, optimizer, x: Tensor, y: Tensor, batch_size: int
 
 
 def start_up(rounds: int, device: torch.device) -> dict[str, float]:
-    """Seconds until --help has answered, and until a run on synthetic images is at its first step: the least of the
-    rounds."""
+    """Return the least seconds over the rounds until --help is printed, and until a synthetic run's first step."""
     first_step = ("import sys; from singlestep import options, train; train.train_epoch = lambda *_: sys.exit(); "
                   "train.main(options.CIFAR10, options.parse(options.CIFAR10))")
     with tempfile.TemporaryDirectory() as folder:
@@ -152,7 +151,7 @@ def start_up(rounds: int, device: torch.device) -> dict[str, float]:
 
 
 def peak_flops(precision: Precision) -> float:
-    """The best of a few large matrix products in the precision of our convolutions, in operations a second."""
+    """Return the FLOP/s of a large matrix product in the precision of our convolutions: the best of four."""
     device = precision.device
     n = 8192 if device.type == "cuda" else 3072
     a, b = torch.randn(2, n, n, device=device).to(precision.dtype)
@@ -164,14 +163,14 @@ def peak_flops(precision: Precision) -> float:
 
 
 def peak_memory(device) -> int:
-    """The most bytes that were in use at once so far: on the GPU, or by this process."""
+    """Return the peak memory so far, in bytes: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def save(result: dict, path: str | None) -> None:
-    """Write what has been measured so far, where that is asked for."""
+    """Write the results so far to `path`, unless it is None."""
     if path:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as file:
@@ -196,9 +195,9 @@ def main() -> None:
     with one_line_errors():
         args.peers = [name for name, package in PEERS.items() if args.peer and installed(package)]
         if args.peer and not args.peers:
-            raise UsageError(f"--peer needs one of two packages more: pip install {' '.join(PEERS.values())}")
+            raise UsageError(f"--peer needs at least one of these packages: pip install {' '.join(PEERS.values())}")
         if args.json:
-            Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # or an hour's figures would be lost
+            Path(args.json).parent.mkdir(parents=True, exist_ok=True)  # before an hour of measurements
         measure(args)
 
 
@@ -209,7 +208,7 @@ def measure(args) -> None:
     steps = args.steps or (20 if device.type == "cuda" else 1)
     pixels, labels = torch.randint(256, (b * steps, 32, 32, 3), dtype=torch.uint8), torch.randint(10, (b * steps,))
     images = Images(pixels, labels).to(device, layout)
-    # An epoch ends with a look at what the network makes of test images: here one, as there is nothing of a step in it.
+    # An epoch ends with an evaluation on test images, which is no part of a training step: use one image.
     run = train.assemble(CIFAR10, args, state, Folder(args.fname), World(device=device), StopSignals(),
                          [images, images[:0], images[:1]])
     their_loader = published.loader(pixels.numpy(), labels.numpy(), b, device)
@@ -247,7 +246,7 @@ def measure(args) -> None:
             with precision.autocast():
                 epoch()
 
-        # The compiler gives up for good on what it first meets inside of a mode.
+        # torch.compile would never compile functions that it first sees inside a dispatch mode.
         with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             our_steps()
         work = counter.get_total_flops() / (b * steps)
@@ -294,10 +293,10 @@ def measure(args) -> None:
 
 
 def evaluation(args, ours, theirs, layout, precision, result) -> None:
-    """PGD-10 and the final evaluation of an untrained network, at an epsilon at which about half of its images break.
+    """Time PGD-10 and the final evaluation of an untrained network; about half of its images are robust.
 
-    Three ways: ours, which drops images as they break and fills their places; ours on whole batches, judged at the end
-    of a restart; and the published one.
+    Three evaluators: ours, which replaces misclassified images in the batch; ours on whole batches, checked at the end
+    of a restart; and the baseline's.
     """
     device = precision.device
     ours.load_state_dict(theirs.eval().state_dict())
@@ -346,7 +345,7 @@ def evaluation(args, ours, theirs, layout, precision, result) -> None:
 
 
 def whole_batches(model, images: Images, attack: dict, batch_size: int, precision) -> float:
-    """Robust accuracy by our attack on whole batches, the broken images among them."""
+    """Return the PGD accuracy by our attack on whole batches, misclassified images included."""
     right = 0
     for first in range(0, len(images), batch_size):
         x, y = images.batch(slice(first, first + batch_size))

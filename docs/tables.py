@@ -1,8 +1,8 @@
-"""Print the tables of methods, perturbations and objectives, made from the records in singlestep/methods.py.
+"""Print the tables of methods, attacks and objectives, generated from the records in singlestep/methods.py.
 
     python docs/tables.py --write
 
-writes them into README.md and into pages of docs/, each in place of the table under its comment `<!-- table: NAME -->`.
+writes them into README.md and docs/: each table replaces the one below its comment `<!-- table: NAME -->`.
 """
 import re
 import sys
@@ -19,19 +19,19 @@ PAGES = ("README.md", "docs/methods.md", "docs/comparisons.md")
 
 
 def table(*rows: tuple[str, ...]) -> str:
-    """A Markdown table; the first row holds the titles."""
+    """Return a Markdown table; the first row has the column titles."""
     titles, *others = rows
     return "".join(f"| {' | '.join(row)} |\n" for row in (titles, ("---",) * len(titles), *others))
 
 
 def methods() -> str:
-    """The published methods, a row each."""
+    """Return the table of the methods."""
     return table(("`--method`", "what it is", "paper", "passes per training step (standard training: 1)"),
                  *((f"`{name}`", method.text, paper(method.source), method.passes) for name, method in METHODS.items()))
 
 
 def settings() -> str:
-    """The attack and the objective of each method, and the other flags that it sets, a row each."""
+    """Return the table of the flags that each method sets."""
     def cells(flags: dict[str, Any]) -> tuple[str, str, str]:
         others = {name: value for name, value in flags.items() if name not in ("attack", "objective")}
         return f"`{flags['attack']}`", f"`{flags.get('objective', 'ce')}`", f"`{as_flags(others)}`" if others else ""
@@ -44,21 +44,21 @@ def settings() -> str:
 
 
 def comparisons() -> str:
-    """What each method was compared with, and what differs, a row each."""
+    """Return the table of what each method was compared with, and what differs."""
     return table(("`--method`", "compared with", "what differs from the authors' code"),
                  *((f"`{name}`", method.compared, method.differs or "nothing known")
                    for name, method in METHODS.items()))
 
 
 def attacks() -> str:
-    """The perturbations, a row each."""
+    """Return the table of the attacks."""
     return table(("`--attack`", "starting point (eta)", "next delta", "clip", "flags and defaults"),
                  *((f"`{name}`", attack.starts_at, attack.step, attack.clip, flags(attack.flags, attack=name))
                    for name, attack in ATTACKS.items()))
 
 
 def objectives() -> str:
-    """The objectives, a row each, without label smoothing, which all of them take."""
+    """Return the table of the objectives, without --label-smoothing, which all have."""
     return table(("`--objective`", "loss", "weight", "flags and defaults"),
                  *((f"`{name}`", objective.loss, objective.weighting,
                     flags([flag for flag in objective.flags if flag != "label_smoothing"], objective=name))
@@ -66,19 +66,19 @@ def objectives() -> str:
 
 
 def paper(source: str) -> str:
-    """A source, with its link if it is on arXiv."""
+    """Return a source, with a link if it is on arXiv."""
     return re.sub(r"^arXiv (\S+)$", r"[\1](https://arxiv.org/abs/\1)", source)
 
 
 def flags(names: list[str], **chosen: str) -> str:
-    """Flags with their defaults beside the `chosen` flags: CIFAR-10's, then those of other data sets that differ."""
+    """Return flags with their defaults under the flags `chosen`: CIFAR-10's, then other data sets' that differ."""
     by_data_set = {dataset.name: arguments(dataset, chosen) for dataset in DATA_SETS.values()}
     return ", ".join(flag(name, {data_set: getattr(args, name) for data_set, args in by_data_set.items()})
                      for name in names)
 
 
 def flag(name: str, values: dict[str, Any]) -> str:
-    """A flag with its value on each data set."""
+    """Return a flag with its value on each data set."""
     written = {data_set: as_flags({name: value}) for data_set, value in values.items()}
     default = written.pop(CIFAR10.name)
     others = [f"{data_set}: {text.partition('=')[2]}" for data_set, text in written.items() if text != default]
@@ -90,7 +90,7 @@ TABLES = {"methods": methods, "settings": settings, "comparisons": comparisons, 
 
 
 def refreshed(text: str) -> str:
-    """The text of a page with its tables made anew."""
+    """Return the text of a page with its tables generated again."""
     return re.sub(r"^(<!-- table: (\w+) -->\n)(?:\|.*\n)*", lambda found: found[1] + TABLES[found[2]](), text,
                   flags=re.M)
 

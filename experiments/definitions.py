@@ -1,8 +1,8 @@
 """Definitions of the tables: the runs of each, at every scale.
 
-A run is the command of its data set with, in this order, the flags of the scale, of the table's row, and a seed; a
-later flag overrides an earlier one, and a run that stands in two tables is made once. To add a table, add it to TABLES:
-`reproduce.py` makes its runs, and `report.py` shows them.
+The command of a run has the flags of its data set, of the scale, of the table's row, and a seed, in this order; a later
+flag overrides an earlier one. A run of two tables is trained once. To add a table, add it to TABLES: `reproduce.py`
+trains its runs, and `report.py` shows them.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,7 +61,7 @@ SCALES = {
 class Row:
     """Row of a table: one run, or several seeds of it. `cells` has a text for each column.
 
-    `attacks`: what evaluate.py then attacks the last network with.
+    `attacks`: attacks of evaluate.py on the last network, separated by commas.
     """
 
     cells: tuple[str, ...]
@@ -157,7 +157,7 @@ def _papers_commands() -> Table:
         Row((dataset, name), dataset, flags, scales=("paper", "smoke")) for dataset, name, flags in rows))
 
 
-# Most important first: with --budget, the first tables are made first.
+# Most important first: with --budget, the first tables are trained first.
 TABLES = {
     "paper": _papers_commands(),
     "cifar10": Table("CIFAR-10, epsilon 8/255", ("trained with",), _methods("cifar10", {**METHODS, **PARALLEL})),
@@ -209,7 +209,7 @@ class Experiment:
 
     @classmethod
     def of(cls, row: Row, scale: str, seed: int) -> "Experiment":
-        """Return the run of a row, without the flags that the scale sets anyway."""
+        """Return the run of a row, without flags that the scale also sets."""
         given = SCALES[scale].flags.split()
 
         def holds(flag: str) -> bool:
@@ -225,14 +225,14 @@ class Experiment:
 
     @property
     def command(self) -> list[str]:
-        """Script and flags, each flag once, without the flags for folders."""
+        """Return script and flags, each flag once, without --data-dir, --fname and --resume."""
         script, *flags = DATASETS[self.dataset].split()
         flags += [*SCALES[self.scale].flags.split(), *self.flags.split(), f"--seed={self.seed}"]
         return [script, *{flag.split("=")[0].replace("--no-", "--"): flag for flag in flags}.values()]
 
     @property
     def evaluation(self) -> list[str]:
-        """Script and flags that evaluate the run, without its folder; empty if the run's own evaluations suffice."""
+        """Return script and flags of the evaluation, without the run's folder; empty for a table without attacks."""
         return ["evaluate.py", f"--attacks={self.attacks}", "--samples=1000"] if self.attacks else []
 
     @property

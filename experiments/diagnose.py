@@ -31,20 +31,25 @@ from singlestep.run.state import read_checkpoint
 
 LEVELS = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 BINS = 10
-POINTS = 5  # what random numbers are drawn for: the first part of their key, as in train.py
+POINTS = 5  # first number of the key that seeds the two points, see train.ORDER
 BATCH = 64
 
 
 class Network(NamedTuple):
-    """A file of a run, and after which epoch it was saved, counted from 1."""
+    """A saved network: its file, and the epoch, counted from 1, after which it was saved."""
 
     epoch: int
     file: Path
 
 
 class Found(NamedTuple):
-    """Of a network: quantiles of magnitude, at LEVELS; shares of signs that flip, in BINS from the smallest magnitudes
-    on; the same, of what is zeroed and of what is kept."""
+    """Diagnostics of one network.
+
+    Attributes:
+        magnitudes: quantiles of the magnitude, at LEVELS.
+        flips: fraction of signs that flip, in BINS bins by rank, smallest magnitudes first.
+        groups: fraction of signs that flip among zeroed and among kept entries.
+    """
 
     network: Network
     magnitudes: list[float]
@@ -53,7 +58,7 @@ class Found(NamedTuple):
 
 
 def networks(folder: Folder) -> list[Network]:
-    """The networks in a run's folder, by epoch: model_E.pth, and the last, best and healthy ones of other epochs."""
+    """Return a run's networks by epoch: model_E.pth; for other epochs, the last, best and healthy network."""
     try:
         records = read_records(folder)
         found = {epoch + 1: folder.file("model", epoch) for epoch in sorted(folder.epochs("model"))}
@@ -62,24 +67,24 @@ def networks(folder: Folder) -> list[Network]:
                   folder.file("model", "healthy"): [record["epoch"] for record in records
                                                     if record.get("collapsed") is False]}
     except (ValueError, KeyError, TypeError):
-        raise UsageError(f"{folder.path / 'metrics.jsonl'} is damaged: move it away, and model_E.pth files are "
-                         f"read alone") from None
+        raise UsageError(f"{folder.path / 'metrics.jsonl'} is damaged: move it away to diagnose the "
+                         f"model_E.pth files alone") from None
     for file, of in epochs.items():
         if of and file.exists() and not (file.name == "state.pth" and is_midway(file)):
             found.setdefault(of[-1] + 1, file)
     if not found:
-        raise UsageError(f"{folder.path} holds no network of a run: it has no model_E.pth after an epoch E")
+        raise UsageError(f"{folder.path} has no network of a run: it needs a file model_E.pth")
     return [Network(epoch, file) for epoch, file in sorted(found.items())]
 
 
 def is_midway(state: Path) -> bool:
-    """Whether a run's state is of an epoch under way."""
+    """Return whether a run's state was saved within an epoch."""
     return bool(read_checkpoint(state).get("opt", {}).get("run", {}).get("step"))
 
 
 def diagnose(model: nn.Module, x: Tensor, y: Tensor, points: tuple[Tensor, Tensor], q: float
              ) -> tuple[list[float], list[float], list[float]]:
-    """Magnitudes, flips and groups, as `Found` has them, on images x (B, C, H, W) and at two points of their balls."""
+    """Return magnitudes, flips and groups (see `Found`) for images x (B, C, H, W) and two perturbations of them."""
     grad, here, there = (gradients(model, x, y, delta) for delta in (torch.zeros_like(x), *points))
     opposite = (here.sign() * there.sign() < 0).float()
     ordered = opposite.flatten(1).gather(1, here.abs().flatten(1).argsort(dim=1))
@@ -89,30 +94,30 @@ def diagnose(model: nn.Module, x: Tensor, y: Tensor, points: tuple[Tensor, Tenso
 
 
 def gradients(model: nn.Module, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
-    """The gradient at x + delta, but for a positive factor of each image, which changes neither sign nor rank."""
+    """Return the gradient at x + delta, up to a positive factor per image, which changes neither sign nor rank."""
     parts = zip(x.split(BATCH), y.split(BATCH), delta.split(BATCH))
     return torch.cat([confident_gradient(model, *part)[0] for part in parts])
 
 
 def quantiles(grad: Tensor) -> list[float]:
-    """The median over images of quantiles of abs(gradient) within an image, relative to its mean."""
+    """Return the quantiles of abs(gradient) within an image, relative to the image's mean; the median over images."""
     size = grad.abs().flatten(1)
     relative = size / size.mean(dim=1, keepdim=True).clamp(min=torch.finfo(size.dtype).tiny)
     return relative.quantile(torch.tensor(LEVELS, dtype=size.dtype), dim=1).median(dim=1).values.tolist()
 
 
-# Telling
+# Output
 
 
 def table(heads: list[str], rows: list[list[str]]) -> str:
-    """Rows in Markdown, with columns of equal width."""
+    """Return a Markdown table with aligned columns."""
     widths = [max(map(len, column)) for column in zip(heads, *rows)]
     lines = [heads, ["-" * (width - 1) + ":" for width in widths], *rows]
     return "\n".join(f"| {' | '.join(cell.rjust(width) for cell, width in zip(line, widths))} |" for line in lines)
 
 
 def tables(found: list[Found], q: float) -> str:
-    """Both diagnostics in Markdown; of signs, in %."""
+    """Return both diagnostics as Markdown tables; signs in %."""
     heads = ["epoch", "network"]
     first = [[str(each.network.epoch), each.network.file.name] for each in found]
     magnitudes = [[f"{value:.3f}" for value in each.magnitudes] for each in found]
@@ -129,7 +134,7 @@ def tables(found: list[Found], q: float) -> str:
 
 @own_style()
 def figures(found: list[Found], q: float, title: str) -> dict[str, Any]:
-    """A figure of each diagnostic, by name."""
+    """Draw a figure for each diagnostic. Returns name -> figure."""
     from matplotlib.ticker import MaxNLocator
 
     epochs, ticks = [each.network.epoch for each in found], (0.001, 0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100)
@@ -170,15 +175,15 @@ def main() -> None:
     p.add_argument("run", type=path, help="the folder of a run")
     p.add_argument("--samples", type=number(int, 1), metavar="N", default=256, help="the first N test images")
     p.add_argument("--zero-qval", type=number(float, 0, 1), help="ZeroGrad's q (default: the run's)")
-    p.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="of the two points (default: the run's)")
-    p.add_argument("--data-dir", type=path, help="torchvision's root (default: the run's)")
+    p.add_argument("--seed", type=number(int, 0, 2**32 - 1), help="seed of the two points (default: the run's)")
+    p.add_argument("--data-dir", type=path, help="folder of the data set (default: the run's)")
     p.add_argument("--out", type=figure_path, metavar="FILE",
-                   help="the figures: x.png (.pdf, .svg) stands for x_magnitudes.png and x_flips.png")
+                   help="draw the figures: x.png (.pdf, .svg) gives x_magnitudes.png and x_flips.png")
     args = p.parse_args()
     with one_line_errors():
         out = Path(args.out) if args.out else None
         if out:
-            with own_style():  # or the absence of matplotlib would be told after all the work
+            with own_style():  # fails at once without matplotlib
                 pass
         found, q = measured(Folder(args.run), args)
         say(tables(found, q))
@@ -192,7 +197,7 @@ def main() -> None:
 
 
 def measured(folder: Folder, args) -> tuple[list[Found], float]:
-    """What is found of each of a run's networks, at the same images and points; and ZeroGrad's q."""
+    """Diagnose each of a run's networks, on the same images and points. Returns the diagnostics and ZeroGrad's q."""
     found: list[Found] = []
     for network in networks(folder):
         opened = open_run(network.file, data_dir=args.data_dir, zero_qval=args.zero_qval, seed=args.seed)

@@ -40,7 +40,7 @@ from singlestep.run.distributed import World
 from singlestep.run.folder import Folder
 from singlestep.run.state import State
 
-STEPS = 8  # in half an epoch; the probe takes no other steps, since those of the second half differ on the host
+STEPS = 8  # training steps in half an epoch; those of the second half differ on the host and are not used
 TESTS_SECONDS = 1200  # after which test_cuda.py is interrupted
 
 Item = Callable[[], dict[str, Any]]
@@ -48,8 +48,15 @@ Take = Callable[[train.Run, train.Batch], None]
 
 
 class Scale(NamedTuple):
-    """flags: of train_cifar.py; steps: to time; side, pixels: of the matrices and the images; entries: of the tensor to
-    copy; images: to evaluate."""
+    """Size of the measurements.
+
+    Attributes:
+        flags: flags of train_cifar.py.
+        steps: number of training steps to time.
+        side, pixels: side of the matrices and of the images.
+        entries: entries of the tensor to copy.
+        images: number of images to evaluate.
+    """
 
     flags: tuple[str, ...]
     steps: int
@@ -64,7 +71,7 @@ DUMMY = Scale(("--batch-size=4", "--base-width=4", "--width-factor=1", "--test-i
 
 
 class Probe:
-    """The items, by name, at a scale on a device."""
+    """All items, at one scale on one device."""
 
     def __init__(self, out: Path, scale: Scale):
         self.out, self.scale = out, scale
@@ -94,7 +101,7 @@ class Probe:
         return {**found, "tests": self.tests}
 
     def facts(self) -> dict[str, Any]:
-        """Versions, hardware, commit."""
+        """Return versions, hardware and commit."""
         about: dict[str, Any] = {**describe(self.device), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
         if self.cuda:
             gpu = torch.cuda.get_device_properties(self.device)
@@ -105,7 +112,7 @@ class Probe:
         return about
 
     def ceilings(self) -> dict[str, float]:
-        """Bytes a second read and written by a copy, operations a second of a product, seconds of a launch."""
+        """Measure a copy (bytes per second), matrix products (operations per second) and a launch (seconds)."""
         a = torch.zeros(self.scale.entries, device=self.device)
         b, one, side = torch.empty_like(a), torch.zeros(1, device=self.device), self.scale.side
         found = {"copy": 8 * len(a) / self.least(lambda: b.copy_(a)),
@@ -120,13 +127,13 @@ class Probe:
         return found
 
     def step(self, *flags: str) -> dict[str, float]:
-        """Milliseconds of a training step, its data included."""
+        """Measure the milliseconds of a training step, with its data."""
         return self.milliseconds(stepper(self.run(*flags)))
 
     def evaluation(self, *flags: str) -> dict[str, Any]:
-        """Seconds of the evaluation after an epoch, the first time and again, over epsilon.
+        """Measure the seconds of the evaluation after an epoch, first and second call, over epsilon.
 
-        The labels are the network's answers, so that at epsilon 0 no image breaks and each takes all steps.
+        The labels are the network's predictions, so at epsilon 0 all images stay robust and take all attack steps.
         """
         run = self.run(*flags)
         step = stepper(run)
@@ -144,9 +151,9 @@ class Probe:
         return {"epsilons": found, "images": len(run.test), "evaluation_batch": run.evaluation_batch}
 
     def captured(self, *flags: str) -> dict[str, Any]:
-        """Milliseconds of a ZeroGrad step replayed from a CUDA graph, and whether it has the bits of a plain step.
+        """Time a ZeroGrad step replayed from a CUDA graph, in milliseconds, and compare its bits with a plain step's.
 
-        replayed: differences of replayed steps from plain ones; again: of plain steps from plain ones.
+        In the line, `replayed` has the differences between replayed and plain steps, `again` those between plain steps.
         """
         ends = []
         for replayed in (False, False, True):
@@ -166,7 +173,7 @@ class Probe:
                 **self.milliseconds(step)}
 
     def kernels(self, *flags: str) -> dict[str, Any]:
-        """The kernels of a ZeroGrad step that take the longest: name, calls, milliseconds. On a CPU, the operations."""
+        """List the longest kernels of a ZeroGrad step: name, calls, milliseconds. On a CPU: the operations."""
         step, count = stepper(self.run("--method=zerograd", *flags)), self.scale.steps
         for _ in range(min(3, count)):
             step()
@@ -185,7 +192,7 @@ class Probe:
                 "longest": [[name[:120], calls, ms] for name, calls, ms in taken[:20]]}
 
     def memory(self, *flags: str) -> dict[str, Any]:
-        """Milliseconds of a ZeroGrad step; on CUDA, the most bytes in use in steps and in an evaluation."""
+        """Time a ZeroGrad step, in milliseconds; on CUDA, also measure the peak memory of training and evaluation."""
         run = self.run("--method=zerograd", *flags)
         step = stepper(run)
         step()
@@ -206,7 +213,7 @@ class Probe:
                 "failed": [case.get("name") for case in suite if {"failure", "error"} & {part.tag for part in case}]}
 
     def run(self, *flags: str) -> train.Run:
-        """A new run on random images."""
+        """Return a new run on random images."""
         args = options.parse(CIFAR10, argv=[*self.scale.flags, "--lr-max=0.01", *flags])
         world, n = World(device=self.device), 2 * STEPS * args.batch_size
         state, layout = train.build(CIFAR10, args, self.device, world)
@@ -218,10 +225,11 @@ class Probe:
                               [images[:n], images[:0], images[n:]])
 
     def milliseconds(self, step: Callable[[], None]) -> dict[str, float]:
-        """Milliseconds of a step. Warms up first.
+        """Measure the milliseconds of a step, after a warm-up.
 
-        step: of many in a row; host: until a step is queued, on an idle device; device: its kernels without waits for
-        the host, queued behind a pause. On a CPU, all three are the same.
+        Returns:
+            step: mean of many steps in a row. host: time until an idle device has a step queued. device: time of the
+            step's kernels without waits for the host (queued during a pause). On a CPU, all three are equal.
         """
         count = self.scale.steps
         for _ in range(min(3, count)):
@@ -247,7 +255,7 @@ class Probe:
         return {"step": row, "host": statistics.median(host), "device": statistics.median(device)}
 
     def seconds(self, work: Callable[[], Any]) -> float:
-        """Wall-clock time of `work()`, the device's part included."""
+        """Return the wall-clock seconds of `work()`, until the device is idle."""
         self.wait()
         began = time.perf_counter()
         work()
@@ -255,7 +263,7 @@ class Probe:
         return time.perf_counter() - began
 
     def least(self, work: Callable[[], Any]) -> float:
-        """The least seconds of a few calls."""
+        """Return the least seconds of five calls."""
         return min(self.seconds(work) for _ in range(5))
 
     def wait(self) -> None:
@@ -263,7 +271,7 @@ class Probe:
             torch.cuda.synchronize()
 
     def free(self) -> None:
-        """Have the next item start with empty memory."""
+        """Free the memory before the next item."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
@@ -271,7 +279,7 @@ class Probe:
 
 
 def stepper(run: train.Run, take: Take = train.train_step) -> Callable[[], None]:
-    """Return a function that takes the run's next training step by `take`, on the batches of half an epoch in turn."""
+    """Return a function that takes the run's next training step with `take`, repeating half an epoch."""
     state, device, n = run.state, run.train.labels.device, len(run.train)
     seed_everything(train.ORDER, run.args.seed, 0)
     order = torch.randperm(n).to(device)
@@ -288,13 +296,13 @@ def stepper(run: train.Run, take: Take = train.train_step) -> Callable[[], None]
 
 
 def rounded(run: train.Run, batch: train.Batch) -> None:
-    """Take a plain step at the learning rate in float32, as a tensor holds it."""
+    """Take a plain training step, with the learning rate rounded to float32 as in a captured step."""
     train.train_step(replace(run, schedule=lambda t: torch.tensor(run.schedule(t)).item()), batch)
 
 
 @contextlib.contextmanager
 def beside(device: torch.device) -> Iterator[None]:
-    """Context whose work is on a stream of its own, as that before a recording has to be."""
+    """Context on a separate CUDA stream, which the warm-up of a recording needs."""
     if device.type == "cpu":
         yield
         return
@@ -306,10 +314,10 @@ def beside(device: torch.device) -> Iterator[None]:
 
 
 class Captured:
-    """The step of a run on batches of one size, recorded as a CUDA graph.
+    """A training step on batches of one size, recorded as a CUDA graph.
 
-    What the host gives a step are tensors that keep their place: the images, the learning rate, the count of faults.
-    The generator is seeded before each replay.
+    Before each replay, the inputs of the step (images, learning rate, first fault) are copied into fixed tensors, and
+    the generator is seeded.
     """
 
     def __init__(self, run: train.Run):
@@ -333,7 +341,7 @@ class Captured:
         state.first_fault = fault.copy_(state.first_fault)
 
     def record(self) -> None:
-        """Record the step without taking it."""
+        """Record the step. Its changes are undone."""
         on_cuda = self.rate.is_cuda
         recorded = torch.cuda.CUDAGraph() if on_cuda else Operations(list(tensors(self.run.state).values()))
         recording = torch.cuda.graph(recorded) if on_cuda else recorded
@@ -343,7 +351,7 @@ class Captured:
 
 
 class Operations(TorchDispatchMode):
-    """What a CUDA graph does, on a CPU: record a step's operations, restore what they changed, and repeat them."""
+    """CPU version of a CUDA graph: record a step's operations, undo their changes, replay them."""
 
     def __init__(self, changed: list[Tensor]):
         super().__init__()
@@ -370,20 +378,20 @@ class Operations(TorchDispatchMode):
 
 
 def tensors(state: State) -> dict[str, Tensor]:
-    """What a step changes, by name."""
+    """Return the tensors that a training step changes, by name."""
     momenta = {f"momentum {i}": each["momentum_buffer"] for i, each in enumerate(state.optimizer.state.values())}
     return {**state.model.state_dict(), **momenta, "sums": state.sums, "first fault": state.first_fault}
 
 
 def differences(left: dict[str, Tensor], right: dict[str, Tensor]) -> dict[str, Any]:
-    """How many tensors differ in a bit, of how many, and by how much at most."""
+    """Compare tensors: how many differ in any bit, of how many, the largest difference, and three names."""
     differing = [name for name in left if not torch.equal(left[name], right[name])]
     largest = max(((left[name].double() - right[name].double()).abs().max().item() for name in differing), default=0.0)
     return {"tensors": len(differing), "of": len(left), "largest": largest, "first": differing[:3]}
 
 
 def line(name: str, item: Item) -> str:
-    """The item's line; the error's if it fails."""
+    """Run the item and return its JSON line; if the item fails, the line has the error."""
     began = time.perf_counter()
     try:
         found = item()
@@ -395,13 +403,12 @@ def line(name: str, item: Item) -> str:
 def main() -> None:
     p = options.Parser(__doc__)
     p.add_argument("out", metavar="OUT", type=options.path, help="folder of the files")
-    p.add_argument("--only", metavar="TEXT", default="", help="only the items with this in their names")
+    p.add_argument("--only", metavar="TEXT", default="", help="only items whose name contains TEXT")
     p.add_argument("--dummy", action="store_true", help="small and short, without a GPU if there is none")
     args = p.parse_args()
     with one_line_errors():
         if not args.dummy and not cuda_devices():
-            raise UsageError("the probe needs a CUDA GPU that this PyTorch can use, and there is none: take --dummy to "
-                             "see that it works")
+            raise UsageError("the probe needs a CUDA GPU that this PyTorch can use; to try it without one: --dummy")
         Folder(args.out).require_writable("OUT")
         out = Path(args.out)
         out.mkdir(parents=True, exist_ok=True)

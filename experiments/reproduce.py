@@ -45,7 +45,7 @@ ROUGH = {"paper": (0.012, 8.0), "cpu": (3.5, 5.0), "cpu-short": (1.3, 2.0), "cpu
 
 @dataclass
 class Job:
-    """Process of a run, in one of the slots; with `evaluates`, its evaluation by evaluate.py."""
+    """A process: a run's training or, with `evaluates`, its evaluation by evaluate.py. slot: 0 to --jobs - 1."""
 
     experiment: Experiment
     slot: int
@@ -61,13 +61,13 @@ class Runner:
         self.missing = missing
         self.waiting, self.running = deque(missing), []
         self.made, self.failed, self.elsewhere = [], [], []
-        self.stop: str | None = None  # why, once it has been decided
+        self.stop: str | None = None  # reason for stopping
         self.signals: list[signal.Signals] = []
         self.deadline = time.monotonic() + 60 * args.budget
         self.gpus = gpus()
 
     def run(self) -> int:
-        """Make the runs; returns the exit status."""
+        """Train and evaluate the runs. Returns the exit status."""
         for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(which, lambda received, frame: self.signals.append(signal.Signals(received)))
         try:
@@ -83,7 +83,7 @@ class Runner:
                         self.finish(job)
                     bar.n = self.epochs_done()
                     bar.set_postfix(runs=f"{len(self.made)}/{len(self.missing)}", failed=len(self.failed))
-        finally:  # whatever happens here, no run is left behind
+        finally:  # stop the runs after any error
             for job in self.running:
                 job.process.terminate()
         for experiment in self.failed:
@@ -92,7 +92,7 @@ class Runner:
         if self.stop:
             say(f"{self.stop}: {len(self.made)} runs made, {len(left)} left; the same command continues them")
         elif self.elsewhere:
-            say(f"{len(self.elsewhere)} runs were left to another process: call again when it has ended")
+            say(f"{len(self.elsewhere)} runs are running in another process: rerun this command when it has ended")
         if self.signals:
             return 128 + self.signals[0]
         return 1 if self.failed or (left and not self.stop) else 0
@@ -104,14 +104,14 @@ class Runner:
         return sum(epochs_done(self.folder(e)) for e in self.missing)
 
     def start(self, experiment: Experiment) -> None:
-        """Start a run, unless another process is about it or has made it by now."""
+        """Start a run, unless it has a result by now or another process is training it."""
         if read_result(self.args.results, experiment):
             return
         folder = self.folder(experiment)
         self.launch(experiment, [*experiment.command, f"--fname={folder}", "--resume=auto"])
 
     def launch(self, experiment: Experiment, words: list[str], evaluates: bool = False) -> None:
-        """Start a script and its flags for a run, in a free slot."""
+        """Start a command for a run, in a free slot. words: script and flags."""
         folder, command = self.folder(experiment), [sys.executable, *words]
         slot = min(set(range(self.args.jobs)) - {job.slot for job in self.running})
         if self.args.data_dir:
@@ -132,25 +132,25 @@ class Runner:
         self.running.append(Job(experiment, slot, process, evaluates))
 
     def is_elsewhere(self, experiment: Experiment) -> bool:
-        """Whether another process is about this run, to which it is then left."""
+        """Return whether another process is training this run; if so, skip the run."""
         folder = Folder(self.folder(experiment))
         try:
             folder.lock()
         except UsageError:
             self.elsewhere.append(experiment)
-            say(f"{experiment.name} is being made by another process: left to it")
+            say(f"{experiment.name} is skipped: another process is training it")
             return True
         folder.release()
         return False
 
     def finish(self, job: Job) -> None:
-        """Evaluate a run that has ended, where that is asked for; then write its result."""
+        """Handle the end of a process: start the evaluation that the table wants, or write the result."""
         experiment, status = job.experiment, job.process.returncode
         if self.stop and status in (128 + signal.SIGTERM, 128 + signal.SIGINT, -signal.SIGTERM, -signal.SIGINT,
                                     -signal.SIGKILL):
             return
         if status:
-            if self.is_elsewhere(experiment):  # another runner's run was in the folder a moment before ours
+            if self.is_elsewhere(experiment):  # another process locked the folder just before ours
                 return
             return self.fail(experiment, f"status {status}: {last_line(self.folder(experiment))}")
         if experiment.evaluation and not job.evaluates:
@@ -172,7 +172,7 @@ class Runner:
         say(f"{experiment.name} failed: {why}")
 
     def stop_if_asked(self) -> None:
-        """If a signal or the budget asks for it, have the runs save their state and stop; later, kill them."""
+        """Send SIGTERM to the runs after a signal or the budget; kill them after GRACE seconds or a second signal."""
         now = time.monotonic()
         if not self.stop and (self.signals or now > self.deadline):
             self.stop = f"stopped by {self.signals[0].name}" if self.signals else "the budget is spent"
@@ -189,7 +189,7 @@ def cores() -> int:
 
 
 def gpus() -> list[str]:
-    """The GPUs that may be used, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the visible GPUs, by their names in CUDA_VISIBLE_DEVICES."""
     count = cuda_devices()
     return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
 
@@ -205,14 +205,14 @@ def default_jobs(scale: str) -> int:
 
 
 def default_scale() -> str:
-    """The one that this machine is made for."""
+    """Return the scale that suits this machine."""
     if gpus():
         return "paper"
     return "cpu-bf16" if has_bfloat16() and any(map(shutil.which, ("g++", "clang++", "c++"))) else "cpu"
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor computes in bfloat16."""
+    """Return whether the processor has bfloat16 instructions."""
     names = ("avx512_bf16", "amx_bf16")
     if hasattr(torch.cpu, "get_capabilities"):
         return any(torch.cpu.get_capabilities().get(name) for name in names)
@@ -222,7 +222,7 @@ def has_bfloat16() -> bool:
 
 @cache
 def passes(experiment: Experiment) -> float:
-    """Forward and backward passes of a run, in those of a network of base width 16 over the training images."""
+    """Return the cost of a run, in passes of a network of base width 16 over all training images."""
     args = parse(data_set(experiment.dataset), argv=experiment.command[1:])
     name, _ = method(args.flags())
     step = args.multi_samps + 1 if args.attack == "multigrad" else METHODS[name].passes if name in METHODS else 2
@@ -230,13 +230,16 @@ def passes(experiment: Experiment) -> float:
 
 
 def minutes(result: Result) -> float:
-    """How long a run took."""
+    """Return the minutes that a run took."""
     epochs = sum(record["train_time"] + record.get("test_time", 0) for record in result["epochs"])
     return (epochs + (result["final"] or {}).get("seconds", 0)) / 60
 
 
 def expected(experiment: Experiment, known: dict[Experiment, Result]) -> tuple[float, bool]:
-    """Minutes that a run will take, and whether results tell: those of the same passes, else in proportion."""
+    """Estimate the minutes of a run. Returns them, and whether results of other runs at this scale were used.
+
+    Results of runs with the same passes are preferred; others are scaled by their passes.
+    """
     paces = {other: minutes(result) / passes(other) * other.epochs / len(result["epochs"])
              for other, result in known.items()}
     same = [pace for other, pace in paces.items() if passes(other) == passes(experiment)]
@@ -247,7 +250,7 @@ def expected(experiment: Experiment, known: dict[Experiment, Result]) -> tuple[f
 
 
 def show(wanted: list[Experiment], tables: list[str], args) -> None:
-    """A line for each run: its table, its name, the minutes that it takes, and whether it is there; and the totals."""
+    """Print a line for each run (table, name, minutes, progress), then the totals."""
     every = experiments(list(TABLES), args.scale, tuple({e.seed for e in wanted}))
     known = {e: result for e in every if (result := read_result(args.results, e))}
     table_of = {e: table for table in reversed(tables) for e in experiments([table], args.scale, tuple(
@@ -255,11 +258,11 @@ def show(wanted: list[Experiment], tables: list[str], args) -> None:
     width, longest = max(map(len, table_of.values())), max(len(e.name) for e in wanted)
     left = 0.0
     for e in wanted:
-        time_, told = (minutes(known[e]), True) if e in known else expected(e, known)
+        time_, measured = (minutes(known[e]), True) if e in known else expected(e, known)
         left += 0 if e in known else time_
         done = epochs_done(args.runs / e.scale / e.name)
-        state = "done" if e in known else f"{done} of {e.epochs} epochs" if done else "missing"
-        say(f"{table_of[e]:{width}}  {e.name:{longest}}  {'' if told else '~'}{time_:.0f} min  {state}")
+        progress = "done" if e in known else f"{done} of {e.epochs} epochs" if done else "missing"
+        say(f"{table_of[e]:{width}}  {e.name:{longest}}  {'' if measured else '~'}{time_:.0f} min  {progress}")
     missing = sum(e not in known for e in wanted)
     say(f"{len(wanted) - missing} of {len(wanted)} runs have results; the others take about {left / 60:.1f} hours, "
         f"{left / 60 / max(1, min(args.jobs, missing)):.1f} with --jobs={args.jobs}")
@@ -272,7 +275,7 @@ def epochs_done(folder: Path) -> int:
 
 def last_line(folder: Path) -> str:
     lines = (folder / "console.log").read_text(errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it printed nothing"
+    return lines[-1] if lines else "without a message"
 
 
 def main() -> None:
@@ -289,10 +292,10 @@ def main() -> None:
                    "for networks of --base-width 16 or less, else 1)")
     p.add_argument("--budget", type=number(float, 0), default=float("inf"), metavar="MINUTES",
                    help="stop after this time")
-    p.add_argument("--data-dir", type=path, help="folder of all data sets (default: that of each training script)")
+    p.add_argument("--data-dir", type=path, help="folder of all data sets (default: each training script's)")
     p.add_argument("--runs", type=path, default=str(ROOT / "runs"), help="folder of the runs' folders")
     p.add_argument("--results", type=path, default=str(ROOT / "experiments/results"), help="folder of the results")
-    p.add_argument("--list", action="store_true", help="list the runs with their states and times, and exit")
+    p.add_argument("--list", action="store_true", help="list the runs with their progress and times, and exit")
     tables = vars(args := p.parse_args()).pop("tables")
     with one_line_errors():
         wanted = choose(args, tables)
@@ -309,7 +312,7 @@ def choose(args, tables: list[str]) -> list[Experiment]:
     """Return the selected runs, and set the defaults in `args`. Raises UsageError for a wrong flag."""
     unknown = [table for table in tables if table not in TABLES]
     if unknown:
-        raise UsageError(f"there is no table {unknown[0]}: take some of {', '.join(TABLES)}")
+        raise UsageError(f"TABLE must be one of {', '.join(TABLES)}, not {unknown[0]}")
     if args.scale is None:
         args.scale = default_scale()
         say(f"# --scale={args.scale}: {SCALES[args.scale].about}")
@@ -320,14 +323,14 @@ def choose(args, tables: list[str]) -> list[Experiment]:
     listed = experiments(tables or list(TABLES), args.scale,
                          tuple(range(args.seeds)) if args.seeds else SCALES[args.scale].seeds)
     if not listed:
-        raise UsageError(f"{' '.join(tables)}: there are no runs at --scale {args.scale}")
+        raise UsageError(f"{' '.join(tables)} has no runs at --scale={args.scale}")
     wanted = [e for e in listed if args.only in e.name]
     if not wanted:
-        raise UsageError(f"no run of these tables at --scale {args.scale} has --only {args.only!r} in its name")
+        raise UsageError(f"no run of these tables at --scale={args.scale} has --only={args.only!r} in its name")
     if args.list:
         return wanted
     if args.scale == "paper" and not gpus():
-        raise UsageError(f"--scale paper needs a GPU, and there is none here: take --scale={default_scale()}")
+        raise UsageError(f"--scale=paper needs a GPU: use --scale={default_scale()}")
     for name in ("runs", "results"):
         Folder(vars(args)[name]).require_writable(f"--{name}")
     return wanted

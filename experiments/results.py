@@ -22,7 +22,7 @@ def result_file(results: Path, experiment: Experiment) -> Path:
 
 
 def read_result(results: Path, experiment: Experiment) -> Result | None:
-    """Return the result of `experiment`; None if it is missing, damaged, or of another command."""
+    """Return the result of `experiment`; None if the file is missing, damaged or from another command."""
     try:
         result = json.loads(result_file(results, experiment).read_text(encoding="utf-8"))
         stopped = result.get("stopped")
@@ -34,14 +34,14 @@ def read_result(results: Path, experiment: Experiment) -> Result | None:
         whole = ours == theirs and len(result["epochs"]) == (stopped or experiment.epochs)
         attacks = {row["attack"] for record in result.get("evaluations", ()) for row in record["attacks"]}
         whole = whole and attacks >= set(filter(None, experiment.attacks.split(",")))
-        told = result["starts"] and all(set(MACHINE) <= start.keys() for start in result["starts"])
-        return result if whole and told and all(map(math.isfinite, numbers)) else None
+        described = result["starts"] and all(set(MACHINE) <= start.keys() for start in result["starts"])
+        return result if whole and described and all(map(math.isfinite, numbers)) else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def collect(experiment: Experiment, folder: Path, jobs: int) -> Result:
-    """What a complete run found, and what its numbers stand with."""
+    """Return the result of a complete run: its numbers, command, versions and hardware."""
     def text(name: str) -> str:
         return (folder / name).read_text(encoding="utf-8")
 
@@ -56,7 +56,7 @@ def collect(experiment: Experiment, folder: Path, jobs: int) -> Result:
 
 
 def write_result(results: Path, experiment: Experiment, result: Result) -> None:
-    """Write `result`, an epoch a line."""
+    """Write `result` as JSON, one line per epoch."""
     path = result_file(results, experiment)
     path.parent.mkdir(parents=True, exist_ok=True)
     head = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in result.items() if key != "epochs"]

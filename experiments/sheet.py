@@ -30,7 +30,7 @@ from singlestep.run.folder import Folder
 
 
 def class_names(dataset: options.DataSet, args) -> list[str]:
-    """The classes as the data set's files name them, else their numbers."""
+    """Return the class names from the data set's files; without names, the class numbers."""
     source = getattr(torchvision.datasets, str(dataset.source), None)
     if args.dummy or not hasattr(source, "meta"):
         return [str(label) for label in range(dataset.classes)]
@@ -40,7 +40,7 @@ def class_names(dataset: options.DataSet, args) -> list[str]:
 
 @own_style()
 def sheet(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: float, q: float, names: list[str]) -> Any:
-    """A column for each image of x (B, 3, H, W): the image, perturbations from zero of size epsilon, what q zeroes."""
+    """Draw a column for each image of x (B, 3, H, W): image, gradient, perturbations from zero, zeroed entries."""
     grad, logits = input_gradient(model.eval(), x, y, torch.zeros_like(x))
     kept = quantile_mask(grad, q)
     fgsm, zerograd = (box(epsilon * g.sign(), x, epsilon) for g in (grad, kept))
@@ -70,7 +70,7 @@ def sheet(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor, epsilon: flo
 
 
 def read(folder: Path, data_dir: str | None) -> tuple[Any, dict[str, Any]]:
-    """The arguments of the run in the folder, with the data where they are now, and all that its args.json says."""
+    """Return the run's arguments, with data_dir resolved, and the content of its args.json."""
     if not (folder / "args.json").exists():
         raise UsageError(f"{folder} is not the folder of a run: it has no args.json")
     try:
@@ -86,9 +86,9 @@ def read(folder: Path, data_dir: str | None) -> tuple[Any, dict[str, Any]]:
 def main() -> None:
     p = Parser(__doc__)
     p.add_argument("run", type=path, help="the folder of a finished run")
-    p.add_argument("--images", type=number(int, 1, 64), default=8, help="how many, from the first on")
+    p.add_argument("--images", type=number(int, 1, 64), default=8, help="number of test images, from the first on")
     p.add_argument("--zero-qval", type=number(float, 0, 1), default=0.7, help="ZeroGrad's q")
-    p.add_argument("--data-dir", type=path, help="torchvision's root (default: the run's)")
+    p.add_argument("--data-dir", type=path, help="folder of the data set (default: the run's)")
     p.add_argument("--out", type=options.figure_path, default="sheet.png", help="the figure: .png, .pdf or .svg")
     args = p.parse_args()
     with one_line_errors():

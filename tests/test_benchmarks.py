@@ -40,7 +40,7 @@ def test_a_peer_that_is_not_installed_is_told_of(call_main, monkeypatch):
     monkeypatch.setattr(module, "installed", lambda package: False)
     status, output, error = call_main(module, "--device=cpu", "--peer")
     assert status == 2 and not output and error.endswith(
-        "--peer needs one of two packages more: pip install torchattacks adversarial-robustness-toolbox\n")
+        "--peer needs at least one of these packages: pip install torchattacks adversarial-robustness-toolbox\n")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -126,7 +126,7 @@ def test_the_runner_survives_a_failed_run_a_locked_one_and_ctrl_c(tmp_path):
     other.release()
     assert done.returncode == 1
     assert f"failed: {names[0]}" in done.stderr and "state.pth is truncated" in done.stdout
-    assert f"{names[1]} is being made by another process" in done.stdout and "Traceback" not in done.stderr
+    assert f"{names[1]} is skipped: another process" in done.stdout and "Traceback" not in done.stderr
     assert names[0] not in results_of(tmp_path) and names[1] not in results_of(tmp_path)
     assert len(results_of(tmp_path)) == 3
     assert read_result(tmp_path / "results", Experiment("smoke", "cifar10", "--attack=zerograd --zero-qval=0.9", 0))
