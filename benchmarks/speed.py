@@ -95,7 +95,7 @@ def turn(work, precision: Precision, ours: bool) -> float:
 
 
 def side_by_side(sides: dict[str, Callable[[], None]], precision: Precision, rounds: int) -> list[dict[str, float]]:
-    """Time all sides in turn, after a warm-up round. Returns each round's seconds by side, and `matrix_product`, FLOP/s."""
+    """Time all sides in turn, after a warm-up round. Returns per round: seconds by side, `matrix_product` in FLOP/s."""
     return [{**{name: turn(work, precision, name == "ours") for name, work in sides.items()},
              "matrix_product": peak_flops(precision)} for _ in range(rounds + 1)][1:]
 
