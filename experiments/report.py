@@ -113,7 +113,7 @@ def table_text(table: Table, results: Results) -> str:
         rows, found = zip(*((row, {seed: record}) for row, by_seed in zip(rows, found)
                             for seed, record in by_seed.items()))
     records = [record for by_seed in found for record in by_seed.values()]
-    judged, epoch = records[0]["final"], records[0]["epochs"][-1]
+    ended, epoch = records[0]["final"], records[0]["epochs"][-1]
     flags = SCALES[results.scale].flags.split()
     steps = next((flag.split("=")[1] for flag in flags if flag.startswith("--test-iters=")), 10)
     images = f"{epoch['test_images']:,} images"
@@ -125,11 +125,11 @@ def table_text(table: Table, results: Results) -> str:
         f"PGD-{steps}, {images}": last(PGD),
         f"PGD-{steps}, {best_of}": best,
     }
-    if judged:
-        columns[f"PGD-{judged['iters']}-{judged['restarts']}, {judged['images']:,} images"] = final
-    if judged and judged["model"] == "best":  # the final evaluation is on another network than the columns before it
+    if ended:
+        columns[f"PGD-{ended['iters']}-{ended['restarts']}, {ended['images']:,} images"] = final
+    if ended and ended["model"] == "best":  # the final evaluation is on another network than the columns before it
         attack = list(columns)[-1]
-        columns[f"best model: clean, {judged['images']:,} images"] = lambda record: 100 * record["final"]["clean_acc"]
+        columns[f"best model: clean, {ended['images']:,} images"] = lambda record: 100 * record["final"]["clean_acc"]
         columns[f"best model: {attack}"] = columns.pop(attack)
     if len({(start["device"], start["threads"], record.get("jobs")) for record in records
             for start in record["starts"]}) == 1:

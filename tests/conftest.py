@@ -67,8 +67,8 @@ def call_main(capsys, monkeypatch):
 
 
 @pytest.fixture
-def judged(capsys):
-    """evaluate.py in this process: judged(*flags) -> (status, output, error output)."""
+def evaluates(capsys):
+    """evaluate.py in this process: evaluates(*flags) -> (status, output, error output)."""
     def run_main(*flags):
         status = 0
         try:

@@ -1,4 +1,4 @@
-"""What makes the host wait for a GPU: training steps of every method and steps of the evaluator, on fake CUDA tensors.
+"""What makes the host wait for a GPU: training steps of every method and steps of the evaluates, on fake CUDA tensors.
 
 Fake tensors have a device and a shape but no data, and need no GPU. An `Audit` sees every operation on them. All audits
 are made in one process of its own, which prints what they found: without a GPU, a build of PyTorch for CUDA can
@@ -147,7 +147,7 @@ def audits() -> dict[str, dict[str, int]]:
     for precision, flags in PRECISIONS.items():
         for method in methods.METHODS:
             found[f"{method}, {precision}"] = audited_steps(method, *flags)
-        found[f"evaluator, {precision}"] = audited_evaluator(flags)
+        found[f"evaluates, {precision}"] = audited_evaluator(flags)
     for name in NETWORKS:
         found[name] = audited_evaluator(["--amp"], getattr(networks, name))
     for name, (work, _) in PLANTED.items():
@@ -193,7 +193,7 @@ def test_no_network_waits_for_the_gpu(name, found):
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_step_of_the_evaluator_waits_where_it_reads_and_nowhere_else(precision, found):
-    assert found[f"evaluator, {precision}"] == EVALUATOR
+    assert found[f"evaluates, {precision}"] == EVALUATOR
 
 
 @pytest.mark.parametrize("name", PLANTED)

@@ -102,11 +102,11 @@ def test_a_long_final_evaluation_is_announced_after_the_first_epoch(call, tmp_pa
         assert output.count("# estimate") == 1 and output.index("# estimate") < output.index(f"1/{epochs}  ")
 
 
-def test_the_command_after_a_run_runs(call, judged, tmp_path, small_dummy):
+def test_the_command_after_a_run_runs(call, evaluates, tmp_path, small_dummy):
     output = call("train_cifar.py", *FLAGS, "--final-iters=0", "--fname", tmp_path / "run")[1]
     command, = (line for line in output.splitlines() if "python evaluate.py" in line)
     _, script, *flags = shlex.split(command.partition(":")[2])
-    status, table, error = judged(*flags, "--device=cpu")
+    status, table, error = evaluates(*flags, "--device=cpu")
     assert (script, status, error) == ("evaluate.py", 0, "")
     assert [row[0] for row in rows_of(table)] == ["clean", "fgsm", "pgd-10-1", "worst case"]
 

@@ -162,7 +162,7 @@ def test_tiny_imagenet_is_downloaded_as_one_file(tmp_path, monkeypatch):
         assert len(read_tiny_imagenet(str(tmp_path / "data"))[0][0]) == 32
 
 
-def test_tiny_imagenet_is_trained_on_resumed_and_evaluated(tmp_path, call, judged, monkeypatch):
+def test_tiny_imagenet_is_trained_on_resumed_and_evaluated(tmp_path, call, evaluates, monkeypatch):
     write_tiny_imagenet(tmp_path / "data", monkeypatch)
     small = [flag for flag in SMALL if flag != "--dummy" and "samples" not in flag]
     flags = [*small, "--method=n-fgsm", "--val-size=8", "--batch-size=8", "--data-dir", tmp_path / "data"]
@@ -175,7 +175,7 @@ def test_tiny_imagenet_is_trained_on_resumed_and_evaluated(tmp_path, call, judge
     assert call("train_tiny.py", *flags, "--fname", tmp_path / "part", "--resume=auto")[0] == 0
     assert_same_run(tmp_path / "whole", tmp_path / "part")
     for more in [], ["--data-set=tiny"]:
-        status, output, _ = judged(tmp_path / "whole", "--device=cpu", "--attacks=clean,fgsm", *more)
+        status, output, _ = evaluates(tmp_path / "whole", "--device=cpu", "--attacks=clean,fgsm", *more)
         assert status == 0 and [row[3] for row in rows_of(output)] == ["16", "16"]
 
 
@@ -334,7 +334,7 @@ def test_a_server_that_stalls_fails_and_the_next_download_removes_what_a_killed_
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("command", ["train", "eval", "evaluate"])
-def test_a_signal_during_a_download_ends_at_once_and_leaves_nothing(command, number, tmp_path, call, judged,
+def test_a_signal_during_a_download_ends_at_once_and_leaves_nothing(command, number, tmp_path, call, evaluates,
                                                                     monkeypatch):
     archived(tmp_path, monkeypatch)
     given, go = signal.signal(signal.SIGHUP, signal.SIG_DFL), threading.Event()  # the tests may be run under nohup
@@ -348,7 +348,7 @@ def test_a_signal_during_a_download_ends_at_once_and_leaves_nothing(command, num
     with serving(stop) as (address, _):
         monkeypatch.setattr(datasets.CIFAR10, "url", f"{address}/cifar-10-python.tar.gz")
         if command == "evaluate":
-            status, output, error = judged(tmp_path / "model_0.pth", "--data-set=cifar10", *flags)
+            status, output, error = evaluates(tmp_path / "model_0.pth", "--data-set=cifar10", *flags)
         else:
             more = ["--eval", "--resume=1", "--fname", tmp_path] if command == "eval" else ["--fname", tmp_path / "run"]
             status, output, error = call("train_cifar.py", *flags, *more)

@@ -103,7 +103,7 @@ def test_networks_are_those_of_every_epoch_and_the_last_best_and_healthy_ones_of
 
 def test_mistakes_are_one_line(run, told, tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    for flags, named in (([tmp_path / "empty"], "holds no network"), ([run, "--out=x.gif"], "must end in .png"),
+    for flags, named in (([tmp_path / "empty"], "has no network"), ([run, "--out=x.gif"], "must end in .png"),
                          ([run, f"--out={tmp_path}/none/x.png", "--samples=2"], "x_magnitudes.png cannot be written")):
         status, _, error = told(*flags)
         assert status == 2 and error.count("\n") == 1 and named in error, error

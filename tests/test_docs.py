@@ -98,7 +98,7 @@ def test_every_command_is_one_that_its_script_takes(command, takes):
         assert all((ROOT / word).exists() for word in words if word.endswith(".txt"))
 
 
-def test_the_example_works_block_by_block(tmp_path, call, judged, short, monkeypatch):
+def test_the_example_works_block_by_block(tmp_path, call, evaluates, short, monkeypatch):
     """As it stands, but for the number of images, which are few and random, and AutoAttack's steps."""
     pytest.importorskip("pyautoattack")
     write_cifar10(tmp_path / "cifar-data", monkeypatch, n=6)
@@ -117,7 +117,7 @@ def test_the_example_works_block_by_block(tmp_path, call, judged, short, monkeyp
             if script == "train_cifar.py":
                 status, _, error = call(script, *(flag for flag in flags if "train-samples" not in flag))
             elif script == "evaluate.py":
-                status, _, error = judged(*flags)
+                status, _, error = evaluates(*flags)
             else:
                 assert line == "pip install pyautoattack" and "pyautoattack" in (
                     ROOT / "requirements-dev.txt").read_text()

@@ -303,7 +303,7 @@ def edit(folder, **changes):
     (folder / "args.json").write_text(json.dumps(saved))
 
 
-def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
+def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, evaluates):
     model, args = load_run(run)
     assert (args.epsilon, args.base_width, args.attack) == (4, 4, "fgsm")
     x, y = data.load_test("CIFAR-10", n=48, synthetic=True)
@@ -314,7 +314,7 @@ def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
     for source in (run / "model_1.pth", run / "state.pth"):
         assert checkpoints.fingerprint(load_run(source)[0]) == checkpoints.fingerprint(model)
     load_run(run, which="best"), load_run(run, which="healthy")
-    status, output, error = judged(run, "--device=cpu", "--samples=48", "--attacks=clean,fgsm,pgd-2-2",
+    status, output, error = evaluates(run, "--device=cpu", "--samples=48", "--attacks=clean,fgsm,pgd-2-2",
                                    "--epsilons=4/255,8")
     assert (status, error) == (0, "") and ["worst case", "8", "", "48"] in [row[:4] for row in rows_of(output)]
     assert "instead of the run" not in output
@@ -326,19 +326,19 @@ def test_a_run_is_opened_in_one_line_and_judged_as_it_was(run, judged):
     assert record["base_width"] == 4 and record["mean"] == pytest.approx(MEAN) and record["seed"] == 0
 
 
-def test_flags_win_over_the_runs_and_are_said(run, judged):
+def test_flags_win_over_the_runs_and_are_said(run, evaluates):
     flags = ["--device=cpu", "--samples=8", "--attacks=fgsm"]
-    status, output, _ = judged(run, *flags, "--epsilons=2", "--seed=3", "--mean=0.5,0.5,0.5")
+    status, output, _ = evaluates(run, *flags, "--epsilons=2", "--seed=3", "--mean=0.5,0.5,0.5")
     assert status == 0 and "epsilon 2 instead of the run's 4" in output
     assert "--seed 3 instead of the run's 0" in output
     assert "--mean 0.5,0.5,0.5 instead of the run's default" in output
     assert rows_of(output)[0][:4] == ["fgsm", "2", "2", "8"]
-    status, output, _ = judged(run, *flags)
+    status, output, _ = evaluates(run, *flags)
     assert rows_of(output)[0][:4] == ["fgsm", "4", "4", "8"] and "instead of the run" not in output
     assert len(json.loads((run / "evaluation.json").read_text())) == 2 and not (run / "eval.log").exists()
 
 
-def test_an_l2_run_is_trained_and_evaluated_in_l2(tmp_path, call, judged, short, small_dummy, monkeypatch):
+def test_an_l2_run_is_trained_and_evaluated_in_l2(tmp_path, call, evaluates, short, small_dummy, monkeypatch):
     folder, flags = tmp_path / "run", [*SMALL, "--method=fgsm-rs", "--norm=l_2", "--epsilon=128"]
     attacked, watched, steps, signs = [], [], robustness.attack_steps, collapse.signs
     monkeypatch.setattr(robustness, "attack_steps", lambda model, images, attack, *rest: (
@@ -352,11 +352,12 @@ def test_an_l2_run_is_trained_and_evaluated_in_l2(tmp_path, call, judged, short,
     assert json.loads((folder / "final.json").read_text())["norm"] == "l_2"
     assert "is complete" in call("train_cifar.py", *flags, "--test-samples=8", "--last-samples=8", "--fname", folder,
                                  "--resume=auto")[1]
-    status, output, _ = judged(folder, "--device=cpu", "--samples=8", "--attacks=clean,fgsm,pgd-2-1,cw,apgd-ce")
+    status, output, _ = evaluates(folder, "--device=cpu", "--samples=8", "--attacks=clean,fgsm,pgd-2-1,cw,apgd-ce")
     assert status == 0 and f"\n{folder}/state.pth, norm l_2\n" in output
     assert [row[:2] for row in rows_of(output)] == [
         ["clean", ""], *([name, "128"] for name in ("fgsm", "pgd-2-1", "cw", "apgd-ce", "worst case"))]
-    status, output, _ = judged(folder, "--device=cpu", "--samples=8", "--attacks=fgsm", "--norm=l_inf", "--epsilons=8")
+    status, output, _ = evaluates(folder, "--device=cpu", "--samples=8", "--attacks=fgsm", "--norm=l_inf",
+                                  "--epsilons=8")
     assert status == 0 and "--norm l_inf instead of the run's l_2" in output and ", norm" not in output
     first, second = json.loads((folder / "evaluation.json").read_text())
     assert (first["norm"], second["norm"]) == ("l_2", "l_inf")
@@ -375,42 +376,42 @@ def test_attacks_take_the_norm_of_the_run(norm, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ['[{"a": 1},', "{}", "[1]"])
-def test_damaged_evaluations_are_found_before_anything_is_measured(content, run, judged, call, monkeypatch):
+def test_damaged_evaluations_are_found_before_anything_is_measured(content, run, evaluates, call, monkeypatch):
     (run / "evaluation.json").write_text(content)
     monkeypatch.setattr(evaluation, "attack_steps", None)
     shutil.copytree(run, run.parent / "sound").joinpath("evaluation.json").unlink()
     for networks in ([run], [run.parent / "sound", run]):
-        one_line(judged(*networks, "--device=cpu", "--samples=8", "--attacks=clean"), "evaluation.json is damaged")
-    one_line(judged(run.parent / "sound", run / "model_7.pth", "--device=cpu"), "model_7.pth is missing")
+        one_line(evaluates(*networks, "--device=cpu", "--samples=8", "--attacks=clean"), "evaluation.json is damaged")
+    one_line(evaluates(run.parent / "sound", run / "model_7.pth", "--device=cpu"), "model_7.pth is missing")
     one_line(call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run),
              "evaluation.json is damaged")
     assert (run / "evaluation.json").read_text() == content
 
 
 @pytest.mark.parametrize("robust_images", ["zz", "ff00ff", "07ff", "", None, ["ff"], "00"])
-def test_damaged_robust_images_are_one_line_of_error(robust_images, run, judged):
+def test_damaged_robust_images_are_one_line_of_error(robust_images, run, evaluates):
     flags = [run, "--device=cpu", "--samples=8", "--attacks=clean,fgsm"]
-    assert judged(*flags)[0] == 0
+    assert evaluates(*flags)[0] == 0
     record, = json.loads((run / "evaluation.json").read_text())
     record["attacks"][0] |= {"robust_images": robust_images, "robust": 3}
     (run / "evaluation.json").write_text(json.dumps([record]))
-    one_line(judged(*flags), "evaluation.json is damaged")
-    assert judged(*flags, "--again")[0] == 0
+    one_line(evaluates(*flags), "evaluation.json is damaged")
+    assert evaluates(*flags, "--again")[0] == 0
 
 
-def test_at_a_full_disk_what_was_measured_is_shown_and_autoattacks_work_is_kept(run, judged, short, monkeypatch):
+def test_at_a_full_disk_what_was_measured_is_shown_and_autoattacks_work_is_kept(run, evaluates, short, monkeypatch):
     def full(folder, record, before):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run / "evaluation.json"))
     flags = [run, "--device=cpu", "--samples=8", "--attacks=clean,apgd-ce"]
     with monkeypatch.context() as patch:
         patch.setattr(folders, "add_evaluation", full)
-        status, output, error = judged(*flags)
+        status, output, error = evaluates(*flags)
     assert status == 1 and [row[0] for row in rows_of(output)] == ["clean", "apgd-ce"] and "No space left" in error
     assert (run / ".apgd-ce-4.json").exists()
-    assert judged(*flags)[0] == 0 and not (run / ".apgd-ce-4.json").exists()
+    assert evaluates(*flags)[0] == 0 and not (run / ".apgd-ce-4.json").exists()
 
 
-def test_each_row_is_printed_and_kept_when_it_is_known(run, judged, monkeypatch):
+def test_each_row_is_printed_and_kept_when_it_is_known(run, evaluates, monkeypatch):
     """A signal during the third attack costs that attack alone."""
     flags = [run, "--device=cpu", "--samples=8", "--attacks=clean,fgsm,pgd-5-2"]
     steps = evaluation.attack_steps
@@ -422,12 +423,12 @@ def test_each_row_is_printed_and_kept_when_it_is_known(run, judged, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "attack_steps", stopped)
-        status, output, error = judged(*flags)
+        status, output, error = evaluates(*flags)
     assert (status, error) == (130, "evaluate.py: stopped by SIGINT\n".replace("evaluate.py", Path(sys.argv[0]).name))
     assert [row[0] for row in rows_of(output)] == ["clean", "fgsm"]
     partial, = json.loads((run / "evaluation.json").read_text())
     assert [row["attack"] for row in partial["attacks"]] == ["clean", "fgsm"]
-    status, output, _ = judged(*flags)
+    status, output, _ = evaluates(*flags)
     kept, whole = json.loads((run / "evaluation.json").read_text())
     assert status == 0 and kept == partial and len({len(line) for line in output.splitlines() if "|" in line}) == 1
     assert [row["attack"] for row in whole["attacks"]] == ["clean", "fgsm", "pgd-5-2", "worst case"]
@@ -449,7 +450,7 @@ def test_a_stopped_eval_keeps_the_epochs_evaluation(run, call, monkeypatch):
     assert len((run / "eval.log").read_text().splitlines()) == 2
 
 
-def test_a_disk_that_is_full_for_a_while_costs_no_row(run, judged, monkeypatch):
+def test_a_disk_that_is_full_for_a_while_costs_no_row(run, evaluates, monkeypatch):
     write, failures = Folder.write, [True]
 
     def full_once(folder, name, text):
@@ -459,32 +460,32 @@ def test_a_disk_that_is_full_for_a_while_costs_no_row(run, judged, monkeypatch):
         write(folder, name, text)
 
     monkeypatch.setattr(Folder, "write", full_once)
-    status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=clean,fgsm")
+    status, output, _ = evaluates(run, "--device=cpu", "--samples=8", "--attacks=clean,fgsm")
     record, = json.loads((run / "evaluation.json").read_text())
     assert status == 0 and "cannot be written: No space left" in output and len(record["attacks"]) == 2
 
 
-def test_a_network_in_a_folder_that_cannot_be_written_is_measured(run, judged, call, short, monkeypatch, tmp_path):
+def test_a_network_in_a_folder_that_cannot_be_written_is_measured(run, evaluates, call, short, monkeypatch, tmp_path):
     before = sorted(path.name for path in run.iterdir())
     monkeypatch.setattr(os, "access", lambda path, mode: not str(path).startswith(str(run)))
     flags = [run, "--device=cpu", "--samples=8", "--attacks=clean,apgd-ce"]
-    status, output, error = judged(*flags)
+    status, output, error = evaluates(*flags)
     assert (status, error) == (0, "") and "will not be saved" in output and len(rows_of(output)) == 2
     status, output, error = call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run)
     assert (status, error) == (0, "") and "will not be saved" in output and len(rows_of(output)) == 4
     for _ in range(2):
-        status, output, _ = judged(*flags, "--again", "--out", tmp_path / "new" / "folder")
+        status, output, _ = evaluates(*flags, "--again", "--out", tmp_path / "new" / "folder")
         assert status == 0 and "will not be saved" not in output
     assert [path.name for path in (tmp_path / "new" / "folder").glob("[!.]*")] == ["evaluation.json"]
     assert len(json.loads((tmp_path / "new" / "folder" / "evaluation.json").read_text())) == 2
     assert sorted(path.name for path in run.iterdir()) == before
-    one_line(judged(*flags, "--out", run / "results"), "--out")
+    one_line(evaluates(*flags, "--out", run / "results"), "--out")
 
 
 @pytest.mark.parametrize("fault, writable, status, kept", [
     (errno.EPIPE, True, 1, ["clean", "fgsm"]), (errno.ENOSPC, True, 0, ["clean", "fgsm", "cw", "worst case"]),
     (errno.ENOSPC, False, 1, None)])
-def test_a_row_that_cannot_be_printed_is_kept(fault, writable, status, kept, run, judged, monkeypatch):
+def test_a_row_that_cannot_be_printed_is_kept(fault, writable, status, kept, run, evaluates, monkeypatch):
     """Where there is no record either, the program ends."""
     flags = [run, "--device=cpu", "--samples=8", "--attacks=clean,fgsm,cw"]
     write = tqdm.write
@@ -498,15 +499,15 @@ def test_a_row_that_cannot_be_printed_is_kept(fault, writable, status, kept, run
     monkeypatch.setattr(console, "discard", lambda stream: None)
     if not writable:
         monkeypatch.setattr(os, "access", lambda path, mode: False)
-    assert judged(*flags)[0] == status
+    assert evaluates(*flags)[0] == status
     assert (run / "evaluation.json").exists() == bool(kept)
     if kept:
         record, = json.loads((run / "evaluation.json").read_text())
         assert [row["attack"] for row in record["attacks"]] == kept
 
 
-def test_a_step_is_shown_and_can_be_given(run, judged):
-    status, output, _ = judged(run, "--device=cpu", "--samples=24", "--epsilons=4,8",
+def test_a_step_is_shown_and_can_be_given(run, evaluates):
+    status, output, _ = evaluates(run, "--device=cpu", "--samples=24", "--epsilons=4,8",
                                "--attacks=clean,fgsm,cw,pgd-5-1,pgd-5-1-1,pgd-5-1-2.5")
     steps = {(row[0], row[1]): row[2] for row in rows_of(output)}
     assert status == 0 and steps == {
@@ -519,22 +520,22 @@ def test_a_step_is_shown_and_can_be_given(run, judged):
     assert rows["pgd-5-1-2.5", 8]["step"] == pytest.approx(2.5) and rows["clean", 0]["step"] is None
     assert rows["pgd-5-1", 4]["robust"] == rows["pgd-5-1-1", 4]["robust"]
     for wrong in ("pgd-5-1-x", "pgd-5-1-1-1", "pgd-5-1-"):
-        one_line(judged(run, f"--attacks={wrong}"), "pgd-STEPS-RESTARTS-STEP")
+        one_line(evaluates(run, f"--attacks={wrong}"), "pgd-STEPS-RESTARTS-STEP")
 
 
 @pytest.mark.parametrize("attack, epsilon, weak", [
     ("pgd-1-1", 4, True), ("pgd-3-1-2", 8, True), ("pgd-2-9-3.9", 8, True), ("pgd-4-1", 0.7, False),
     ("pgd-10-1-0.8", 8, False), ("fgsm", 4, False), ("cw", 4, False), ("pgd-1-1", 0, False)])
-def test_pgd_that_cannot_cross_the_ball_gets_a_note(attack, epsilon, weak, run, judged):
-    status, output, _ = judged(run, "--device=cpu", "--samples=8", f"--attacks={attack}", f"--epsilons={epsilon}")
+def test_pgd_that_cannot_cross_the_ball_gets_a_note(attack, epsilon, weak, run, evaluates):
+    status, output, _ = evaluates(run, "--device=cpu", "--samples=8", f"--attacks={attack}", f"--epsilons={epsilon}")
     assert status == 0 and (f"# {attack}, epsilon {epsilon}: " in output) == ("cannot reach" in output) == weak
 
 
-def test_an_attack_that_may_take_minutes_is_announced(run, judged, short, monkeypatch):
+def test_an_attack_that_may_take_minutes_is_announced(run, evaluates, short, monkeypatch):
     """With a second a pass: 8 images, then those that the attacks before left robust."""
     monkeypatch.setattr(evaluation, "pace", lambda job: 1.0)
     flags = [run, "--device=cpu", "--samples=8", "--attacks=clean,fgsm,pgd-5-20,pgd-5-20-2,apgd-ce", "--epsilons=4"]
-    status, output, _ = judged(*flags)
+    status, output, _ = evaluates(*flags)
     _, fgsm, pgd, *_ = (int(8 * float(row[4].rstrip("%")) / 100 + 0.5) for row in rows_of(output))
     lines = [line for line in output.splitlines() if line.startswith("# ")]
     assert status == 0 and 0 < pgd <= fgsm < 8 and lines == [
@@ -542,10 +543,10 @@ def test_an_attack_that_may_take_minutes_is_announced(run, judged, short, monkey
         f"# pgd-5-20-2, epsilon 4: may take {duration(300 * pgd)}",
         f"# apgd-ce, epsilon 4: may take {duration(300 * pgd)}"]
     monkeypatch.setattr(evaluation, "pace", lambda job: 1e-4)
-    assert "may take" not in judged(*flags, "--again")[1]
+    assert "may take" not in evaluates(*flags, "--again")[1]
 
 
-def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
+def test_a_mistake_is_one_line(run, evaluates, tmp_path, monkeypatch):
     torch.save(narrow(), tmp_path / "alone.pt")
     (tmp_path / "empty").mkdir()
     for flags, told in (([tmp_path / "alone.pt"], "add --data-set"), ([tmp_path / "none.pt"], "none.pt is missing"),
@@ -557,10 +558,10 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
                         ([run, "--std=0.5,0,0.5"], "must be three numbers above 0"),
                         ([run, "--model=WideResNet"], "another architecture"),
                         ([run, "--model=WideResNet", "--shortcut=raw"], "--shortcut raw is for PreActResNet18")):
-        status, _, error = judged(*flags)
+        status, _, error = evaluates(*flags)
         assert status == 2 and told in error and error.count("\n") == 1 and "--resume" not in error, error
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    status, _, error = judged(run, "--attacks=square")
+    status, _, error = evaluates(run, "--attacks=square")
     assert status == 2 and error.endswith("pip install pyautoattack\n")
 
 
@@ -568,12 +569,12 @@ def test_a_mistake_is_one_line(run, judged, tmp_path, monkeypatch):
     (["--epsilons=0.031"], "--epsilons=0.031 means 0.031/255: did you mean 7.9"),
     (["--mean=125.3,123,113.9", "--std=63,62.1,66.7"], "--mean is of pixels in [0, 1]: did you mean 0.491,0.482"),
     (["--epsilons=1", "--mean=1,0,0"], "")])
-def test_a_value_in_another_unit_gets_a_hint(flags, hint, run, judged):
-    status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=fgsm", *flags)
+def test_a_value_in_another_unit_gets_a_hint(flags, hint, run, evaluates):
+    status, output, _ = evaluates(run, "--device=cpu", "--samples=8", "--attacks=fgsm", *flags)
     assert status == 0 and (f"# warning: {hint}" in output if hint else "did you mean" not in output)
 
 
-def test_a_network_without_finite_outputs_is_refused_and_never_right(run, judged, call):
+def test_a_network_without_finite_outputs_is_refused_and_never_right(run, evaluates, call):
     for name in ("state.pth", "model_1.pth"):
         saved = torch.load(run / name, weights_only=True)
         weights = saved.get("model", saved)
@@ -581,7 +582,7 @@ def test_a_network_without_finite_outputs_is_refused_and_never_right(run, judged
         weights["linear.weight"] += 1e37
         torch.save(saved, run / name)
     for flags in (["--attacks=clean"], ["--attacks=fgsm"], ["--attacks=square"]):
-        one_line(judged(run, "--device=cpu", "--samples=8", *flags), "produces non-finite outputs")
+        one_line(evaluates(run, "--device=cpu", "--samples=8", *flags), "produces non-finite outputs")
     one_line(call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run), "non-finite outputs")
 
     class Nothing(nn.Module):
@@ -595,40 +596,40 @@ def test_a_network_without_finite_outputs_is_refused_and_never_right(run, judged
 
 @pytest.mark.parametrize("flags, doubted", [
     (["--epsilons=2"], False), (["--seed=3"], False), (["--data-set=cifar10"], False), (["--mean=0.5,0.5,0.5"], True)])
-def test_only_flags_that_change_the_network_have_it_checked(flags, doubted, run, judged):
-    status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=clean", *flags)
+def test_only_flags_that_change_the_network_have_it_checked(flags, doubted, run, evaluates):
+    status, output, _ = evaluates(run, "--device=cpu", "--samples=8", "--attacks=clean", *flags)
     assert status == 0 and ("BatchNorm" in output) == doubted
 
 
-def test_an_edited_flag_of_a_run_is_one_line_that_names_it(run, judged, call, call_main):
+def test_an_edited_flag_of_a_run_is_one_line_that_names_it(run, evaluates, call, call_main):
     whole = (run / "args.json").read_text()
     for name, value in (("model", "PreActResNet19"), ("epsilon", "x"), ("epsilon", -1), ("base_width", 0),
                         ("shortcut", "x"), ("mean", [0.5, 0.5]), ("std", [0.5, 0, 0.5]), ("seed", -1),
                         ("epsilon", None), ("epochs", None), ("model", {}), ("test_iters", -1), ("batch_size", 1.5),
                         ("attack", "x"), ("dummy", "yes"), ("amp", 1), ("lr_max", True)):
         edit(run, args={name: value})
-        for result in (judged(run, "--device=cpu", "--samples=8", "--attacks=clean"), call_main(figures, run),
+        for result in (evaluates(run, "--device=cpu", "--samples=8", "--attacks=clean"), call_main(figures, run),
                        call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run)):
             one_line(result, f"{run / 'args.json'}: --{name.replace('_', '-')} ")
         (run / "args.json").write_text(whole)
     for statement in ({"mean": "x"}, {"std": [1, 0, 1]}, {"classes": 0}, {"classes": [10]}, {"mean": 1}, {"source": 1},
                       {"source": "os:system"}, {"side": "x"}, {"side": 1}):
         edit(run, statement=statement)
-        one_line(judged(run, "--device=cpu", "--samples=8", "--attacks=clean"), "args.json is damaged")
+        one_line(evaluates(run, "--device=cpu", "--samples=8", "--attacks=clean"), "args.json is damaged")
         (run / "args.json").write_text(whole)
     edit(run, args={"epsilon": "4/255", "seed": "0"})  # numbers all the same
-    status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=fgsm")
+    status, output, _ = evaluates(run, "--device=cpu", "--samples=8", "--attacks=fgsm")
     assert status == 0 and rows_of(output)[0][:4] == ["fgsm", "4", "4", "8"]
 
 
-def test_the_state_of_a_run_is_believed_before_an_edited_args_json(run, judged, call):
+def test_the_state_of_a_run_is_believed_before_an_edited_args_json(run, evaluates, call):
     expected = {which: checkpoints.fingerprint(load_run(run, which)[0]) for which in ("last", "best")}
     edit(run, args={"epsilon": 2, "mean": [0.5, 0.5, 0.5], "shortcut": "raw"})
     for which in ("last", "best"):
         model, args = load_run(run, which)
         assert checkpoints.fingerprint(model) == expected[which]
         assert (args.epsilon, args.mean, args.shortcut) == (4, None, "activated")
-    status, output, _ = judged(run, "--device=cpu", "--samples=8", "--attacks=fgsm")
+    status, output, _ = evaluates(run, "--device=cpu", "--samples=8", "--attacks=fgsm")
     assert status == 0 and rows_of(output)[0][:4] == ["fgsm", "4", "4", "8"] and "BatchNorm" not in output
     assert "--mean is None, from the checkpoint; args.json says (0.5, 0.5, 0.5)" in output
     status, output, _ = call("train_cifar.py", "--eval", "--resume=auto", "--device=cpu", "--fname", run)
@@ -677,17 +678,17 @@ def test_the_final_evaluation_is_of_the_best_model_if_asked(more, name, run, cal
 # Several networks
 
 
-def test_what_evaluation_json_holds_is_not_measured_again(run, judged, short, monkeypatch, capsys):
+def test_what_evaluation_json_holds_is_not_measured_again(run, evaluates, short, monkeypatch, capsys):
     flags = [run, "--device=cpu", "--samples=24", "--attacks=clean,fgsm,pgd-2-2,apgd-ce", "--epsilons=4,8"]
-    _, first, _ = judged(*flags)
+    _, first, _ = evaluates(*flags)
     file = run / "evaluation.json"
     before = file.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "attack_steps", None), patch.setattr(evaluation, "AutoAttack", None)
-        status, output, _ = judged(*flags)
+        status, output, _ = evaluates(*flags)
         assert status == 0 and rows_of(output) == rows_of(first) and len(rows_of(first)) == 9
         assert "--again): clean; fgsm, epsilon 4; fgsm, epsilon 8; pgd-2-2, eps" in output
-        assert judged(run, "--device=cpu", "--samples=24", "--attacks=fgsm", "--epsilons=8")[0] == 0
+        assert evaluates(run, "--device=cpu", "--samples=24", "--attacks=fgsm", "--epsilons=8")[0] == 0
         saved = torch.load(run / "state.pth", weights_only=True)
         shutil.copytree(run, run.parent / "other")
         saved["model"]["linear.bias"] += 1
@@ -696,27 +697,27 @@ def test_what_evaluation_json_holds_is_not_measured_again(run, judged, short, mo
                       [run, "--attacks=clean,pgd-2-3"], [run, "--mean=0.5,0.5,0.5"], [run, "--amp"],
                       [run.parent / "other"]):
             with pytest.raises(TypeError, match="'NoneType' object is not callable"):
-                judged(other[0], *flags[1:], *other[1:])
+                evaluates(other[0], *flags[1:], *other[1:])
     assert file.read_bytes() == before and capsys.readouterr()
     seen = []
     steps = evaluation.attack_steps
     monkeypatch.setattr(evaluation, "attack_steps", lambda model, images, attack, *rest: (
         seen.append(attack.loss), steps(model, images, attack, *rest))[1])
-    _, output, _ = judged(*flags[:-2], "--attacks=clean,fgsm,cw", "--epsilons=8")
+    _, output, _ = evaluates(*flags[:-2], "--attacks=clean,fgsm,cw", "--epsilons=8")
     assert seen == ["cw"] and [row[0] for row in rows_of(output)] == ["clean", "fgsm", "cw", "worst case"]
-    _, again, _ = judged(*flags[:-2], "--attacks=clean,fgsm,cw", "--epsilons=8", "--again")
+    _, again, _ = evaluates(*flags[:-2], "--attacks=clean,fgsm,cw", "--epsilons=8", "--again")
     assert [row[:-1] for row in rows_of(output)] == [row[:-1] for row in rows_of(again)]  # but for the seconds
     assert len(json.loads(file.read_text())) == 3
 
 
-def test_a_row_of_another_step_or_another_network_of_the_record_is_not_taken(run, judged, call, monkeypatch):
+def test_a_row_of_another_step_or_another_network_of_the_record_is_not_taken(run, evaluates, call, monkeypatch):
     """--eval takes --pgd-alpha as its step, and its final evaluation may be of the best model."""
     flags = ["--eval", "--resume=auto", "--device=cpu", "--pgd-alpha=3", "--last-samples=48", "--test-samples=48"]
     assert call("train_cifar.py", *flags, "--fname", run)[0] == 0
     record, = json.loads((run / "evaluation.json").read_text())
     record["attacks"][1]["file"] = "model_best.pth"
     (run / "evaluation.json").write_text(json.dumps([record]))
-    _, output, _ = judged(run, "--device=cpu", "--samples=48", "--attacks=clean,fgsm,pgd-2-1")
+    _, output, _ = evaluates(run, "--device=cpu", "--samples=48", "--attacks=clean,fgsm,pgd-2-1")
     assert "--again): clean\n" in output
 
 
@@ -758,7 +759,7 @@ def test_networks_are_compared_in_one_table_a_row_for_runs_that_differ_in_the_se
     assert "deviation" not in caption and str(apart[1][2]).startswith("51.00 (")
 
 
-def test_evaluate_ends_with_the_table_and_reads_the_test_set_once(run, judged, monkeypatch, tmp_path):
+def test_evaluate_ends_with_the_table_and_reads_the_test_set_once(run, evaluates, monkeypatch, tmp_path):
     for seed in (1, 2):
         shutil.copytree(run, tmp_path / f"{seed}")
         edit(tmp_path / f"{seed}", args={"seed": seed})
@@ -768,7 +769,7 @@ def test_evaluate_ends_with_the_table_and_reads_the_test_set_once(run, judged, m
     flags = [run, tmp_path / "1", tmp_path / "2", tmp_path / "published.pt", run, "--device=cpu", "--samples=24",
              "--attacks=clean,fgsm", "--epsilons=8", "--data-set=cifar10", "--dummy", "--base-width=4"]
     tables = [f"--csv={tmp_path / 'x.csv'}", f"--latex={tmp_path / 'x.tex'}"]
-    status, output, error = judged(*flags, *tables)
+    status, output, error = evaluates(*flags, *tables)
     assert (status, error, len(read)) == (0, "", 1)
     head, seeds, published, caption = output.splitlines()[-4:]
     assert head.split()[:3] == ["network", "images", "clean"] and re.search(r"\(3 seeds\) +24 ", seeds)
@@ -780,16 +781,16 @@ def test_evaluate_ends_with_the_table_and_reads_the_test_set_once(run, judged, m
     assert lines[0][:5] == ["network", "images", "clean", "clean deviation", "clean low"] and len(lines) == 3
     assert lines[1][2:4] == [clean[0][4].rstrip("%"), "0.00"] and lines[1][4] == "" != lines[2][4]
     assert r"(3 seeds) & 24 & " in (tmp_path / "x.tex").read_text()
-    one_line(judged(*flags, f"--csv={tmp_path / 'none' / 'x.csv'}"), "--csv: must be a file in a folder")
+    one_line(evaluates(*flags, f"--csv={tmp_path / 'none' / 'x.csv'}"), "--csv: must be a file in a folder")
 
 
-def test_a_table_of_different_test_images_has_a_warning(run, call, judged, tmp_path):
+def test_a_table_of_different_test_images_has_a_warning(run, call, evaluates, tmp_path):
     assert call("train_cifar100.py", *RUN, "--fname", tmp_path / "other")[0] == 0
     flags = ["--device=cpu", "--samples=8", "--attacks=clean"]
-    status, output, _ = judged(run, tmp_path / "other", *flags)
+    status, output, _ = evaluates(run, tmp_path / "other", *flags)
     warning = output.splitlines()[-1]
     assert status == 0 and "# warning: " in warning and "synthetic CIFAR-10, synthetic CIFAR-100" in warning
-    assert "test images differ" not in judged(run, run / "model_1.pth", *flags)[1]
+    assert "test images differ" not in evaluates(run, run / "model_1.pth", *flags)[1]
 
 
 # A network of one's own
@@ -831,14 +832,14 @@ def own(tmp_path, monkeypatch):
     return name
 
 
-def test_a_network_of_ones_own_is_judged_and_compared(own, run, judged, tmp_path):
+def test_a_network_of_ones_own_is_judged_and_compared(own, run, evaluates, tmp_path):
     flags = ["--data-set=cifar10", "--dummy", "--device=cpu", "--samples=48", "--attacks=clean,pgd-3-2", "--epsilons=2"]
-    status, output, _ = judged(f"--network={own}:Net", *flags)  # imports the module
+    status, output, _ = evaluates(f"--network={own}:Net", *flags)  # imports the module
     assert status == 0 and "in [0, 1]" in output and "will not be saved" in output
     network = trained(sys.modules[own].Net())
     torch.save({"net": {f"module.{name}": value for name, value in network.state_dict().items()}}, "weights.pt")
     flags += ["--mean=0.5,0.4,0.3", "--std=0.5,0.25,0.125"]
-    status, output, error = judged(run, f"--network={own}:sized", "--weights=weights.pt", *flags)
+    status, output, error = evaluates(run, f"--network={own}:sized", "--weights=weights.pt", *flags)
     assert (status, error) == (0, "") and output.splitlines()[-2].startswith(f"{own}:sized  48 ")
     images = data.testing(options.CIFAR10, "", True)[:48]
     model = nn.Sequential(Normalize((0.5, 0.4, 0.3), (0.5, 0.25, 0.125)), network)
@@ -848,7 +849,7 @@ def test_a_network_of_ones_own_is_judged_and_compared(own, run, judged, tmp_path
     assert rows["clean"] == result.right.sum() and rows["pgd-3-2"] == result.robust.sum() < rows["clean"]
     assert (record["model"], record["mean"]) == (f"{own}:sized", pytest.approx([0.5, 0.4, 0.3]))
     assert "base_width" not in record and record["file"] == f"{own}:sized, weights.pt"
-    assert "clean; pgd-3-2, epsilon 2" in judged(f"--network={own}:sized", "--weights=weights.pt", *flags)[1]
+    assert "clean; pgd-3-2, epsilon 2" in evaluates(f"--network={own}:sized", "--weights=weights.pt", *flags)[1]
 
 
 def test_torchvisions_network_has_its_weights(tmp_path):
@@ -874,10 +875,10 @@ def test_torchvisions_network_has_its_weights(tmp_path):
     (["--network={own}:Net", "--data-set=cifar10", "--weights=none.pt"], "none.pt is missing"),
     (["--network={own}:Net", "--data-set=cifar10", "--weights=other.pt"], "other.pt is of another architecture: li"),
     (["--network={own}:Net", "--data-set=cifar10", "--weights=bare.pt"], "bare.pt is of another architecture: bn.")])
-def test_a_mistake_about_a_network_of_ones_own_is_one_line(flags, told, own, judged, small_dummy):
+def test_a_mistake_about_a_network_of_ones_own_is_one_line(flags, told, own, evaluates, small_dummy):
     torch.save({"linear.weight": torch.zeros(4, 3), "linear.bias": torch.zeros(4)}, "other.pt")
     torch.save({"linear.weight": torch.zeros(10, 3), "linear.bias": torch.zeros(10)}, "bare.pt")
-    one_line(judged(*(flag.format(own=own) for flag in flags), "--device=cpu"), told)
+    one_line(evaluates(*(flag.format(own=own) for flag in flags), "--device=cpu"), told)
 
 
 def test_batchnorm_layers_of_other_kinds_are_not_compared():
@@ -945,7 +946,7 @@ def test_autoattack_finds_what_its_authors_evaluation_finds(batch_size, norm, na
 
 @pytest.mark.parametrize("flags, low", [([], "float32"), (["--amp"], "bfloat16"), (["--tf32"], "float32"),
                                         (["--amp", "--amp-dtype=float16"], "float16")])
-def test_attacks_run_in_a_lower_precision_where_asked(flags, low, tmp_path, judged, short, monkeypatch):
+def test_attacks_run_in_a_lower_precision_where_asked(flags, low, tmp_path, evaluates, short, monkeypatch):
     """On a CPU, TF32 does not exist; AutoAttack is in float32 always."""
     seen, convolve = set(), nn.Conv2d.forward
 
@@ -961,7 +962,7 @@ def test_attacks_run_in_a_lower_precision_where_asked(flags, low, tmp_path, judg
                "--samples=32"]
     for attack, precision in (("pgd-1-1", low), ("apgd-ce", "float32")):
         seen.clear()
-        assert judged(*command, f"--attacks={attack}", *flags)[0] == 0
+        assert evaluates(*command, f"--attacks={attack}", *flags)[0] == 0
         assert {name for name, attacking in seen if attacking} == {precision}
         assert {name for name, attacking in seen if not attacking} == {"float32"}
         assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["precision"] == low
@@ -1061,7 +1062,7 @@ def test_autoattack_is_for_few_classes_too(classes, tmp_path, short):
     assert torch.equal(robust, whole.run_standard_evaluation(x, y, batch_size=24)[1] == y)
 
 
-def test_a_part_for_more_classes_is_refused_before_the_first_attack(run, judged, short, monkeypatch):
+def test_a_part_for_more_classes_is_refused_before_the_first_attack(run, evaluates, short, monkeypatch):
     open_run = evaluation.open_run
 
     def three(*given, **flags):
@@ -1069,13 +1070,13 @@ def test_a_part_for_more_classes_is_refused_before_the_first_attack(run, judged,
         return opened._replace(dataset=replace(opened.dataset, classes=3))
 
     monkeypatch.setattr(evaluation, "open_run", three)
-    one_line(judged(run, "--attacks=clean,apgd-t", "--device=cpu"), "apgd-t needs four classes")
-    status, output, _ = judged(run, "--attacks=autoattack", "--device=cpu", "--samples=4")
+    one_line(evaluates(run, "--attacks=clean,apgd-t", "--device=cpu"), "apgd-t needs four classes")
+    status, output, _ = evaluates(run, "--attacks=autoattack", "--device=cpu", "--samples=4")
     assert status == 0 and "autoattack is apgd-ce, fab-t, square: apgd-t needs four classes" in output
 
 
 @pytest.mark.parametrize("part", options.PARTS)
-def test_a_signal_within_a_batch_of_autoattack_is_answered_at_the_next_pass(part, run, judged, short, monkeypatch):
+def test_a_signal_within_a_batch_of_autoattack_is_answered_at_the_next_pass(part, run, evaluates, short, monkeypatch):
     calls, logits = [], AutoAttack.logits
 
     def signalled(attack, x):
@@ -1085,7 +1086,7 @@ def test_a_signal_within_a_batch_of_autoattack_is_answered_at_the_next_pass(part
         return logits(attack, x)
 
     monkeypatch.setattr(AutoAttack, "logits", signalled)
-    status, output, error = judged(run, "--device=cpu", "--samples=8", f"--attacks=clean,{part}")
+    status, output, error = evaluates(run, "--device=cpu", "--samples=8", f"--attacks=clean,{part}")
     assert status == 143 and error.endswith("stopped by SIGTERM\n") and len(calls) == 3
     assert [row[0] for row in rows_of(output)] == ["clean"]
 
@@ -1135,13 +1136,13 @@ def test_every_attack_that_needs_a_gradient_says_where_there_is_none(attack, tmp
         assert [warning for warning in record["warnings"] if warning in told] == told
 
 
-def test_a_quantized_input_is_warned_of_where_autoattack_is_far_under_pgd(tmp_path, judged, short, monkeypatch):
+def test_a_quantized_input_is_warned_of_where_autoattack_is_far_under_pgd(tmp_path, evaluates, short, monkeypatch):
     job = job_of(Masked("quantized"), tmp_path, 40)
     args = options.parse(job.opened.dataset, argv=[])
     monkeypatch.setattr(short, "queries", 1000)
     monkeypatch.setattr(evaluation, "open_run", lambda *given, **flags: job.opened._replace(args=args))
     monkeypatch.setattr(evaluation, "testing", lambda *given: job.images)
-    status, output, error = judged("own", "--attacks=pgd-10-2,autoattack", "--epsilons=4", "--device=cpu")
+    status, output, error = evaluates("own", "--attacks=pgd-10-2,autoattack", "--epsilons=4", "--device=cpu")
     assert (status, error) == (0, "")
     record, = json.loads((tmp_path / "evaluation.json").read_text())
     pgd, autoattack, _ = record["attacks"]
@@ -1237,10 +1238,10 @@ def test_the_batch_size_changes_no_count(attack, tmp_path):
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2]) and 0 < found[0].sum() < 11
 
 
-def test_one_process_and_two_find_the_same_counts_in_batches_of_any_size(run, judged):
+def test_one_process_and_two_find_the_same_counts_in_batches_of_any_size(run, evaluates):
     flags = [run, "--device=cpu", "--samples=40", "--attacks=clean,fgsm,pgd-3-2", "--epsilons=4", "--again"]
     for batch_size in (1, 37, 512):
-        assert judged(*flags, f"--batch-size={batch_size}")[0] == 0
+        assert evaluates(*flags, f"--batch-size={batch_size}")[0] == 0
     done = together("evaluate.py", *flags, "--batch-size=37")
     assert done.returncode == 0, done.stderr
     records = json.loads((run / "evaluation.json").read_text())
@@ -1285,7 +1286,7 @@ def test_an_attack_finds_what_a_plain_loop_finds(attack, form, tmp_path):
 
 
 def test_results_are_those_of_robustbench_and_torchattacks(tmp_path):
-    """Image by image: torchattacks' PGD, too, is judged at every point, and has our random starts."""
+    """Image by image: torchattacks' PGD, too, is checked at every point, and has our random starts."""
     import robustbench.utils
     import torchattacks
 
@@ -1307,7 +1308,7 @@ def test_results_are_those_of_robustbench_and_torchattacks(tmp_path):
 
 
 def test_counts_in_l2_are_those_of_torchattacks(tmp_path):
-    """With starts of its own, and judged at every point."""
+    """With starts of its own, and checked at every point."""
     import torchattacks
 
     job = job_of(Double(mixed()), tmp_path, 300, 100)
@@ -1364,7 +1365,7 @@ def test_without_a_final_evaluation_a_run_is_complete(tmp_path, call, small_dumm
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_relative_data_dir_is_resolved_from_where_the_run_was_started(older, tmp_path, call, judged, monkeypatch):
+def test_a_relative_data_dir_is_resolved_from_where_the_run_was_started(older, tmp_path, call, evaluates, monkeypatch):
     project, other, moved = (tmp_path / name for name in ("project", "other", "moved"))
     write_cifar10(project / "data", monkeypatch)
     other.mkdir()
@@ -1373,20 +1374,20 @@ def test_a_relative_data_dir_is_resolved_from_where_the_run_was_started(older, t
     run = tmp_path / "runs" / "a"
     assert call("train_cifar.py", *flags, "--epochs=1", "--data-dir=data", "--fname", run)[0] == 0
     evaluate = ["--attacks=clean", "--device=cpu"]
-    assert judged(run, *evaluate, "--data-dir=data")[1].count("#") == 0  # not said to override the run's
+    assert evaluates(run, *evaluate, "--data-dir=data")[1].count("#") == 0  # not said to override the run's
     if older:
         saved = json.loads((run / "args.json").read_text())
         del saved["starts"][0]["folder"]
         (run / "args.json").write_text(json.dumps(saved))
     else:
         monkeypatch.chdir(other)
-        assert judged(f"../runs/{run.name}", *evaluate)[0] == 0
+        assert evaluates(f"../runs/{run.name}", *evaluate)[0] == 0
         assert call("train_cifar.py", *flags, "--eval", "--resume=auto", "--fname=../runs/a")[0] == 0
         assert load_run(run)[1].data_dir == "../project/data"
         assert not list(other.iterdir())
     project.rename(moved)
     monkeypatch.chdir(moved)
-    assert judged(run, *evaluate)[0] == 0
+    assert evaluates(run, *evaluate)[0] == 0
 
 
 def test_what_is_read_can_be_sent_to_other_processes(tmp_path, call, small_dummy):

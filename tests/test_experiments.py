@@ -281,7 +281,7 @@ UNWRITABLE = "/proc/none"  # a folder that not even root can make
 
 @pytest.mark.parametrize("module, flags, named", [
     (reproduce, ["tabel"], "tabel"), (reproduce, ["--scale=cpu", "--only=nope"], "--only"),
-    (reproduce, ["precision", "--scale=cpu"], "no runs at --scale cpu"), (reproduce, ["--seeds=0"], "--seeds"),
+    (reproduce, ["precision", "--scale=cpu"], "no runs at --scale=cpu"), (reproduce, ["--seeds=0"], "--seeds"),
     (reproduce, ["--scale=paper"], "needs a GPU"), (reproduce, ["--scale=smoke", "--runs", __file__], "--runs"),
     (reproduce, ["--runs="], "--runs"), (reproduce, ["--results="], "--results"), (report, ["--out="], "--out"),
     (report, ["--results", "FOLDER"], "holds no results"), (report, ["--results="], "--results"),

@@ -115,15 +115,15 @@ def test_the_card_says_that_the_network_collapsed(run, exported, tmp_path):
         assert "* Command: `python train_cifar.py --dummy" in card and "* Commit " in card
 
 
-def test_what_evaluate_measured_is_of_this_network_and_in_the_metadata(run, exported, judged, tmp_path):
+def test_what_evaluate_measured_is_of_this_network_and_in_the_metadata(run, exported, evaluates, tmp_path):
     flags = ["--device=cpu", "--samples=12", "--attacks=clean,pgd-2-1"]
-    one = rows_of(judged(run, *flags)[1])
-    assert judged(run / "model_0.pth", "--device=cpu", "--samples=11", "--attacks=fgsm")[0] == 0
+    one = rows_of(evaluates(run, *flags)[1])
+    assert evaluates(run / "model_0.pth", "--device=cpu", "--samples=11", "--attacks=fgsm")[0] == 0
     assert exported(run, f"--to={tmp_path / 'new/x.safetensors'}")[0] == 0
     rows = metadata(tmp_path / "new/x.safetensors")["accuracy"]
     assert [(row["attack"], row["n"]) for row in rows] == [
         ("clean", 12), ("fgsm", 8), ("pgd-1-1", 8), ("pgd-2-1", 12)]
-    again = rows_of(judged(tmp_path / "new/x.safetensors", *flags)[1])
+    again = rows_of(evaluates(tmp_path / "new/x.safetensors", *flags)[1])
     assert [row[:-1] for row in again] == [row[:-1] for row in one] and len(one) == 2
 
 
@@ -169,26 +169,27 @@ def test_a_strangers_safetensors_file_is_loaded_by_its_shapes(tmp_path):
 
 @pytest.mark.parametrize("known", ["{", "[]", "{}", '{"args": 1, "data_set": "CIFAR-10"}',
                                    '{"args": {}, "data_set": "CIFAR-10", "statement": {"name": 1}}'])
-def test_damaged_metadata_are_one_line(known, tmp_path, judged):
+def test_damaged_metadata_are_one_line(known, tmp_path, evaluates):
     save_file(PreActResNet18(base_width=4).state_dict(), tmp_path / "x.safetensors", {"singlestep": known})
-    one_line(judged(tmp_path / "x.safetensors", "--device=cpu", "--attacks=clean"),
+    one_line(evaluates(tmp_path / "x.safetensors", "--device=cpu", "--attacks=clean"),
              f"the metadata of {tmp_path / 'x.safetensors'} is damaged: export the network again")
 
 
-def test_a_wrong_flag_in_the_metadata_is_named(run, exported, tmp_path, judged):
+def test_a_wrong_flag_in_the_metadata_is_named(run, exported, tmp_path, evaluates):
     exported(run, f"--to={tmp_path / 'x.safetensors'}")
     known = metadata(tmp_path / "x.safetensors")
     known["args"]["base_width"] = "wide"
     save_file(load_file(tmp_path / "x.safetensors"), tmp_path / "x.safetensors", {"singlestep": json.dumps(known)})
-    one_line(judged(tmp_path / "x.safetensors", "--device=cpu"), "x.safetensors: --base-width must be a whole number")
+    one_line(evaluates(tmp_path / "x.safetensors", "--device=cpu"),
+             "x.safetensors: --base-width must be a whole number")
 
 
 @pytest.mark.parametrize("part", [0.5, 0.999])
-def test_a_truncated_file_is_one_line(part, run, exported, tmp_path, judged):
+def test_a_truncated_file_is_one_line(part, run, exported, tmp_path, evaluates):
     path = tmp_path / "x.safetensors"
     exported(run, f"--to={path}")
     path.write_bytes(path.read_bytes()[:int(part * path.stat().st_size)])
-    one_line(judged(path, "--device=cpu"), f"{path} is a safetensors file that was truncated or altered")
+    one_line(evaluates(path, "--device=cpu"), f"{path} is a safetensors file that was truncated or altered")
 
 
 def test_the_command_of_a_run_like_another_has_all_its_flags(run, exported, tmp_path):
@@ -260,7 +261,8 @@ def test_robustbench_loads_the_network_with_equal_logits(name, exported, tmp_pat
     assert torch.equal(network(X), logits(tmp_path / "x.pt", data_set="cifar10", **flags))
 
 
-def test_robustbenchs_card_has_its_fields_and_what_was_measured(run, exported, judged, tmp_path, through_robustbench):
+def test_robustbenchs_card_has_its_fields_and_what_was_measured(run, exported, evaluates, tmp_path,
+                                                                 through_robustbench):
     from robustbench.utils import ModelInfo
 
     records = [{"network": export.fingerprint(load_run(run)[0]), "attacks": [

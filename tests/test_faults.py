@@ -113,7 +113,7 @@ class Unwritable(io.TextIOWrapper):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.ESTALE, errno.EAGAIN])
-def test_a_standard_output_that_cannot_be_written_costs_nothing(number, tmp_path, call, judged, monkeypatch):
+def test_a_standard_output_that_cannot_be_written_costs_nothing(number, tmp_path, call, evaluates, monkeypatch):
     run = tmp_path / "run"
     warning = f"warning: standard output cannot be written ({os.strerror(number)}): continuing without it\n"
     with monkeypatch.context() as patch:
@@ -122,7 +122,7 @@ def test_a_standard_output_that_cannot_be_written_costs_nothing(number, tmp_path
     assert result == (0, "", warning) and (run / "final.json").exists() and len(epochs_of(run)) == 2
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", Unwritable(tmp_path / "screen", number))
-        assert judged(run, "--attacks=clean", "--samples=4", "--device=cpu") == (0, "", warning)
+        assert evaluates(run, "--attacks=clean", "--samples=4", "--device=cpu") == (0, "", warning)
     assert len(json.loads((run / "evaluation.json").read_text())) == 1
 
 
@@ -367,7 +367,7 @@ def test_weights_that_the_last_step_blew_up_are_neither_saved_nor_reported(flags
                                    RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
                                    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"),
                                    RuntimeError("NCCL error: Cuda failure 2 'out of memory'")], ids=str)
-def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, judged, small_dummy, monkeypatch):
+def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, evaluates, small_dummy, monkeypatch):
     def fail(*args):
         raise error
 
@@ -380,7 +380,7 @@ def test_out_of_memory_names_the_flag_to_lower(error, tmp_path, call, judged, sm
     torch.save(PreActResNet18(base_width=4).state_dict(), tmp_path / "model.pth")
     for name, advice in (("attack_steps", "lower --batch-size (now 128)"), ("open_job", NO_ROOM)):
         monkeypatch.setattr(evaluation, name, fail)
-        status, _, line = judged(tmp_path / "model.pth", "--data-set=cifar10", "--dummy", "--base-width=4",
+        status, _, line = evaluates(tmp_path / "model.pth", "--data-set=cifar10", "--dummy", "--base-width=4",
                                  "--device=cpu")
         assert status == 1 and line.endswith(f": error: out of memory: {advice}\n")
 

@@ -639,7 +639,7 @@ def test_a_folder_is_for_one_run_at_a_time(tmp_path, call, small_dummy):
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
-def test_without_file_locks_a_warning_is_printed_and_all_continues(number, tmp_path, call, judged, small_dummy,
+def test_without_file_locks_a_warning_is_printed_and_all_continues(number, tmp_path, call, evaluates, small_dummy,
                                                                    monkeypatch):
     def fail(file, operation):
         raise OSError(number, os.strerror(number))
@@ -651,7 +651,7 @@ def test_without_file_locks_a_warning_is_printed_and_all_continues(number, tmp_p
     for flags in ([], ["--resume=auto"], ["--eval", "--resume=auto"]):
         status, _, error = call("train_cifar.py", *SMALL, "--fname", run, *flags)
         assert (status, error) == (0, "" if flags else warning)
-    assert judged(run, "--attacks=clean", "--device=cpu", "--again")[0] == 0
+    assert evaluates(run, "--attacks=clean", "--device=cpu", "--again")[0] == 0
     assert len(json.loads((run / "evaluation.json").read_text())) == 2
 
 

@@ -155,16 +155,16 @@ def test_the_papers_commands_run_to_the_end(i, tmp_path):
 
 def test_an_epoch_is_judged_on_the_first_images_and_the_last_one_or_every_one_on_all(tmp_path, call, small_dummy,
                                                                                     monkeypatch):
-    judged, steps = [], robustness.attack_steps
+    evaluated, steps = [], robustness.attack_steps
     monkeypatch.setattr(robustness, "attack_steps", lambda model, images, *rest: (
-        judged.append(images), steps(model, images, *rest))[1])
+        evaluated.append(images), steps(model, images, *rest))[1])
     for flags, sizes in ([], [40, 40, 64]), (["--full-test"], [64, 64, 64]):
-        judged.clear()
+        evaluated.clear()
         assert call("train_cifar.py", *SMALL, *flags, "--epochs=3", "--test-samples=40", "--fname",
                     tmp_path / str(flags))[0] == 0
         assert [record["test_images"] for record in epochs_of(tmp_path / str(flags))] == sizes
         _, test = data.dummy(10)
-        for images, size in zip(judged, [*(size for size in sizes for _ in ("PGD", "FGSM")), 48], strict=True):
+        for images, size in zip(evaluated, [*(size for size in sizes for _ in ("PGD", "FGSM")), 48], strict=True):
             assert torch.equal(images.pixels, test.pixels[:size]) and torch.equal(images.labels, test.labels[:size])
 
 
@@ -319,14 +319,14 @@ def test_the_same_seed_gives_the_same_bits_and_another_does_not(tmp_path, call, 
 
 
 def test_val_size_chooses_the_best_checkpoint_on_images_never_trained_on(tmp_path, call, small_dummy, monkeypatch):
-    judged, steps = [], robustness.attack_steps
+    evaluated, steps = [], robustness.attack_steps
     monkeypatch.setattr(robustness, "attack_steps", lambda model, images, *rest: (
-        judged.append(images), steps(model, images, *rest))[1])
+        evaluated.append(images), steps(model, images, *rest))[1])
     flags = [flag for flag in SMALL if not flag.startswith("--train-samples")]
     status, output, _ = call("train_cifar.py", *flags, "--val-size=24", "--fname", tmp_path / "run")
     assert status == 0 and "24 validation and" in output and len(re.findall(r"^\d/2  .*  val ", output, re.M)) == 2
     assert "Val Robust Acc" in (tmp_path / "run" / "output.log").read_text().splitlines()[0]
-    assert torch.equal(judged[2].pixels, data.dummy(10)[0].pixels[-24:])  # after PGD and FGSM on test images
+    assert torch.equal(evaluated[2].pixels, data.dummy(10)[0].pixels[-24:])  # after PGD and FGSM on test images
     first, second = epochs_of(tmp_path / "run")
     assert first["val_images"] == second["val_images"] == 24 and first["train_images"] == 72
     assert second["best"] == (second["val_robust_acc"] > first["val_robust_acc"])

@@ -131,13 +131,13 @@ def test_a_gpu_evaluates_what_half_of_its_memory_holds(model, monkeypatch):
     assert evaluation_batch(32, nn.Identity(), torch.zeros(2)) == 32
 
 
-def test_the_size_of_an_evaluation_is_recorded(tmp_path, call, judged, small_dummy, monkeypatch):
+def test_the_size_of_an_evaluation_is_recorded(tmp_path, call, evaluates, small_dummy, monkeypatch):
     monkeypatch.setattr(train, "evaluation_batch", lambda batch_size, model, x: 7)
     monkeypatch.setattr(evaluation, "evaluation_batch", lambda batch_size, model, x: batch_size + len(x))
     assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path)[0] == 0
     assert json.loads((tmp_path / "args.json").read_text())["starts"][0]["evaluation_batch"] == 7
     for flags, expected in (([], 130), (["--batch-size=5"], 5)):
-        assert judged(tmp_path, "--attacks=clean", "--device=cpu", "--samples=8", "--again", *flags)[0] == 0
+        assert evaluates(tmp_path, "--attacks=clean", "--device=cpu", "--samples=8", "--again", *flags)[0] == 0
         assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["batch_size"] == expected
     assert call("train_cifar.py", *TINY, "--epochs=1", "--fname", tmp_path, "--eval", "--resume=auto")[0] == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())[-1]["batch_size"] == 10
