@@ -4,8 +4,9 @@
     python export.py runs/zerograd --which=best --half --to=small.safetensors
     python export.py runs/zerograd --to=robustbench/ --name=Author2026Title
 
-The metadata of the file holds the architecture, the normalization and the training flags, so load_run and evaluate.py
-need no others. It also holds the accuracies that the training run and evaluate.py have measured: run evaluate.py first.
+The metadata of the file holds the architecture, the normalization and the training flags, so that load_run and
+evaluate.py need only the file. It also holds the accuracies that the training run and evaluate.py have measured: run
+evaluate.py first.
 """
 from singlestep.options import parse_export
 

@@ -3,7 +3,9 @@
     python train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=zerograd --zero-qval=0.35
     python train_cifar.py --epochs=30 --lr-schedule=cyclic --lr-max=0.2 --attack=multigrad --multi-samps=3
 
-Another method, with the same schedule and two seeds:
+Without these flags, it trains as the authors' scripts do by default: 52 epochs, onedrop.
+
+Another method, with the paper's schedule and two seeds:
 
     python train_cifar.py --method=n-fgsm --recipe=paper --seed=0 --fname=runs/n-fgsm_0
     python train_cifar.py --method=n-fgsm --recipe=paper --seed=1 --fname=runs/n-fgsm_1

@@ -3,7 +3,7 @@
     python train_tiny.py --method=n-fgsm
     python train_tiny.py --method=pgi --recipe=fastat
 
-The test set is the validation set, since the labels of the test set are unpublished.
+The test images are those of the published validation set, since the labels of the published test set are unpublished.
 """
 from singlestep.options import TINY, parse
 

@@ -281,15 +281,16 @@ def last_line(folder: Path) -> str:
 def main() -> None:
     scales = "".join(f"\n  {name:16}{scale.about}" for name, scale in SCALES.items())
     p = Parser(f"{__doc__}\nScales:\n{scales}\n")
-    p.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (default: all, in this order)")
+    p.add_argument("tables", nargs="*", metavar="TABLE", help=f"{', '.join(TABLES)} (default: all, in this order); "
+                   "paper, seeds and demo are also scales")
     p.add_argument("--scale", choices=SCALES, help="size of the runs, see above (default: paper with a GPU; "
                    "cpu-bf16 on a CPU with bfloat16 instructions and a C++ compiler; else cpu)")
     p.add_argument("--seeds", type=number(int, 1, 1000), metavar="N",
                    help="seeds 0 to N-1 of each row (default: the scale's)")
     p.add_argument("--only", metavar="TEXT", default="", help="only runs whose name contains TEXT")
     p.add_argument("--jobs", type=number(int, 1, 1000), metavar="K",
-                   help="number of parallel runs (default: one per GPU; on a CPU, one per core "
-                   "for networks of --base-width 16 or less, else 1)")
+                   help="number of parallel runs (default: one per GPU; on a CPU, one per core, as memory "
+                   "allows, for networks of --base-width 16 or less, else 1)")
     p.add_argument("--budget", type=number(float, 0), default=float("inf"), metavar="MINUTES",
                    help="stop after this time")
     p.add_argument("--data-dir", type=path, help="folder of all data sets (default: each training script's)")

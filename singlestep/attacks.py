@@ -8,7 +8,7 @@ All attacks work in pixel space and share these arguments:
     epsilon, alpha    radius of the ball and step size, in the unit of x: 8/255, not 8
     smoothing         label smoothing of the cross-entropy whose gradient is taken
     norm              "l_inf" or "l_2": norm of the ball and of the attack step
-    step              context of the training step; required by attacks that store tensors between training steps
+    step              context of the training step; required by attacks that store tensors or move the weights
 
 An attack returns a detached perturbation delta of the shape of x with 0 <= x + delta <= 1. Unless its docstring says
 otherwise, abs(delta) <= epsilon (for l_2: the l_2 norm of each image's delta). The parameters, their `.grad` and the
@@ -210,8 +210,8 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: floa
              init: str = "random", step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """ZeroGrad (arXiv 2103.15476): FGSM that ignores the smallest gradient entries of each image.
 
-    delta = box(eta + alpha * sign(g')); g' is g with the fraction `q` of each image's entries, or less, set to 0: the
-    entries of smallest magnitude (see `quantile_mask`). The update is repeated `steps` times. Passes: 1 + steps.
+    delta = box(eta + alpha * sign(g')); g' is g with at most the fraction `q` of each image's entries set to 0, those
+    of smallest magnitude (see `quantile_mask`). The update is repeated `steps` times. Passes: 1 + steps.
     """
     delta = start(x, epsilon, init)
     for _ in range(steps):
@@ -610,7 +610,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
 
         CE(f(x + eta), y) + ramp * weight * norm_nuclear(f(x) - f(x + eta)) / B, with `Step.ramp`.
 
-    f(x) is computed in the model's current mode, in training train mode; f(x + eta) in eval mode.
+    f(x) is computed in the model's current mode (train mode during training), f(x + eta) in eval mode.
     """
     return alternating(model, x, y, epsilon, alpha, smoothing, step, lambda step, clean, logits: weight * step.ramp * (
         torch.linalg.matrix_norm(clean - logits, ord="nuc") / len(x)))
@@ -626,7 +626,7 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float,
 
         CE(f(x + eta), y) + boost * weight * mean_i(sum_c((p_c(x) - p_c(x + eta))^2)), with `Step.boost`.
 
-    p(x) is computed in the model's current mode, in training train mode; f(x + eta) in eval mode.
+    p(x) is computed in the model's current mode (train mode during training), f(x + eta) in eval mode.
     """
     return alternating(model, x, y, epsilon, alpha, smoothing, step, lambda step, clean, logits: weight * step.boost * (
         (clean.softmax(dim=1) - logits.softmax(dim=1)).square().sum(dim=1).mean()))
@@ -785,8 +785,8 @@ def steepest(grad: Tensor, norm: str) -> Tensor:
 def quantile_mask(grad: Tensor, q: float) -> Tensor:
     """Return `grad` (B, C, H, W) with 0 for entries whose magnitude is strictly below their image's q-quantile.
 
-    The quantile lies between two neighbors in the sorted magnitudes (linear interpolation) or on one of them. The
-    larger neighbor is the smallest kept entry; finding it needs no full sort.
+    The quantile may lie between two sorted magnitudes (linear interpolation). The smallest kept entry is the first one
+    at or above the quantile; finding it needs no full sort.
 
     Raises:
         ValueError: q is not in [0, 1].

@@ -47,7 +47,8 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     """Load the network in a run folder or in a checkpoint file, with the arguments of its run.
 
     The arguments are those that the run recorded: in the metadata of an exported file, else in args.json of the folder
-    (for a file: of its parent folder). `flags` override them.
+    (for a file: of its parent folder). For a folder, the network's flags, the data set, epsilon and norm in its newest
+    checkpoint take precedence. `flags` override all of them.
 
     Args:
         path: folder of a run, exported file, checkpoint of these scripts, or third-party checkpoint.
@@ -257,7 +258,7 @@ def load_network(model: nn.Module, content: dict, source: str, normalize: bool =
         content: the state dict, or the content of its file.
         source: name of the file, for error messages.
         normalize: use the normalization constants in the file, if there are any.
-        which: the network's key in a file with several networks; "last", if no network has this key: the first network.
+        which: the network's key in a file with several networks; for "last", the first network if none has this key.
 
     Returns:
         Notes to print.

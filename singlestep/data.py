@@ -132,12 +132,14 @@ class Images:
         """Create from images (N, C, H, W), uint8 or float in [0, 1], and labels (N,); batches in the default layout.
 
         Raises:
-            ValueError: type, shape or range of the images or the labels is wrong.
+            ValueError: type, shape or range of the images or of the labels is wrong.
         """
         if images.dim() != 4 or images.dtype not in (torch.uint8, torch.float32, torch.float64):
             raise ValueError(f"images must be (N, C, H, W), uint8 or float, not {images.dtype} {tuple(images.shape)}")
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be ({len(images)},), one for each image, not {tuple(labels.shape)}")
+        if labels.is_floating_point() or (len(labels) and labels.min() < 0):
+            raise ValueError("labels must be class numbers: integers, 0 or more")
         if images.is_floating_point():
             check_images(images)
         return cls(images.permute(0, 2, 3, 1), labels.long(), torch.contiguous_format)

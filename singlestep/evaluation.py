@@ -536,9 +536,9 @@ def pace(job: Job) -> float:
 
 
 def form_of_pgd(attack: str, epsilon: float, alpha: float | None = None, seed: int = 0, norm: str = "l_inf") -> PGD:
-    """Return the attack named clean, fgsm, cw, pgd-STEPS-RESTARTS or pgd-STEPS-RESTARTS-STEP.
+    """Return the attack named clean, fgsm, cw, pgd-STEPS-RESTARTS or pgd-STEPS-RESTARTS-SIZE.
 
-    epsilon, alpha (the step size of pgd and cw, default: epsilon / 4) and STEP (overrides alpha) are in 1/255.
+    epsilon, alpha (the step size of pgd and cw, default: epsilon / 4) and SIZE (overrides alpha) are in 1/255.
     """
     size, step = epsilon / 255, (epsilon / 4 if alpha is None else alpha) / 255
     if attack == "clean":

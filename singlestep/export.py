@@ -66,7 +66,8 @@ def facts(opened: Opened) -> dict[str, Any]:
     flags = {name: value for name, value in as_built(opened).flags().items() if name in names}
     return {"data_set": opened.dataset.name, "statement": opened.dataset.statement(), "args": flags,
             "starts": read_starts(opened), "network": {"epoch": epoch, "collapsed": states.get(epoch)},
-            "results": collapse.summary(history), "accuracy": accuracy(opened, record)}
+            "results": collapse.summary(history),
+            "accuracy": accuracy(opened, record, final_evaluation(opened, history, epoch))}
 
 
 def read_history(opened: Opened) -> list[dict[str, Any]]:
@@ -78,7 +79,8 @@ def read_history(opened: Opened) -> list[dict[str, Any]]:
 
 
 def read_starts(opened: Opened) -> list[dict[str, Any]]:
-    """Return the records of launches in args.json, without paths. Commands with --like get all flags of the run."""
+    """Return the records of launches in args.json, without paths. In commands, --like is
+    replaced by the flags that it stands for."""
     if not opened.run:
         return []
     starts = json.loads((opened.folder.path / "args.json").read_text(encoding="utf-8")).get("starts", [])
@@ -138,8 +140,26 @@ def as_built(opened: Opened) -> Args:
     return replace(opened.args, **shortest, no_final_norm=bare)
 
 
-def accuracy(opened: Opened, record: dict[str, Any] | None) -> list[dict[str, Any]]:
+def final_evaluation(opened: Opened, history: list[dict[str, Any]], epoch: int | None) -> dict[str, Any] | None:
+    """Return the record of the run's final evaluation; None if it was of the network of another epoch."""
+    file = opened.folder.path / "final.json"
+    if not history or not file.exists():
+        return None
+    try:
+        final = json.loads(file.read_text(encoding="utf-8"))
+        best = [record["epoch"] for record in history if record.get("best")]
+        evaluated = best[-1:] if final["model"] == "best" else [history[-1]["epoch"]]
+        return final if evaluated == [epoch] else None
+    except (ValueError, KeyError, TypeError):
+        raise UsageError(f"{file} is damaged: repair it, or move it away") from None
+
+
+def accuracy(opened: Opened, record: dict[str, Any] | None, final: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Return one row for each attack that the run or evaluate.py has run on this network.
+
+    Args:
+        record: the run's record of the epoch of this network.
+        final: the run's final evaluation of this network.
 
     If an attack was measured several times, its row is the measurement on the most images. epsilon and step (the step
     size) are in 1/255; `robust` counts the robust images among n.
@@ -159,6 +179,11 @@ def accuracy(opened: Opened, record: dict[str, Any] | None) -> list[dict[str, An
         if "fgsm_acc" in record:
             add(norm, "fgsm", args.epsilon, args.epsilon, n, round(n * record["fgsm_acc"]))
         add(norm, pgd, args.epsilon, args.pgd_alpha, n, round(n * record["test_robust_acc"]))
+    if final:
+        n, pgd = final["images"], f"pgd-{final['iters']}-{final['restarts']}"
+        add(norm, "clean", 0.0, None, n, round(n * final["clean_acc"]))
+        add(norm, pgd, final.get("epsilon", args.epsilon), final.get("alpha", args.pgd_alpha), n,
+            round(n * final["robust_acc"]))
     network = fingerprint(opened.model)
     for each in evaluations(opened.folder):
         for row in each.get("attacks", []) if each.get("network") == network else []:

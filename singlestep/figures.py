@@ -108,8 +108,8 @@ def dependent(flags: dict[str, Any]) -> dict[str, Any]:
 def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
     """Return the name of the published method with these flags, and the flags that the name implies.
 
-    If several methods fit, the name is that of the method that sets the most flags. If no method fits, the name is
-    "attack + objective", followed by the flags that differ from the method of that name, if there is such a method.
+    If several methods fit, the name is that of the method that sets the most flags. If no method fits, the name is the
+    attack, with " + objective" unless it is ce. If a method has this name, the flags that differ from it follow.
     """
     usual: dict[str, Any] = {"fgsm_init": "random", "objective": "ce", "elle_adaptive": False, "label_smoothing": 0.0}
     stated = {name: published.flags_on(flags.get("data_set", "")) for name, published in METHODS.items()}
@@ -137,7 +137,7 @@ def without_effect(flags: dict[str, Any]) -> set[str]:
 
 
 def differing(runs: list[dict[str, Any]]) -> list[str]:
-    """Return the flags in which runs differ, without flags that do not affect training."""
+    """Return the flags in which runs differ, of those that are part of a run's name (see `options.flag`)."""
     return [name for name in runs[0] if name in NAMED and any(run.get(name) != runs[0][name] for run in runs)]
 
 
@@ -443,7 +443,7 @@ def draw_alone(runs: list[RunRecord]) -> Any:
 
 
 def keys_of(text: str, groups: dict[str, list[RunRecord]]) -> list[str]:
-    """Parse --y, metric names separated by commas. Raises UsageError if no run has one of the metrics."""
+    """Parse --y, metric names separated by commas. Raises UsageError if a metric is in no run."""
     records = [record for runs in groups.values() for run in runs for record in run.epochs]
     known = {key for record in records for key, value in record.items()
              if isinstance(value, (int, float)) and not isinstance(value, bool)} - {"epoch"}
@@ -456,7 +456,8 @@ def keys_of(text: str, groups: dict[str, list[RunRecord]]) -> list[str]:
 
 
 def read_runs(folders: list[str]) -> list[RunRecord]:
-    """Read the runs in these folders. Prints the skipped folders and why; raises UsageError if all are skipped."""
+    """Read the runs in these folders. Prints the skipped folders and why; raises UsageError if a folder is
+    missing or all are skipped."""
     runs: list[RunRecord] = []
     for folder in dict.fromkeys(map(Path, folders)):
         try:

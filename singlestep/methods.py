@@ -1,12 +1,13 @@
-"""Registry of the attacks, objectives, methods, recipes and networks that flags select by name. Data only.
+"""Registry of the attacks, objectives, methods, recipes and networks that flags select by name, and the
+defaults that depend on other flags.
 
 The key of an attack, an objective or a network is the name of its function or class in attacks.py, objectives.py or
 networks.py. `keywords` maps each keyword of the function or class to the flag that gives its value; `Args.keywords`
 converts the value from the command line's unit to the function's. To add a method, add its function, its record here
 and, if it has one, its flag in options.py.
 
-The texts are for the tables in README.md and docs/methods.md, which explains their symbols. `python docs/tables.py
---write` copies them there.
+Attributes marked "text" are for the tables in README.md and docs/methods.md, which explains their symbols, and for
+--method NAME --help. `python docs/tables.py --write` copies them to the tables.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -37,7 +38,7 @@ class Attack:
         requires: flag -> required value.
         starts_at: text: the starting point of delta.
         step: text: formula of the next delta, before the clip.
-        clip: text: the set to which the next delta is clipped; with "ball", AAER has other default weights.
+        clip: text: the set to which the next delta is clipped. AAER's default weights depend on whether it has "ball".
     """
 
     keywords: dict[str, str] = field(default_factory=dict)
@@ -565,22 +566,22 @@ def lap_beta(args) -> float:
 
 
 def liet_smoothing(args) -> float:
-    """Return 0.6; on CIFAR-100 0.8; above epsilon 8, 0.4 (LIET, ICCV 2025)."""
+    """Return 0.6; on CIFAR-100 0.8; above epsilon 8, 0.4 (code of LIET's authors)."""
     return 0.4 if args.epsilon > 8 else 0.8 if args.data_set == "CIFAR-100" else 0.6
 
 
 def liet_lambda(args) -> float:
-    """Return 100; on CIFAR-100 200; above epsilon 8, 20 (LIET, ICCV 2025)."""
+    """Return 100; on CIFAR-100 200; above epsilon 8, 20 (code of LIET's authors)."""
     return 20.0 if args.epsilon > 8 else 200.0 if args.data_set == "CIFAR-100" else 100.0
 
 
 def liet_noise(args) -> tuple[float, float]:
-    """Return the range 0.1 to 0.5; above epsilon 8, 0 to 1 (LIET, ICCV 2025)."""
+    """Return the range 0.1 to 0.5; above epsilon 8, 0 to 1 (code of LIET's authors)."""
     return (0.0, 1.0) if args.epsilon > 8 else (0.1, 0.5)
 
 
 def liet_every(args) -> int:
-    """Return 20 batches; on CIFAR-10 above epsilon 8, 10 (LIET, ICCV 2025)."""
+    """Return 20 batches; on CIFAR-10 above epsilon 8, 10 (code of LIET's authors)."""
     return 10 if args.epsilon > 8 and args.data_set == "CIFAR-10" else 20
 
 

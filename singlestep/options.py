@@ -38,8 +38,9 @@ class DataSet:
 
     Attributes:
         name: name for users.
-        source: name of a class of torchvision.datasets, or a function of yours, best as "package.module:function":
-            (data_dir) -> (training images, labels), (test images, labels), with images uint8 (N, H, W, 3).
+        source: CIFAR10, CIFAR100 or SVHN, of torchvision.datasets, or a function of yours, best as
+            "package.module:function": (data_dir) -> (training images, labels), (test images, labels), with images
+            uint8 (N, H, W, 3).
         classes: number of classes.
         mean, std: of the pixels in [0, 1], per channel.
         defaults: flag -> default on this data set.
@@ -63,7 +64,7 @@ class DataSet:
     memory: int = 0
 
     def flags(self) -> dict[str, Any]:
-        """Return the flag defaults of this data set, with CIFAR-10's for flags that `defaults` lacks."""
+        """Return the flag defaults of this data set: `defaults`; else CIFAR-10's, but --fname is made from the name."""
         slug = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
         return {**CIFAR10.defaults, "fname": f"{slug}_model", **self.defaults}
 
@@ -263,7 +264,7 @@ def attack_names(text: str) -> tuple[str, ...]:
         known = name in ("clean", "fgsm", "cw", "autoattack", *PARTS)
         if not known and not re.fullmatch(r"pgd-[1-9]\d*-[1-9]\d*(-\d+(\.\d+)?)?", name):
             raise argparse.ArgumentTypeError(f"must be one of clean, fgsm, pgd-STEPS-RESTARTS, "
-                                             f"pgd-STEPS-RESTARTS-STEP, cw, autoattack, {', '.join(PARTS)}, not "
+                                             f"pgd-STEPS-RESTARTS-SIZE, cw, autoattack, {', '.join(PARTS)}, not "
                                              f"{name!r}")
     return names
 
@@ -329,7 +330,7 @@ class Args:
     train_samples: int | None = flag("data", "train on the first N training images only", None, number(int, 1),
                                      metavar="N", orders=True)
     val_size: int = flag("data", "hold the last N training images out and choose the best checkpoint on them; 0: "
-                         "choose it on test images, on SVHN on the first 2%% of the training images", 0,
+                         "choose it on test images; for SVHN, on the first 2%% of the training images", 0,
                          number(int, 0), metavar="N", scores=True, orders=True)
 
     model: str = flag("model", "PreActResNet by depth, ResNet18, or WideResNet", "PreActResNet18",
@@ -339,7 +340,8 @@ class Args:
     depth: int = flag("model", "layers of WideResNet: 6n + 4, such as 28, 34 or 40", 34, wide_depth)
     width_factor: int = flag("model", "width of WideResNet", 10, number(int, 1, 64))
     shortcut: str = flag("model", "input of the convolutions in PreActResNet's shortcuts: activated (after BatchNorm "
-                         "and ReLU) or raw (before them, as in fast_adversarial)", "activated",
+                         "and ReLU) or raw (before them, as in fast_adversarial; only PreActResNet18 and 34)",
+                         "activated",
                          choices=("activated", "raw"))
     no_final_norm: bool = flag("model", "PreActResNet without BatchNorm and ReLU before its last layer", False,
                                convert=lambda value, args: not value)
@@ -363,10 +365,12 @@ class Args:
                             choices=("cyclic", "onedrop", "onecycle", "onecycle-epoch"))
     lr_max: float = flag("training", "highest learning rate", None, number(float, 0))
     lr_drop: float = flag("training", "epoch at which the schedule onedrop drops", 50, number(float, 0))
-    momentum: float = flag("training", "SGD's momentum (default: 0.9; with onecycle 0.95)", None, number(float, 0, 1))
-    momentum_low: float = flag("training", "momentum at the highest learning rate: with cyclic and onecycle, the "
-                               "momentum falls while the learning rate rises, and rises while the learning rate falls "
-                               "(default: --momentum; with onecycle 0.85)", None, number(float, 0, 1))
+    momentum: float = flag("training", "SGD's momentum (default: 0.9; with onecycle and onecycle-epoch 0.95)", None,
+                           number(float, 0, 1))
+    momentum_low: float = flag("training", "momentum at the highest learning rate: with all schedules but onedrop, the "
+                               "momentum falls while the learning rate rises, and rises while the learning rate "
+                               "falls (default: --momentum; with onecycle and onecycle-epoch 0.85)", None,
+                               number(float, 0, 1))
     weight_decay: float = flag("training", "SGD's weight decay, on all parameters", 5e-4, number(float, 0))
     seed: int = flag("training", "seed of all random numbers", 0, number(int, 0, 2**32 - 1), orders=True, named=False)
     objective: str = flag("training", "training loss", "ce", choices=OBJECTIVES)
@@ -462,11 +466,11 @@ class Args:
                            "(default: as published for --epsilon)", None, number(float, 0))
     lap_up: bool = flag("attack", "LAP: move the weights up the loss, as in LAP's paper (default: down, as in its "
                         "authors' code)", False)
-    liet_noise: tuple[float, ...] = flag("attack", "LIET: range from which each batch draws the fraction of its "
-                                         "starting point's entries that are noise (default: as published for "
-                                         "--epsilon)", None, shares, metavar="LO,HI")
+    liet_noise: tuple[float, ...] = flag("attack", "LIET: range of the fraction of noise entries in the starting "
+                                         "point; the fraction is drawn for each batch (default: 0.1 to 0.5; above "
+                                         "epsilon 8, 0 to 1)", None, shares, metavar="LO,HI")
     liet_every: int = flag("attack", "LIET: number of batches between two updates of the classes' perturbations "
-                           "(default: as published for the data set and --epsilon)", None, number(int, 1))
+                           "(default: 20; on CIFAR-10 above epsilon 8, 10)", None, number(int, 1))
 
     test_samples: int = flag("evaluation", "number of test images in the evaluation after each epoch", 1000,
                              number(int, 1), metavar="N", fixed=True, scores=True)
@@ -479,7 +483,8 @@ class Args:
                            scores=True)
     test_restarts: int = flag("evaluation", "PGD restarts in the evaluation after each epoch", 1, number(int, 1),
                               fixed=True, scores=True)
-    final_iters: int = flag("evaluation", "PGD steps in the final evaluation; 0: no final evaluation", 50,
+    final_iters: int = flag("evaluation", "PGD steps in the final evaluation, which follows the evaluation after the "
+                            "last epoch; 0: no final evaluation", 50,
                             number(int, 0), named=False)
     final_restarts: int = flag("evaluation", "PGD restarts in the final evaluation", 10, number(int, 1), named=False)
     final_samples: int | None = flag("evaluation", "number of test images in the final evaluation (default: all)", None,
@@ -559,7 +564,7 @@ class Args:
 
     @staticmethod
     def completed(before: dict[str, Any]) -> dict[str, Any]:
-        """Return a run's flags, completed by the defaults of newer flags that depend on no other flag."""
+        """Return a run's flags, completed by the defaults of flags that it lacks, where the default is fixed."""
         defaults = {name: each.default for name, each in FLAGS.items() if each.default is not None}
         return {**defaults, **FORMER_DEFAULTS, **before} if before else {}
 
@@ -672,7 +677,7 @@ def print_answer(text: str) -> None:
 
 
 def add_flags(p: Parser, names: Collection[str] = FLAGS, one_group: Callable[..., Any] | None = None) -> None:
-    """Add flags of `Args`, in their groups; with `one_group`, add_argument of a group, all to this group."""
+    """Add flags of `Args` in their groups or, if `one_group` is given (add_argument of a group), all to that group."""
     for group, title in GROUPS.items():
         chosen = [each for name, each in FLAGS.items() if name in names and each.metadata["group"] == group]
         if not chosen:
@@ -731,7 +736,7 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
     """Return the arguments of a run. Raises UsageError if a flag is wrong.
 
     Precedence, highest first: given flags; flags of the run that --like names; values that the attack or the objective
-    requires, where otherwise a recipe's value or None would stand; --recipe; --method; `run`; the data set; the field's
+    requires, but only in place of a recipe's value or of None; --recipe; --method; `run`; the data set; the field's
     default.
 
     Args:
@@ -911,15 +916,15 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     add = p.add_argument_group("measurement").add_argument
     add("--attacks", type=attack_names, default="clean,fgsm,pgd-50-10", metavar="NAME,...",
         help="clean, fgsm (from zero, a step of epsilon), pgd-STEPS-RESTARTS (steps of epsilon/4), "
-        "pgd-STEPS-RESTARTS-STEP (STEP in 1/255), cw (PGD-50-10 on the margin), autoattack, or one of its parts: "
-        "apgd-ce, apgd-t, fab-t, square")
+        "pgd-STEPS-RESTARTS-SIZE (SIZE: step size in 1/255), cw (PGD-50-10 on the margin), autoattack, or one of its "
+        "parts: apgd-ce, apgd-t, fab-t, square")
     add("--epsilons", type=radii, metavar="E,...", help="radii of the ball in 1/255 (default: the run's, or 8)")
     add("--norm", choices=NORMS, help="norm of the ball (default: the run's, or l_inf)")
     add("--samples", type=number(int, 1), metavar="N", help="the first N test images (default: all)")
     add("--seed", type=number(int, 0, 2**32 - 1), help="seed of the random starts (default: the run's, or 0)")
     add("--which", default="last", metavar="NAME", help="network to load. Of a run: last (the default), best "
         "(model_best.pth) or healthy (newest that is not in collapse). Of a file with several networks: the network's "
-        "key (default: last, or else the first network)")
+        "key (default: last, if there is this key, else the first network)")
     add("--out", type=path, metavar="FOLDER", help="folder of evaluation.json (default: the run's, or the file's)")
     add("--again", action="store_true", help="rerun attacks that already have a result in evaluation.json")
     add_table_flags(p.add_argument_group("table that compares the networks").add_argument)
@@ -978,7 +983,7 @@ def parse_export(description: str | None = None, argv: list[str] | None = None) 
                    "(default: from the method and the network)")
     p.add_argument("--which", default="last", metavar="NAME", help="network to load. Of a run: last (the default), "
                    "best (model_best.pth) or healthy (newest that is not in collapse). Of a file with several "
-                   "networks: the network's key (default: last, or else the first network)")
+                   "networks: the network's key (default: last, if there is this key, else the first network)")
     add = p.add_argument_group(DATA_AND_MODEL).add_argument
     add("--data-set", choices=DATA_SETS, help="data set on which the network was trained")
     add_flags(p, NETWORK, add)
@@ -1102,7 +1107,7 @@ def method_help(dataset: DataSet, argv: list[str] | None) -> str:
     schedule = {each: getattr(args, each) for each in ("epochs", "lr_schedule", "lr_max")}
     lines = [f"{name}: {method.text} ({method.source}).", f"Passes in a training step: {method.passes} ({PASSES}).", "",
              f"--method={name} sets on {dataset.name}:", "", f"  {as_flags(method.flags_on(dataset.name))}", "",
-             f"With your other flags, it trains on {dataset.name} with", "", f"  {as_flags(schedule)}", "",
+             f"With this command line, it trains on {dataset.name} with", "", f"  {as_flags(schedule)}", "",
              "and reads these flags:", ""]
     for each, value in in_effect(args).items():
         text = FLAGS[each].metadata["help"]

@@ -520,7 +520,7 @@ def test_a_step_is_shown_and_can_be_given(run, evaluates):
     assert rows["pgd-5-1-2.5", 8]["step"] == pytest.approx(2.5) and rows["clean", 0]["step"] is None
     assert rows["pgd-5-1", 4]["robust"] == rows["pgd-5-1-1", 4]["robust"]
     for wrong in ("pgd-5-1-x", "pgd-5-1-1-1", "pgd-5-1-"):
-        one_line(evaluates(run, f"--attacks={wrong}"), "pgd-STEPS-RESTARTS-STEP")
+        one_line(evaluates(run, f"--attacks={wrong}"), "pgd-STEPS-RESTARTS-SIZE")
 
 
 @pytest.mark.parametrize("attack, epsilon, weak", [

@@ -127,6 +127,23 @@ def test_what_evaluate_measured_is_of_this_network_and_in_the_metadata(run, expo
     assert [row[:-1] for row in again] == [row[:-1] for row in one] and len(one) == 2
 
 
+def test_the_final_evaluation_is_of_the_network_that_it_evaluated(run, exported, tmp_path):
+    epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    best = [epoch["epoch"] for epoch in epochs if epoch["best"]][-1]
+    for model, evaluated in (("last", 1), ("best", best)):
+        (run / "final.json").write_text(json.dumps({
+            "model": model, "iters": 3, "restarts": 2, "alpha": 1.0, "epsilon": 8.0, "images": 64, "clean_acc": 0.5,
+            "robust_acc": 0.25}))
+        for epoch in (0, 1):
+            to = tmp_path / f"{model}_{epoch}.safetensors"
+            assert exported(run / f"model_{epoch}.pth", f"--to={to}")[0] == 0
+            rows = {row["attack"]: (row["step"], row["n"], row["robust"]) for row in metadata(to)["accuracy"]}
+            assert rows.get("pgd-3-2") == ((1.0, 64, 16) if epoch == evaluated else None)
+            assert (rows["clean"] == (None, 64, 32)) == (epoch == evaluated)
+    (run / "final.json").write_text("{")
+    one_line(exported(run, f"--to={tmp_path / 'x.safetensors'}"), "final.json is damaged")
+
+
 def test_half_precision_is_near_and_half_as_large(run, exported, tmp_path):
     whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
     assert exported(run, f"--to={whole}")[0] == exported(run, "--half", f"--to={half}")[0] == 0

@@ -106,6 +106,9 @@ def test_images_of_another_form_are_refused():
                             (torch.full((4, 3, 8, 8), torch.nan), "nan")):
         with pytest.raises(ValueError, match=message):
             train(network_of_seed(0), images, labels, "fgsm", epochs=1)
+    for wrong in (torch.zeros(4), torch.full((4,), -1)):
+        with pytest.raises(ValueError, match="integers, 0 or more"):
+            train(network_of_seed(0), torch.rand(4, 3, 8, 8), wrong, "fgsm", epochs=1)
     with pytest.raises(ValueError, match="8/255, not 8"):
         singlestep.evaluate(network_of_seed(0), torch.zeros(4, 3, 8, 8), labels, singlestep.PGD(8, 2, 1, 1))
 

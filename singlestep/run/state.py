@@ -3,7 +3,8 @@
     state.pth            newest complete state, from which --resume auto continues
     model_E.pth          state dict of the network after epoch E, counted from 0
     opt_E.pth            state dict of the optimizer after epoch E and, under "run", the rest of the state
-    model_best.pth       state dict of the network with the highest score so far
+    model_best.pth       state dict of the network with the highest score so far: PGD accuracy on the validation
+                         images or, without any, on the test images of every epoch
     model_healthy.pth    state dict of the newest network that was not in collapse
     final.pth            progress of an interrupted final evaluation
     args.json, output.log, metrics.jsonl, final.json    logs, rewritten from the state on every save
