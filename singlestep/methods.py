@@ -180,8 +180,8 @@ ATTACKS: dict[str, Attack] = {
         requires=dict(objective="ce", label_smoothing=0.0, amp_impl="native"),
         starts_at="U(±epsilon)",
         step="delta + a * r * sign(g); r ~ U(0, 1) for each entry; a = 2 * epsilon * min(1, 0.02 / (1 - v)); v: moving "
-             "average (weight 0.05, from 0.99) of the mean over images of sum(sign(g) * g') / norm1(g), clipped to ±1; "
-             "g': the gradient at the next delta",
+             "average (weight of the new value 0.05, initial value 0.99) of the mean over images of sum(sign(g) * g') "
+             "/ norm1(g), clipped to ±1; g': the gradient at the next delta",
         clip="pixels"),
     "ckpt": Attack(
         dict(alpha="fgsm_alpha", count="ckpt_count", mode="ckpt_mode", smoothing="attack_smoothing"), eval_mode=True,
@@ -220,8 +220,8 @@ ATTACKS: dict[str, Attack] = {
         step="as `uap`; u_k and m_k of the classes in the batch move, with the mean of G over their images"),
     "fuap": Attack(
         dict(alpha="fgsm_alpha", a="uap_alpha", count="fuap_rows", smoothing="label_smoothing"), **UAP,
-        starts_at="box(v + u_j), v ~ U(±epsilon); j: the index of the largest of the `--fuap-rows` outputs of the "
-                  "first of two linear layers, which learn to classify the images from the features of x + v",
+        starts_at="box(v + u_j), v ~ U(±epsilon); two linear layers learn to classify the images from the features of "
+                  "x + v; the first has `--fuap-rows` outputs, and j is the index of the largest",
         step="as `cuap`, with j in place of y"),
     "pco": Attack(
         dict(alpha="fgsm_alpha", smoothing="label_smoothing"), stored=1, defaults=dict(fgsm_alpha=1.0),
@@ -305,10 +305,10 @@ OBJECTIVES: dict[str, Objective] = {
         dict(smoothing="liet_smoothing", weight="liet_lambda"), start=True, graph=True,
         requires=dict(label_smoothing=0.0),
         loss="nCE(x + delta) + lambda * mean(JSD(p(x + eta), p(x + delta))); nCE: CE with the target 1 - a for the "
-             "label, the rest of a shared in the proportions of U(0, 1) numbers, drawn for each image in each call; a: "
-             "`--liet-smoothing`",
-        weighting="`--liet-lambda` / epochs in the first epoch, growing linearly to `--liet-lambda` in the last; at "
-                  "epsilon above 8, the published values for 16"),
+             "label; the other labels share a in the proportions of U(0, 1) numbers, drawn for each image in each "
+             "call; a: `--liet-smoothing`",
+        weighting="`--liet-lambda` divided by the number of epochs in the first epoch, growing linearly to "
+                  "`--liet-lambda` in the last; at epsilon above 8, the published values for 16"),
     "pco": Objective(
         dict(smoothing="label_smoothing", weight="pco_lambda", scale="pco_scale"), start=True, graph=True,
         loss="CE(x + d) + lambda * abs(MSE(f(x + delta), f(x + eta)) - MSE(f(x + delta), f(x + d))); d = (1 - q) * eta "
@@ -359,10 +359,10 @@ METHODS: dict[str, Method] = {
         {"CIFAR-100": dict(label_smoothing=40 / 99), "Tiny-ImageNet": dict(label_smoothing=80 / 199)},
         text="ConvergeSmooth: FGSM-RS without the clip to the ball; a penalty keeps the loss at the starting point "
              "near its mean of the previous epoch",
-        differs="the penalty is 0 in the first two epochs of the run, as in the authors' code; theirs is 0 in the last "
-                "epoch, too, and in the epoch before and the two epochs after each drop of the learning rate. Defaults "
-                "are those of their code, which is set to epsilon 16/255; the paper has more terms and other values "
-                "of `--smooth-gap`"),
+        differs="the penalty is 0 in the first two epochs of the run, as in the authors' code; theirs is also 0 in "
+                "the last epoch and, around each drop of the learning rate, in the epoch before and the two after. "
+                "Defaults are those of their code, which is set to epsilon 16/255; the paper has more terms and other "
+                "values of `--smooth-gap`"),
     "mep-cs": Method(
         dict(attack="pgi", fgsm_alpha=1.0, objective="smooth", smooth_at="clean", label_smoothing=4 / 9), "3",
         "arXiv 2308.12857",
