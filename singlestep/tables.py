@@ -86,7 +86,11 @@ ESCAPES = str.maketrans({
 
 def as_latex(table: Table, caption: str) -> str:
     """Format a table for LaTeX, with the rules of the package booktabs. caption: text of a comment above the table."""
-    head, *rows = [" & ".join(str(cell).translate(ESCAPES) for cell in row) + r" \\" for row in filled(table)]
+    def text(cell: Any) -> str:
+        dashes = str(cell).replace("-", "--") if isinstance(cell, Accuracy) else str(cell)  # of intervals
+        return dashes.translate(ESCAPES)
+
+    head, *rows = [" & ".join(map(text, row)) + r" \\" for row in filled(table)]
     columns = "l" + "r" * (len(filled(table)[0]) - 1)
     return "\n".join([f"% {caption}", r"% needs \usepackage{booktabs}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
                       head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}", ""])

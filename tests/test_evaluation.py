@@ -560,6 +560,9 @@ def test_a_mistake_is_one_line(run, evaluates, tmp_path, monkeypatch):
                         ([run, "--model=WideResNet", "--shortcut=raw"], "--shortcut raw is for PreActResNet18")):
         status, _, error = evaluates(*flags)
         assert status == 2 and told in error and error.count("\n") == 1 and "--resume" not in error, error
+    for file in run.glob("*.pth"):
+        file.unlink()
+    one_line(evaluates(run), "neither state.pth nor model_E.pth")
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     status, _, error = evaluates(run, "--attacks=square")
     assert status == 2 and error.endswith("pip install pyautoattack\n")

@@ -27,6 +27,6 @@ def test_csv_has_a_column_for_each_number():
 def test_latex_has_a_column_for_each_head_and_no_letter_that_is_a_command():
     lines = as_latex(TABLE, "in %").splitlines()
     assert lines[0] == "% in %" and r"\usepackage{booktabs}" in lines[1] and lines[2] == r"\begin{tabular}{lrrrr}"
-    assert lines[6:8] == [r"a\_b, 50\% & 1000 & 50.00 (46.90-53.10) & 30.0 $\pm$ 10.0 & x \\",
-                          r"q $<$ 0.7 \& \$c\$ & 10 & 51.23 & - & 7.0 @ 3 \\"]
+    assert lines[6:8] == [r"a\_b, 50\% & 1000 & 50.00 (46.90--53.10) & 30.0 $\pm$ 10.0 & x \\",
+                          r"q $<$ 0.7 \& \$c\$ & 10 & 51.23 & -- & 7.0 @ 3 \\"]
     assert lines[8:] == [r"\bottomrule", r"\end{tabular}"]
