@@ -212,8 +212,8 @@ ATTACKS: dict[str, Attack] = {
         dict(alpha="fgsm_alpha", a="uap_alpha", smoothing="label_smoothing"), **UAP,
         starts_at="box(u); u: one for all images, at first ±a at random; a: `--uap-alpha`",
         step="delta + alpha * sign(g), g with smoothed labels; after the weights' step, m = `--uap-decay` * m + "
-             "mean(G) / norm1(G), u = u + a * sign(m), clipped to ±a; G: the sum of g and the gradient of the loss at "
-             "x + eta"),
+             "mean(G) / norm1(G), u = u + a * sign(m), clipped to ±a; G: the sum of g and the gradient of the "
+             "training loss with respect to eta"),
     "cuap": Attack(
         dict(alpha="fgsm_alpha", a="uap_alpha", smoothing="label_smoothing"), **UAP,
         starts_at="box(u_y), one u for each class",
@@ -283,7 +283,7 @@ OBJECTIVES: dict[str, Objective] = {
         dict(smoothing="label_smoothing", weights="aaer_lambdas"), start=True, whole_batch=True,
         loss="CE(x + delta) + lambda_1 * (n_A / B) * (lambda_2 * mean_A(CE_i(x + eta) - CE_i(x + delta)) + lambda_3 * "
              "max(V_A - V_N, 0)); A: the n_A images whose CE_i the attack lowered; N: the others; V: mean of norm2(f(x "
-             "+ eta) - f(x + delta))^2; no penalty if A or N is empty",
+             "+ eta) - f(x + delta))^2; no penalty if A or N is empty; only V_A has a gradient, through f(x + delta)",
         weighting="lambda_1, lambda_2, lambda_3 of the nearest published epsilon (8, 12, 16, 32); `nfgsm` has its own: "
                   "1,1.5,0.15 at epsilon 8; SVHN takes those of CIFAR-10, Tiny-ImageNet those of CIFAR-100"),
     "trades": Objective(
