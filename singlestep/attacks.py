@@ -57,7 +57,7 @@ class Step:
         drawn: the augmentation of x: "top" and "left" of the crop in the padded image, "flip", each (B,).
         padding: pixels by which the augmentation pads each side of an image before the crop.
         optimizer: SGD with its momentum buffers and one parameter group, for an attack that moves the weights.
-        rows: FGSM-UAP: for each image, the index of the universal perturbation of its starting point, (B,).
+        rows: of uap, cuap and fuap: index of the universal perturbation of each image's starting point, (B,).
         start: eta, the perturbation at the attack's first gradient; with keeps_graph, a leaf of the graph.
         logits, gradient: logits at x + eta, and the gradient of the mean cross-entropy with respect to eta.
         direction: sora's direction of steepest ascent at its starting point.
@@ -157,7 +157,7 @@ def checked(attack: Callable[P, Tensor]) -> Callable[P, Tensor]:
     """Decorate an attack with checks of its arguments, logits and gradients, unless `Step.checks` is False.
 
     The attack raises ValueError if images or epsilon are out of range, or if a logit or the perturbation is not
-    finite. It warns if the gradient is 0 for more than 1% of the images.
+    finite. It warns if the gradient is 0 for more than 1% of the images (our choice).
     """
     signature = inspect.signature(attack)
 
@@ -210,8 +210,9 @@ def zerograd(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: floa
              init: str = "random", step: Step | None = None, smoothing: float = 0.0) -> Tensor:
     """ZeroGrad (arXiv 2103.15476): FGSM that ignores the smallest gradient entries of each image.
 
-    delta = box(eta + alpha * sign(g')); g' is g with at most the fraction `q` of each image's entries set to 0, those
-    of smallest magnitude (see `quantile_mask`). The update is repeated `steps` times. Passes: 1 + steps.
+    delta = box(eta + alpha * sign(g')); g' is g with about the fraction `q` of each image's entries, those below the
+    q-quantile of the magnitude, set to 0 (see `quantile_mask`). The update is repeated `steps` times.
+    Passes: 1 + steps.
     """
     delta = start(x, epsilon, init)
     for _ in range(steps):
@@ -606,7 +607,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
     """The attack of NuAT (Sriramanan et al., NeurIPS 2021). Passes with the objective `nuclear`: 3.3.
 
     delta = box(eta + alpha * sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
-    x + eta of CE(f(x + eta), y) and, in every second batch, of
+    x + eta of CE(f(x + eta), y) and, in every second batch (never without `step`), of
 
         CE(f(x + eta), y) + ramp * weight * norm_nuclear(f(x) - f(x + eta)) / B, with `Step.ramp`.
 
@@ -622,7 +623,7 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float,
     """The attack of GAT (Sriramanan et al., arXiv 2011.14969). Passes with the objective `guided`: 3.3.
 
     delta = box(eta + alpha * sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
-    x + eta of CE(f(x + eta), y) and, in every second batch, of
+    x + eta of CE(f(x + eta), y) and, in every second batch (never without `step`), of
 
         CE(f(x + eta), y) + boost * weight * mean_i(sum_c((p_c(x) - p_c(x + eta))^2)), with `Step.boost`.
 

@@ -46,18 +46,20 @@ def main(args) -> None:
 
 
 def facts(opened: Opened) -> dict[str, Any]:
-    """Return the metadata of an exported file, as a dict.
+    """Return the metadata of an exported file, as a dict. A file that is exported again keeps its metadata.
 
-        data_set, statement, starts    as in args.json, without paths
+        data_set, statement    as in args.json
+        starts      for each launch, the fields STARTED of args.json, and the command without paths and --like
         args        flags of the run, without paths; without a run, the flags of the network only
         network     epoch: the network's, counted from 0; collapsed: whether the run was in collapse after this epoch;
                     None if unknown
         results     `collapse.summary` of the run
-        accuracy    one row for each attack on the network, as in evaluation.json
+        accuracy    rows of `accuracy`
     """
     exported = read_metadata(Path(opened.source)).get(EXPORTED)
     if exported is not None:
-        return json.loads(exported)
+        known = json.loads(exported)
+        return {**known, "accuracy": accuracy(opened, known=known["accuracy"])}
     history = read_history(opened)
     epoch = epoch_of(opened, history)
     record = next((record for record in history if record["epoch"] == epoch), None)
@@ -154,12 +156,14 @@ def final_evaluation(opened: Opened, history: list[dict[str, Any]], epoch: int |
         raise UsageError(f"{file} is damaged: repair it, or move it away") from None
 
 
-def accuracy(opened: Opened, record: dict[str, Any] | None, final: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Return one row for each attack that the run or evaluate.py has run on this network.
+def accuracy(opened: Opened, record: dict[str, Any] | None = None, final: dict[str, Any] | None = None,
+             known: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Return one row for each attack that the run or evaluate.py has run on this network, and for the worst case.
 
     Args:
         record: the run's record of the epoch of this network.
         final: the run's final evaluation of this network.
+        known: rows in the metadata of the network's file.
 
     If an attack was measured several times, its row is the measurement on the most images. epsilon and step (the step
     size) are in 1/255; `robust` counts the robust images among n.
@@ -171,6 +175,8 @@ def accuracy(opened: Opened, record: dict[str, Any] | None, final: dict[str, Any
         if n >= rows.get(key, {"n": 0})["n"]:
             rows[key] = dict(norm=norm, attack=attack, epsilon=epsilon, step=step, n=n, robust=robust)
 
+    for row in known:
+        add(**row)
     args = opened.args
     norm = args.norm
     if record and "test_images" in record:

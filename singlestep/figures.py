@@ -109,7 +109,8 @@ def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
     """Return the name of the published method with these flags, and the flags that the name implies.
 
     If several methods fit, the name is that of the method that sets the most flags. If no method fits, the name is the
-    attack, with " + objective" unless it is ce. If a method has this name, the flags that differ from it follow.
+    attack, with " + objective" unless it is ce; if a method happens to have the same name (attack fgsm, method fgsm),
+    " with " and the flags that differ from that method follow.
     """
     usual: dict[str, Any] = {"fgsm_init": "random", "objective": "ce", "elle_adaptive": False, "label_smoothing": 0.0}
     stated = {name: published.flags_on(flags.get("data_set", "")) for name, published in METHODS.items()}
@@ -478,7 +479,8 @@ def main(description: str | None = None) -> None:
     p = options.Parser(description)
     p.add_argument("runs", nargs="+", type=options.path, metavar="RUN", help="folder of a run")
     p.add_argument("--y", metavar="NAME,...", help=f"metrics to plot over the epochs, one panel each, as named in "
-                   f"metrics.jsonl (default: {PGD}; for a single run {', '.join(ALONE)}, in one panel)")
+                   f"metrics.jsonl (default: {PGD}; for a single run, or runs that differ only in the seed, "
+                   f"{', '.join(ALONE)}, in one panel)")
     p.add_argument("--out", type=options.figure_path, metavar="FILE", help="file of the figure: .png, .pdf or .svg")
     options.add_table_flags(p.add_argument)
     args = p.parse_args()

@@ -6,8 +6,9 @@ networks.py. `keywords` maps each keyword of the function or class to the flag t
 converts the value from the command line's unit to the function's. To add a method, add its function, its record here
 and, if it has one, its flag in options.py.
 
-Attributes marked "text" are for the tables in README.md and docs/methods.md, which explains their symbols, and for
---method NAME --help. `python docs/tables.py --write` copies them to the tables.
+Attributes marked "text" are for the tables in docs/methods.md, which explains their symbols. `Method.text` is for the
+table in README.md and for --method NAME --help; `compared` and `differs` are for docs/comparisons.md. `python
+docs/tables.py --write` copies them to the tables.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -529,8 +530,8 @@ def elle_lambda(args) -> float:
 
 
 def aaer_lambdas(args) -> tuple[float, float, float]:
-    """Return the weights published for the data set, for attacks with or without a clip to the ball, at the nearest
-    published epsilon (arXiv 2404.08154)."""
+    """Return the weights published for attacks with or without a clip to the ball, at the nearest published epsilon:
+    CIFAR-100's also for Tiny-ImageNet, CIFAR-10's for all others (arXiv 2404.08154)."""
     table = {("CIFAR-10", True): {8: (2.5, 1.5), 12: (5, 2.75), 16: (7, 3.25), 32: (5.75, 1.5)},
              ("CIFAR-10", False): {8: (1.5, 0.15), 12: (5, 0.55), 16: (8.5, 1.5), 32: (2.75, 0.75)},
              ("CIFAR-100", True): {8: (3.5, 1.5), 12: (3.5, 2.75), 16: (6, 2.25), 32: (5, 0.75)},

@@ -46,7 +46,8 @@ class DataSet:
         defaults: flag -> default on this data set.
         augmentation: keywords of `data.Augmentation` for the training images.
         peak: number of epochs -> epoch at which the cyclic learning rate is highest.
-        validate: choose the best checkpoint on training images even without --val-size.
+        validate: without --val-size, choose the best checkpoint on the first 2% of the training images, not on test
+            images.
         side: width and height of the synthetic images, a multiple of 4; None: data.DUMMY_SIDE.
         memory: bytes of all images, printed before the images are read; 0: print nothing.
     """
@@ -64,7 +65,7 @@ class DataSet:
     memory: int = 0
 
     def flags(self) -> dict[str, Any]:
-        """Return the flag defaults of this data set: `defaults`; else CIFAR-10's, but --fname is made from the name."""
+        """Return this data set's flag defaults: `defaults`, completed by CIFAR-10's; --fname is made from the name."""
         slug = re.sub(r"[^a-z0-9]+", "_", self.name.lower()).strip("_")
         return {**CIFAR10.defaults, "fname": f"{slug}_model", **self.defaults}
 
@@ -312,7 +313,7 @@ class Args:
 
     Attributes beyond the flags:
         data_set, statement: name of the data set, and its description (see `DataSet.statement`).
-        given: names of the flags that the user gave.
+        given: names of the flags that the user gave or that --like took from a run.
         dropped: flags of the recipe that conflict with values that the attack or the objective requires.
     """
 
@@ -330,7 +331,8 @@ class Args:
     train_samples: int | None = flag("data", "train on the first N training images only", None, number(int, 1),
                                      metavar="N", orders=True)
     val_size: int = flag("data", "hold the last N training images out and choose the best checkpoint on them; 0: "
-                         "choose it on test images; for SVHN, on the first 2%% of the training images", 0,
+                         "choose it on test images or, on SVHN, on the first 2%% of the training images, which are "
+                         "trained on as well (as the authors do)", 0,
                          number(int, 0), metavar="N", scores=True, orders=True)
 
     model: str = flag("model", "PreActResNet by depth, ResNet18, or WideResNet", "PreActResNet18",
@@ -384,7 +386,8 @@ class Args:
                                False)
     aaer_lambdas: tuple[float, ...] = flag("training", "aaer: weights lambda_1 of the penalty, lambda_2 of its loss "
                                            "term, lambda_3 of its logit term (default: as published for "
-                                           "--epsilon and the data set)", None, triple, metavar="L1,L2,L3")
+                                           "the nearest epsilon on CIFAR-10, which SVHN takes, too, or on CIFAR-100, "
+                                           "which Tiny-ImageNet takes, too)", None, triple, metavar="L1,L2,L3")
     trades_beta: float = flag("training", "trades: weight of the divergence", 6.0, number(float, 0))
     nuclear_lambda: float = flag("training", "weight of the nuclear norm in NuAT's attack (nuclear) and in its loss",
                                  4.5, number(float, 0))
@@ -417,7 +420,8 @@ class Args:
                           scores=True)
     norm: str = flag("attack", "norm of the ball, in training and in evaluation; l_2 works with the attacks fgsm, pgd, "
                      "none and sora, and with the objective ce", "l_inf", choices=NORMS, scores=True)
-    eps_warmup: float = flag("attack", "epochs over which epsilon and the attack's step size grow linearly from 0", 0.0,
+    eps_warmup: float = flag("attack", "epochs over which epsilon and the attack's step size grow linearly from 0 (not "
+                             "the step size of atas, and not --uap-alpha)", 0.0,
                              number(float, 0), metavar="EPOCHS")
     fgsm_alpha: float = flag("attack", "step size of single-step attacks, in epsilons (default: 2; 1 for nfgsm, pgi, "
                              "pco, nuclear, guided, n_lap, liet, uap, cuap, fuap; 1.25 for ckpt, r_lap)", None,
@@ -456,11 +460,11 @@ class Args:
                             number(int, 0))
     atas_reset: int = flag("attack", "atas: number of epochs between two resets of the stored perturbations", 10,
                            number(int, 1))
-    uap_alpha: float = flag("attack", "FGSM-UAP (uap, cuap, fuap): step size of the universal perturbations and bound "
+    uap_alpha: float = flag("attack", "uap, cuap, fuap: step size of the universal perturbations and bound "
                             "on their entries, in 1/255", 10.0, in_255ths, convert=lambda value, args: value / 255)
-    uap_decay: float = flag("attack", "FGSM-UAP: decay of the momentum of the universal perturbations", 0.3,
+    uap_decay: float = flag("attack", "uap, cuap, fuap: decay of the momentum of the universal perturbations", 0.3,
                             number(float, 0, 1))
-    fuap_rows: int = flag("attack", "FGSM-FUAP: number of universal perturbations, one for each group of similar "
+    fuap_rows: int = flag("attack", "fuap: number of universal perturbations, one for each group of similar "
                           "features", 50, number(int, 1))
     lap_beta: float = flag("attack", "LAP: length of the first layer's move, as a fraction of the norm of its weights "
                            "(default: as published for --epsilon)", None, number(float, 0))
@@ -499,7 +503,8 @@ class Args:
                        "Files of an earlier run in it are moved to earlier_N/", "", path)
     like: str | None = flag("files", "take the defaults from this run's flags, except --data-dir and the flags of the "
                             "groups files and machine. Given flags override the run's. With --method, the run's "
-                            "attack, objective and their flags are not taken", None, path, metavar="RUN")
+                            "--attack, --objective and all flags that attacks or objectives read are not taken, except "
+                            "--epsilon, --norm and --pgd-alpha", None, path, metavar="RUN")
     resume: int | str = flag("files", "N: continue after N epochs, from model_{N-1}.pth and opt_{N-1}.pth; auto: "
                              "continue from the newest complete state, or begin a new run if there is none", 0,
                              number(int, 0, also=("auto",)), metavar="N|auto")
@@ -564,7 +569,7 @@ class Args:
 
     @staticmethod
     def completed(before: dict[str, Any]) -> dict[str, Any]:
-        """Return a run's flags, completed by the defaults of flags that it lacks, where the default is fixed."""
+        """Return a run's flags, completed by the defaults of missing flags, unless these depend on other flags."""
         defaults = {name: each.default for name, each in FLAGS.items() if each.default is not None}
         return {**defaults, **FORMER_DEFAULTS, **before} if before else {}
 
@@ -812,7 +817,7 @@ def flags_like(source: str, dataset: DataSet, new_method: bool) -> dict[str, Any
     Args:
         source: folder of the run, or its args.json.
         dataset: data set of the script.
-        new_method: leave out the run's attack and objective, with their flags.
+        new_method: leave out the run's attack and objective, with their flags, except norm and pgd_alpha.
 
     Raises:
         UsageError: there is no such run, or a flag is wrong.
@@ -833,7 +838,8 @@ def flags_like(source: str, dataset: DataSet, new_method: bool) -> dict[str, Any
         chosen = repeated(run, own)
     except UsageError as error:
         raise UsageError(f"--like {source}: {error}") from None
-    of_method = {"method", "attack", "objective", *method_flags()} - {*NETWORK, "pgd_alpha"} if new_method else set()
+    of_method = {"method", "attack", "objective", *method_flags()} - {*NETWORK, "norm", "pgd_alpha"}
+    of_method = of_method if new_method else set()
     return {name: value for name, value in chosen.items() if name not in of_method}
 
 
@@ -949,7 +955,8 @@ def parse_evaluation(description: str | None = None, argv: list[str] | None = No
     return args
 
 
-DATA_AND_MODEL = "data and model (default: as recorded in the run or the file, else as below)"
+DATA_AND_MODEL = ("data and model (default: as recorded in the run or the file; without a record, --data-set is "
+                  "required, and the default network is PreActResNet18 of base width 64)")
 
 # Flags of data and model that evaluate.py takes from a run.
 RUNS = ("data_dir", "dummy", *NETWORK)

@@ -154,7 +154,7 @@ def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attack: PGD, ba
 
 
 def no_gradient(attack: str, share: float) -> list[str]:
-    """Return a warning if an attack had a gradient of 0 for more than 1% of the attacked images."""
+    """Return a warning if an attack had a gradient of 0 for more than 1% of the attacked images (our choice)."""
     return [f"{attack} had a gradient of 0 for {100 * share:.0f}% of the images: the accuracy may be too high; try "
             f"an attack without gradients (evaluate.py --attacks=square)"] if share > 0.01 else []
 

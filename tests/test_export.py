@@ -127,6 +127,17 @@ def test_what_evaluate_measured_is_of_this_network_and_in_the_metadata(run, expo
     assert [row[:-1] for row in again] == [row[:-1] for row in one] and len(one) == 2
 
 
+def test_a_file_that_is_exported_again_has_new_accuracies_too(exported, evaluates, tmp_path, run):
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    assert exported(run, f"--to={first}")[0] == 0
+    assert evaluates(first, "--device=cpu", "--samples=20", "--attacks=clean,pgd-3-1")[0] == 0
+    assert exported(first, f"--to={second}")[0] == 0
+    before, after = metadata(first), metadata(second)
+    rows = {(row["attack"], row["n"]) for row in after["accuracy"]}
+    assert rows == {("clean", 20), ("fgsm", 8), ("pgd-1-1", 8), ("pgd-3-1", 20)}
+    assert {**before, "accuracy": 0} == {**after, "accuracy": 0} and len(before["accuracy"]) == 3
+
+
 def test_the_final_evaluation_is_of_the_network_that_it_evaluated(run, exported, tmp_path):
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = [epoch["epoch"] for epoch in epochs if epoch["best"]][-1]

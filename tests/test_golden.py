@@ -83,7 +83,7 @@ def follow(monkeypatch, name: str, flags: str, passes: str, draws: Callable[[Arr
     state, _ = train.build(options.CIFAR10, args, CPU, World(), network)
     state.model.train()
     state.kept.update(kept(under(arrays, "kept0.")))
-    own = Images.of(torch.zeros(images, 3, 8, 8), torch.zeros(images))
+    own = Images.of(torch.zeros(images, 3, 8, 8), torch.zeros(images, dtype=torch.long))
     dataset = replace(options.CIFAR10, augmentation=dict(padding=padding, pad_mode="zero"))
     run = train.assemble(dataset, args, state, Folder(None), World(), StopSignals(), [own] * 3)
     seen: list[tuple[Tensor, Arrays]] = []

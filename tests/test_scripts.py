@@ -608,6 +608,16 @@ def test_a_flag_and_a_method_beside_like_win(flags, beside, like, tmp_path):
     assert found.flags() == {**options.parse(options.CIFAR10, argv=like.split()).flags(), "like": str(run)}
 
 
+def test_a_new_method_keeps_the_norm_and_radius_of_the_run_that_it_is_like(tmp_path):
+    run = args_json(tmp_path / "args.json", options.parse(options.CIFAR10, argv=[
+        "--method=fgsm-rs", "--norm=l_2", "--epsilon=128", "--pgd-alpha=20", "--label-smoothing=0.1"]))
+    args = options.parse(options.CIFAR10, argv=[f"--like={run}", "--method=sora"])
+    assert (args.attack, args.norm, args.epsilon, args.pgd_alpha) == ("sora", "l_2", 128, 20)
+    assert args.label_smoothing == 0
+    with pytest.raises(SystemExit):
+        options.parse(options.CIFAR10, argv=[f"--like={run}", "--method=zerograd"])
+
+
 def test_on_another_data_set_a_run_like_another_has_the_defaults_of_that_one(tmp_path):
     run = args_json(tmp_path / "args.json", options.parse(options.CIFAR10, argv=["--method=n-fgsm", "--epsilon=4"]))
     found = options.parse(options.SVHN, argv=[f"--like={run}"])

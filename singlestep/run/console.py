@@ -82,8 +82,8 @@ class StopSignals:
     """Context in which SIGINT, SIGTERM and SIGHUP stop a run.
 
     While `deferred` is set, a signal is only recorded, and loops stop between two steps; otherwise a signal raises
-    Stopped at once. A second signal ends the process, except under torchrun. Signals that the process ignores stay
-    ignored, as SIGHUP under nohup. Signals are handled in the main thread only.
+    Stopped at once. A second signal of the same kind ends the process, except under torchrun. Signals that the process
+    ignores stay ignored, as SIGHUP under nohup. Signals are handled in the main thread only.
     """
 
     received: signal.Signals | None = None
@@ -328,10 +328,12 @@ def pgd_seconds(args, seconds: float, steps: int, restarts: int, images: int) ->
 
 
 def results_lines(args, record: dict[str, Any], images: int) -> str:
-    """Return lines that name the folder of the results and the next commands. The first command takes about a minute.
+    """Return lines that name the folder of the results and the next commands.
+
+    The first command is limited to the images that take about a minute, from 10 to 1,000.
 
     Args:
-        record: record of the last epoch.
+        record: record of the last epoch; without test images in it, the first command has no limit.
         images: number of test images.
     """
     flags, full, evaluated = "", "", shlex.quote(args.fname)

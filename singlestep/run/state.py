@@ -4,7 +4,7 @@
     model_E.pth          state dict of the network after epoch E, counted from 0
     opt_E.pth            state dict of the optimizer after epoch E and, under "run", the rest of the state
     model_best.pth       state dict of the network with the highest score so far: PGD accuracy on the validation
-                         images or, without any, on the test images of every epoch
+                         images or, without any, on the first --test-samples test images
     model_healthy.pth    state dict of the newest network that was not in collapse
     final.pth            progress of an interrupted final evaluation
     args.json, output.log, metrics.jsonl, final.json    logs, rewritten from the state on every save
