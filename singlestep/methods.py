@@ -479,8 +479,9 @@ METHODS: dict[str, Method] = {
         text="N-FGSM that also moves the weights before each training step, the first layers most",
         compared=RECORDED,
         differs="none in the formulas. The weights move down the loss at the starting point, as in the authors' code; "
-                "the paper describes a move up (`--lap-up`). The weights are never restored, on purpose: the moves "
-                "accumulate. `--lap-beta` is published for CIFAR-10 only"),
+                "the paper describes a move up (`--lap-up`). As in the authors' code and paper, the moved weights are "
+                "not restored after the training step: the moves accumulate. `--lap-beta` is published for "
+                "CIFAR-10 only"),
     "r-lap": Method(
         dict(attack="r_lap", fgsm_alpha=1.25), "2", "arXiv 2405.16262",
         text="FGSM-RS that also moves the weights before each training step, the first layers most",
