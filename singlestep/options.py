@@ -277,9 +277,9 @@ def radii(text: str) -> tuple[float, ...]:
 
 # The flags of a training script
 
-GROUPS = {"method": "method (flags that you give take precedence over its defaults)", "data": "data", "model": "model",
-          "training": "training", "attack": "attack to train on", "evaluation": "evaluation", "files": "files",
-          "machine": "machine"}
+GROUPS = {"method": "method (flags that you give take precedence over the defaults that --method and --recipe set)",
+          "data": "data", "model": "model", "training": "training", "attack": "attack to train on",
+          "evaluation": "evaluation", "files": "files", "machine": "machine"}
 SCIENCE = ("data", "model", "training", "attack")
 
 
@@ -320,9 +320,9 @@ class Args:
     method: str | None = flag("method", "published method, such as n-fgsm or zerograd: sets the defaults of the "
                               "attack, the loss and their flags. list: print all methods. NAME --help: print the flags "
                               "of this method", choices=(*METHODS, "list"), metavar="NAME", fixed=False, named=False)
-    recipe: str | None = flag("method", "training protocol, of the ZeroGrad paper (paper) or of FastAT_Benchmark "
-                              "(fastat): sets the defaults of the schedule and of other flags; takes precedence over "
-                              "--method", choices=RECIPES, fixed=False, named=False)
+    recipe: str | None = flag("method", "training protocol. paper: epochs and learning rate of the ZeroGrad paper; "
+                              "fastat: all hyperparameters of FastAT_Benchmark (see docs/methods.md). If --method and "
+                              "--recipe set the same flag, --recipe decides", choices=RECIPES, fixed=False, named=False)
 
     data_dir: str = flag("data", "folder of the data set; if it holds none of the files, they are downloaded to it", "",
                          path, fixed=False, named=False)
