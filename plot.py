@@ -6,7 +6,8 @@
     python plot.py runs/* --y=test_robust_acc,test_acc --out=curves.pdf
     python plot.py runs/* --latex=table.tex --csv=table.csv
 
-Runs are named by the flags in which they differ. Runs that differ only in the seed are averaged; in the figure, a band
+Runs are named by the flags in which they differ. Runs that differ only in the seed, or in flags that change no curve
+(such as --final-iters), are averaged; in the figure, a band
 shows their minimum and maximum. --by-seed shows these runs separately. Epochs count from 1 here, from 0 in the files.
 """
 from singlestep.figures import main

@@ -144,7 +144,7 @@ class Step:
         return F.cross_entropy(logits, target.scatter(1, label, 1 - smoothing))
 
     def check(self, x: Tensor, epsilon: float) -> None:
-        """Raise ValueError if `checks` is set and images or epsilon are out of range."""
+        """Raise ValueError if `checks` is set and images or epsilon are not in [0, 1], also in l_2."""
         if self.checks:
             check_images(x)
             check_epsilon(epsilon)
@@ -972,13 +972,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode in this context."""
-    training = model.training
+    """Put the model in eval mode in this context; afterwards, every module has its own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
 
 
 def _per_image(values: Tensor) -> Tensor:

@@ -27,8 +27,8 @@ class Opened(NamedTuple):
         args, dataset: arguments and data set of the network's run.
         source: file or files from which the network was read.
         folder: folder of `source`.
-        run: flags that the run recorded in args.json, in a checkpoint or in the metadata of an exported file; empty
-            if there are none.
+        run: flags that the run recorded in args.json, corrected by its newest checkpoint, or in the metadata of an
+            exported file; empty if there is neither.
         notes: lines to print.
         epoch: index (from 0) of the epoch during or after which the network was saved; None if unknown.
     """
@@ -47,8 +47,8 @@ def open_run(path: str | Path, which: str = "last", **flags: Any) -> Opened:
     """Load the network in a run folder or in a checkpoint file, with the arguments of its run.
 
     The arguments are those that the run recorded: in the metadata of an exported file, else in args.json of the folder
-    (for a file: of its parent folder). For a folder, the network's flags, the data set, epsilon and norm in its newest
-    checkpoint take precedence. `flags` override all of them.
+    (for a file: of its parent folder). For a folder with args.json, the network's flags, the data set, epsilon and norm
+    in its newest checkpoint take precedence. `flags` override all of them.
 
     Args:
         path: folder of a run, exported file, checkpoint of these scripts, or third-party checkpoint.
@@ -252,7 +252,7 @@ def load_network(model: nn.Module, content: dict, source: str, normalize: bool =
 
     The state dict may be nested under any keys, and its keys may share a prefix such as `module.`. If the state dict of
     a PreActResNet has no final BatchNorm, the network's final BatchNorm and ReLU are removed. Entries of layers that
-    the network does not have are ignored.
+    the network does not have are ignored, but a final BatchNorm that --no-final-norm leaves out is an error.
 
     Args:
         content: the state dict, or the content of its file.

@@ -129,7 +129,7 @@ class Images:
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor) -> "Images":
-        """Create from images (N, C, H, W), uint8 or float in [0, 1], and labels (N,); batches in the default layout.
+        """Create from images (N, C, H, W), uint8 or float in [0, 1], and labels (N,); batches are contiguous.
 
         Raises:
             ValueError: type, shape or range of the images or of the labels is wrong.

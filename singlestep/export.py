@@ -46,20 +46,23 @@ def main(args) -> None:
 
 
 def facts(opened: Opened) -> dict[str, Any]:
-    """Return the metadata of an exported file, as a dict. A file that is exported again keeps its metadata.
+    """Return the metadata of an exported file, as a dict. A file that is exported again keeps its metadata, with the
+    given flags of the network and new accuracies.
 
         data_set, statement    as in args.json
         starts      for each launch, the fields STARTED of args.json, and the command without paths and --like
         args        flags of the run, without paths; without a run, the flags of the network only
-        network     epoch: the network's, counted from 0; collapsed: whether the run was in collapse after this epoch;
-                    None if unknown
+        network     epoch: during or after which the network was saved, counted from 0; collapsed: whether the run was
+                    in collapse after it; each None if unknown
         results     `collapse.summary` of the run
         accuracy    rows of `accuracy`
     """
     exported = read_metadata(Path(opened.source)).get(EXPORTED)
     if exported is not None:
-        known = json.loads(exported)
-        return {**known, "accuracy": accuracy(opened, known=known["accuracy"])}
+        known, built = json.loads(exported), json.loads(json.dumps(as_built(opened).flags()))
+        flags = {**known["args"], **{name: built[name] for name in options.NETWORK}}
+        same = flags == known["args"]  # else the known accuracies are another network's
+        return {**known, "args": flags, "accuracy": accuracy(opened, known=known["accuracy"] if same else ())}
     history = read_history(opened)
     epoch = epoch_of(opened, history)
     record = next((record for record in history if record["epoch"] == epoch), None)

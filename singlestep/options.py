@@ -386,8 +386,9 @@ class Args:
                                False)
     aaer_lambdas: tuple[float, ...] = flag("training", "aaer: weights lambda_1 of the penalty, lambda_2 of its loss "
                                            "term, lambda_3 of its logit term (default: as published for "
-                                           "the nearest epsilon on CIFAR-10, which SVHN takes, too, or on CIFAR-100, "
-                                           "which Tiny-ImageNet takes, too)", None, triple, metavar="L1,L2,L3")
+                                           "CIFAR-100, also on Tiny-ImageNet, else for CIFAR-10; at the published "
+                                           "epsilon nearest to --epsilon; with or without a clip to the ball, as the "
+                                           "attack)", None, triple, metavar="L1,L2,L3")
     trades_beta: float = flag("training", "trades: weight of the divergence", 6.0, number(float, 0))
     nuclear_lambda: float = flag("training", "weight of the nuclear norm in NuAT's attack (nuclear) and in its loss",
                                  4.5, number(float, 0))
@@ -421,7 +422,7 @@ class Args:
     norm: str = flag("attack", "norm of the ball, in training and in evaluation; l_2 works with the attacks fgsm, pgd, "
                      "none and sora, and with the objective ce", "l_inf", choices=NORMS, scores=True)
     eps_warmup: float = flag("attack", "epochs over which epsilon and the attack's step size grow linearly from 0 (not "
-                             "the step size of atas, and not --uap-alpha)", 0.0,
+                             "--uap-alpha; the step size of atas only in its first --atas-warmup epochs)", 0.0,
                              number(float, 0), metavar="EPOCHS")
     fgsm_alpha: float = flag("attack", "step size of single-step attacks, in epsilons (default: 2; 1 for nfgsm, pgi, "
                              "pco, nuclear, guided, n_lap, liet, uap, cuap, fuap; 1.25 for ckpt, r_lap)", None,
@@ -501,8 +502,9 @@ class Args:
 
     fname: str = flag("files", "folder of the logs and checkpoints, created if it is missing; every run needs its own. "
                        "Files of an earlier run in it are moved to earlier_N/", "", path)
-    like: str | None = flag("files", "take the defaults from this run's flags, except --data-dir and the flags of the "
-                            "groups files and machine. Given flags override the run's. With --method, the run's "
+    like: str | None = flag("files", "repeat this run: take its flags that differ from the defaults of its method, "
+                            "recipe and data set, except --data-dir and the flags of the groups files and machine. "
+                            "Given flags override the run's. With --method, the run's "
                             "--attack, --objective and all flags that attacks or objectives read are not taken, except "
                             "--epsilon, --norm and --pgd-alpha", None, path, metavar="RUN")
     resume: int | str = flag("files", "N: continue after N epochs, from model_{N-1}.pth and opt_{N-1}.pth; auto: "
@@ -741,7 +743,7 @@ def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | Non
     """Return the arguments of a run. Raises UsageError if a flag is wrong.
 
     Precedence, highest first: given flags; flags of the run that --like names; values that the attack or the objective
-    requires, but only in place of a recipe's value or of None; --recipe; --method; `run`; the data set; the field's
+    requires, but only in place of a recipe's value or of none; --recipe; --method; `run`; the data set; the field's
     default.
 
     Args:
@@ -985,7 +987,8 @@ def parse_export(description: str | None = None, argv: list[str] | None = None) 
     p.add_argument("--to", type=export_path, required=True, metavar="FILE.safetensors|FOLDER/",
                    help="FILE.safetensors: write the weights, with the metadata to rebuild the network, and a model "
                    "card FILE.md. FOLDER/: write a folder in RobustBench's layout")
-    p.add_argument("--half", action="store_true", help="write the weights in float16, which halves the file")
+    p.add_argument("--half", action="store_true",
+                   help="FILE.safetensors: write the weights in float16, which halves the file")
     p.add_argument("--name", type=identifier, help="name of the network in RobustBench, such as Author2026Title "
                    "(default: from the method and the network)")
     p.add_argument("--which", default="last", metavar="NAME", help="network to load. Of a run: last (the default), "
@@ -995,7 +998,10 @@ def parse_export(description: str | None = None, argv: list[str] | None = None) 
     add("--data-set", choices=DATA_SETS, help="data set on which the network was trained")
     add_flags(p, NETWORK, add)
     p.set_defaults(**dict.fromkeys(NETWORK))
-    return p.parse_args(argv)
+    args = p.parse_args(argv)
+    if args.half and args.to.endswith("/"):
+        p.error("--half works only with --to=FILE.safetensors: leave it out")
+    return args
 
 
 # What flags mean for one run

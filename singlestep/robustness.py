@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .attacks import check_epsilon, confident_gradient, in_ball, magnitude, pgd_step
+from .attacks import check_epsilon, confident_gradient, eval_mode, in_ball, magnitude, pgd_step
 from .data import Images
 from .run.console import Screen
 from .run.device import Precision, padded, seed_everything
@@ -143,10 +143,9 @@ def evaluate(network: nn.Module, images: Tensor, labels: Tensor, attack: PGD, ba
         UserWarning: the gradient was 0 for more than 1% of the attacked images.
     """
     check_epsilon(attack.epsilon, attack.norm)
-    training = network.training
     precision = Precision.float32(images.device)
-    *_, last = attack_steps(network, Images.of(images, labels), attack, batch_size, precision)
-    network.train(training)
+    with eval_mode(network):
+        *_, last = attack_steps(network, Images.of(images, labels), attack, batch_size, precision)
     assert isinstance(last, Restart)
     for warning in no_gradient("the attack", last.result.metrics()["no_gradient"]):
         warnings.warn(warning, stacklevel=2)

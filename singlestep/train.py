@@ -190,7 +190,8 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, method: str, *, ep
         augment: keywords of `data.Augmentation`, such as dict(padding=4, flip=True); None: no augmentation.
         test: images and labels for the evaluation of every epoch; None: no evaluation.
         folder: folder for checkpoints and logs; None: no file is written.
-        flags: flags of train_cifar.py, with its defaults except quiet=True and final_iters=0.
+        flags: flags of train_cifar.py, with its defaults except quiet=True and final_iters=0 (and, above epsilon 8,
+            liet_every=20).
 
     Returns:
         The history: a record for each epoch.
@@ -803,7 +804,7 @@ def onedrop(t: float, lr_max: float, drop: float) -> float:
 def onecycle(t: float, epochs: float, begin: float, peak: float, end: float) -> float:
     """Return the value at t: from `begin` to `peak` in three tenths of the epochs, then to `end`, along cosines.
 
-    As PyTorch's OneCycleLR (Smith and Topin, arXiv 1708.07120).
+    As PyTorch's OneCycleLR (Smith and Topin, arXiv 1708.07120), up to one training step earlier before the peak.
     """
     return _cosines(t / epochs, 0.3, begin, peak, end)
 

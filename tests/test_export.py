@@ -138,6 +138,16 @@ def test_a_file_that_is_exported_again_has_new_accuracies_too(exported, evaluate
     assert {**before, "accuracy": 0} == {**after, "accuracy": 0} and len(before["accuracy"]) == 3
 
 
+def test_a_file_that_is_exported_again_has_the_given_network(exported, tmp_path, run):
+    one_line(exported(run, "--half", f"--to={tmp_path}/"), "--half works only with")
+    first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
+    assert exported(run, f"--to={first}")[0] == 0
+    assert exported(first, "--mean=0,0,0", "--std=1,1,1", f"--to={second}")[0] == 0
+    assert not torch.equal(logits(first), logits(second))
+    assert torch.equal(logits(second), logits(first, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0)))
+    assert metadata(second)["args"]["mean"] == [0, 0, 0] and metadata(second)["accuracy"] == []
+
+
 def test_the_final_evaluation_is_of_the_network_that_it_evaluated(run, exported, tmp_path):
     epochs = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     best = [epoch["epoch"] for epoch in epochs if epoch["best"]][-1]

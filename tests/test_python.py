@@ -11,7 +11,7 @@ from torch import nn
 
 import singlestep
 from singlestep import collapse, data, options
-from singlestep.attacks import fgsm
+from singlestep.attacks import fgsm, kl
 from singlestep.networks import PreActResNet18
 from singlestep.run.console import UsageError
 from singlestep.run.device import seed_everything
@@ -111,6 +111,17 @@ def test_images_of_another_form_are_refused():
             train(network_of_seed(0), torch.rand(4, 3, 8, 8), wrong, "fgsm", epochs=1)
     with pytest.raises(ValueError, match="8/255, not 8"):
         singlestep.evaluate(network_of_seed(0), torch.zeros(4, 3, 8, 8), labels, singlestep.PGD(8, 2, 1, 1))
+
+
+def test_every_module_has_its_own_mode_after_an_evaluation_and_an_attack_in_eval_mode():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4).eval(), torch.nn.Flatten(),
+                                  torch.nn.Linear(4 * 36, 3)).train()
+    network[1].eval()
+    x, y = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    singlestep.evaluate(network, x, y, singlestep.PGD(0.1, 0.1, 1, 1))
+    kl(network, x, y, 0.1, 0.1, 2)
+    collapse.signs(network, x, y, 0.1)
+    assert [module.training for module in network.modules()] == [True, True, False, True, True]
 
 
 def test_inference_mode_is_named():

@@ -125,8 +125,9 @@ class State:
     def load_training(self, saved: dict, source: str) -> dict:
         """Load a dict from `training`, or the state dict of an optimizer alone.
 
-        Only the momentum and the last learning rate are loaded into the optimizer; the other hyperparameters come from
-        the command line. The momentum is copied into the existing buffers, whose memory layout stays the same.
+        Only the momentum buffers and the last learning rate are loaded into the optimizer; --momentum and
+        --weight-decay come from the command line. The buffers are copied into the existing ones, whose memory layout
+        stays the same.
 
         Args:
             saved: the dict.
