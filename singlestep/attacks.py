@@ -607,7 +607,7 @@ def nuclear(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float
     """The attack of NuAT (Sriramanan et al., NeurIPS 2021). Passes with the objective `nuclear`: 3.3.
 
     delta = box(eta + alpha * sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
-    x + eta of CE(f(x + eta), y) and, in every second batch (never without `step`), of
+    x + eta of CE(f(x + eta), y); in every second batch (never without `step`), it is instead that of
 
         CE(f(x + eta), y) + ramp * weight * norm_nuclear(f(x) - f(x + eta)) / B, with `Step.ramp`.
 
@@ -623,7 +623,7 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float,
     """The attack of GAT (Sriramanan et al., arXiv 2011.14969). Passes with the objective `guided`: 3.3.
 
     delta = box(eta + alpha * sign(g)), eta = epsilon / 2 or -epsilon / 2 at random for each entry. g is the gradient at
-    x + eta of CE(f(x + eta), y) and, in every second batch (never without `step`), of
+    x + eta of CE(f(x + eta), y); in every second batch (never without `step`), it is instead that of
 
         CE(f(x + eta), y) + boost * weight * mean_i(sum_c((p_c(x) - p_c(x + eta))^2)), with `Step.boost`.
 
@@ -635,12 +635,12 @@ def guided(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float,
 
 def alternating(model: nn.Module, x: Tensor, y: Tensor, epsilon: float, alpha: float, smoothing: float,
                 step: Step | None, term: Callable[[Step, Tensor, Tensor], Tensor]) -> Tensor:
-    """Return delta after one FGSM step in eval mode from ±epsilon / 2, at random for each entry.
+    """Return delta after one FGSM step in eval mode from eta = ±epsilon / 2, at random for each entry.
 
     In every second batch, the loss includes `term`.
 
     Args:
-        term: (step, f(x) in the model's current mode, f(x + delta) in eval mode) -> scalar; both logits in float32.
+        term: (step, f(x) in the model's current mode, f(x + eta) in eval mode) -> scalar; both logits in float32.
     """
     delta = corners(x, epsilon / 2).clamp(-x, 1 - x)
     with torch.no_grad(), frozen(model):

@@ -658,8 +658,8 @@ def batchnorm_mismatch(model: nn.Module, x: Tensor) -> float:
     """Return the largest distance of a BatchNorm layer's inputs from its running statistics, for x (B, 3, H, W).
 
     Distance of a channel: the length of ((mean - running mean) / running deviation, log(deviation / running
-    deviation)). Distance of a layer: the first quartile over its channels. Every layer normalizes with the statistics
-    of this batch, as in training, so that a layer's distance does not increase those of later layers.
+    deviation)). Distance of a layer: the first quartile over its channels (our choice). Every layer normalizes with
+    the statistics of this batch, as in training, so that a layer's distance does not increase those of later layers.
     """
     distances: list[Tensor] = []
 

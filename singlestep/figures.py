@@ -108,9 +108,9 @@ def dependent(flags: dict[str, Any]) -> dict[str, Any]:
 def method(flags: dict[str, Any]) -> tuple[str, set[str]]:
     """Return the name of the published method with these flags, and the flags that the name implies.
 
-    If several methods fit, the name is that of the method that sets the most flags. If no method fits, the name is the
-    attack, with " + objective" unless it is ce; if a method happens to have the same name (attack fgsm, method fgsm),
-    " with " and the flags that differ from that method follow.
+    If several methods fit, the name is that of the method that sets the most flags. If no method fits, the name is
+    ATTACK, or ATTACK + OBJECTIVE if the objective is not ce. If a method also has this name (attack fgsm, method fgsm),
+    the name is ATTACK with FLAGS: the flags that differ from that method.
     """
     usual: dict[str, Any] = {"fgsm_init": "random", "objective": "ce", "elle_adaptive": False, "label_smoothing": 0.0}
     stated = {name: published.flags_on(flags.get("data_set", "")) for name, published in METHODS.items()}

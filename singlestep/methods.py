@@ -521,7 +521,7 @@ MODELS: dict[str, dict[str, str]] = {
 
 
 def gradalign_lambda(args) -> float:
-    """Return the weight published for epsilon, log-linear; SVHN has its own offset and slope (arXiv 2007.02617)."""
+    """Return the published weight, whose logarithm is linear in epsilon; SVHN has its own line (arXiv 2007.02617)."""
     return 2.5 * 10 ** ((args.epsilon - 8) / 39.2) if args.data_set == "SVHN" else 0.2 * 10 ** ((args.epsilon - 8) / 8)
 
 

@@ -385,10 +385,11 @@ class Args:
                                "standard deviations sets it to --elle-lambda; any other batch multiplies it by 0.99",
                                False)
     aaer_lambdas: tuple[float, ...] = flag("training", "aaer: weights lambda_1 of the penalty, lambda_2 of its loss "
-                                           "term, lambda_3 of its logit term (default: as published for "
-                                           "CIFAR-100, also on Tiny-ImageNet, else for CIFAR-10; at the published "
-                                           "epsilon nearest to --epsilon; with or without a clip to the ball, as the "
-                                           "attack)", None, triple, metavar="L1,L2,L3")
+                                           "term, lambda_3 of its logit term (default: the published values: "
+                                           "on CIFAR-100 and Tiny-ImageNet those for CIFAR-100, else those for "
+                                           "CIFAR-10; for the published epsilon nearest to --epsilon; attacks that "
+                                           "clip to the ball have other values than attacks that do not)", None, triple,
+                                           metavar="L1,L2,L3")
     trades_beta: float = flag("training", "trades: weight of the divergence", 6.0, number(float, 0))
     nuclear_lambda: float = flag("training", "weight of the nuclear norm in NuAT's attack (nuclear) and in its loss",
                                  4.5, number(float, 0))
@@ -742,9 +743,9 @@ def parse(dataset: DataSet, description: str | None = None, argv: list[str] | No
 def arguments(dataset: DataSet, given: dict[str, Any], run: dict[str, Any] | None = None) -> Args:
     """Return the arguments of a run. Raises UsageError if a flag is wrong.
 
-    Precedence, highest first: given flags; flags of the run that --like names; values that the attack or the objective
-    requires, but only in place of a recipe's value or of none; --recipe; --method; `run`; the data set; the field's
-    default.
+    Precedence, highest first: given flags; flags of the run that --like names; --recipe; --method; `run`; the data set;
+    the field's default. A value that the attack or the objective requires replaces the recipe's value, and fills in a
+    flag that has no value from any of these; it replaces nothing else.
 
     Args:
         given: flags of the user.

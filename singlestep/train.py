@@ -804,7 +804,8 @@ def onedrop(t: float, lr_max: float, drop: float) -> float:
 def onecycle(t: float, epochs: float, begin: float, peak: float, end: float) -> float:
     """Return the value at t: from `begin` to `peak` in three tenths of the epochs, then to `end`, along cosines.
 
-    As PyTorch's OneCycleLR (Smith and Topin, arXiv 1708.07120), up to one training step earlier before the peak.
+    As PyTorch's OneCycleLR (Smith and Topin, arXiv 1708.07120), except that before the peak, this function
+    reaches each value up to one training step earlier than PyTorch's.
     """
     return _cosines(t / epochs, 0.3, begin, peak, end)
 
