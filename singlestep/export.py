@@ -61,7 +61,7 @@ def facts(opened: Opened) -> dict[str, Any]:
     if exported is not None:
         known, built = json.loads(exported), json.loads(json.dumps(as_built(opened).flags()))
         flags = {**known["args"], **{name: built[name] for name in options.NETWORK}}
-        same = flags == known["args"]  # else the known accuracies are another network's
+        same = all(flags[name] == value for name, value in known["args"].items())  # else they are another network's
         return {**known, "args": flags, "accuracy": accuracy(opened, known=known["accuracy"] if same else ())}
     history = read_history(opened)
     epoch = epoch_of(opened, history)
@@ -84,8 +84,7 @@ def read_history(opened: Opened) -> list[dict[str, Any]]:
 
 
 def read_starts(opened: Opened) -> list[dict[str, Any]]:
-    """Return the records of launches in args.json, without paths. In commands, --like is
-    replaced by the flags that it stands for."""
+    """Return the records of launches in args.json, without paths, with --like in commands spelled out."""
     if not opened.run:
         return []
     starts = json.loads((opened.folder.path / "args.json").read_text(encoding="utf-8")).get("starts", [])
@@ -145,27 +144,31 @@ def as_built(opened: Opened) -> Args:
     return replace(opened.args, **shortest, no_final_norm=bare)
 
 
-def final_evaluation(opened: Opened, history: list[dict[str, Any]], epoch: int | None) -> dict[str, Any] | None:
-    """Return the record of the run's final evaluation; None if it was of the network of another epoch."""
-    file = opened.folder.path / "final.json"
+def final_evaluation(opened: Opened, history: list[dict[str, Any]], epoch: int | None) -> list[tuple]:
+    """Return (attack, epsilon, step, n, robust) of the final evaluation; [] if it was of another epoch's network."""
+    file, args = opened.folder.path / "final.json", opened.args
     if not history or not file.exists():
-        return None
+        return []
     try:
         final = json.loads(file.read_text(encoding="utf-8"))
         best = [record["epoch"] for record in history if record.get("best")]
         evaluated = best[-1:] if final["model"] == "best" else [history[-1]["epoch"]]
-        return final if evaluated == [epoch] else None
+        n, pgd = final["images"], f"pgd-{final['iters']}-{final['restarts']}"
+        epsilon, step = final.get("epsilon", args.epsilon), final.get("alpha", args.pgd_alpha)
+        rows = [("clean", 0.0, None, n, round(n * final["clean_acc"])),
+                (pgd, epsilon, step, n, round(n * final["robust_acc"]))]
+        return rows if evaluated == [epoch] else []
     except (ValueError, KeyError, TypeError):
         raise UsageError(f"{file} is damaged: repair it, or move it away") from None
 
 
-def accuracy(opened: Opened, record: dict[str, Any] | None = None, final: dict[str, Any] | None = None,
+def accuracy(opened: Opened, record: dict[str, Any] | None = None, final: Iterable[tuple] = (),
              known: Iterable[dict[str, Any]] = ()) -> list[dict[str, Any]]:
     """Return one row for each attack that the run or evaluate.py has run on this network, and for the worst case.
 
     Args:
         record: the run's record of the epoch of this network.
-        final: the run's final evaluation of this network.
+        final: rows of `final_evaluation`.
         known: rows in the metadata of the network's file.
 
     If an attack was measured several times, its row is the measurement on the most images. epsilon and step (the step
@@ -188,11 +191,8 @@ def accuracy(opened: Opened, record: dict[str, Any] | None = None, final: dict[s
         if "fgsm_acc" in record:
             add(norm, "fgsm", args.epsilon, args.epsilon, n, round(n * record["fgsm_acc"]))
         add(norm, pgd, args.epsilon, args.pgd_alpha, n, round(n * record["test_robust_acc"]))
-    if final:
-        n, pgd = final["images"], f"pgd-{final['iters']}-{final['restarts']}"
-        add(norm, "clean", 0.0, None, n, round(n * final["clean_acc"]))
-        add(norm, pgd, final.get("epsilon", args.epsilon), final.get("alpha", args.pgd_alpha), n,
-            round(n * final["robust_acc"]))
+    for evaluated in final:
+        add(norm, *evaluated)
     network = fingerprint(opened.model)
     for each in evaluations(opened.folder):
         for row in each.get("attacks", []) if each.get("network") == network else []:

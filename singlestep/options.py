@@ -332,7 +332,7 @@ class Args:
                                      metavar="N", orders=True)
     val_size: int = flag("data", "hold the last N training images out and choose the best checkpoint on them; 0: "
                          "choose it on test images or, on SVHN, on the first 2%% of the training images, which are "
-                         "trained on as well (as the authors do)", 0,
+                         "trained on as well, as in the authors' scripts", 0,
                          number(int, 0), metavar="N", scores=True, orders=True)
 
     model: str = flag("model", "PreActResNet by depth, ResNet18, or WideResNet", "PreActResNet18",
@@ -841,8 +841,9 @@ def flags_like(source: str, dataset: DataSet, new_method: bool) -> dict[str, Any
         chosen = repeated(run, own)
     except UsageError as error:
         raise UsageError(f"--like {source}: {error}") from None
+    if not new_method:
+        return chosen
     of_method = {"method", "attack", "objective", *method_flags()} - {*NETWORK, "norm", "pgd_alpha"}
-    of_method = of_method if new_method else set()
     return {name: value for name, value in chosen.items() if name not in of_method}
 
 

@@ -136,6 +136,9 @@ def test_a_file_that_is_exported_again_has_new_accuracies_too(exported, evaluate
     rows = {(row["attack"], row["n"]) for row in after["accuracy"]}
     assert rows == {("clean", 20), ("fgsm", 8), ("pgd-1-1", 8), ("pgd-3-1", 20)}
     assert {**before, "accuracy": 0} == {**after, "accuracy": 0} and len(before["accuracy"]) == 3
+    older = {**before, "args": {name: value for name, value in before["args"].items() if name != "block"}}
+    save_file(load_file(first), first, {"format": "pt", "singlestep": json.dumps(older)})
+    assert exported(first, f"--to={second}")[0] == 0 and len(metadata(second)["accuracy"]) == 4
 
 
 def test_a_file_that_is_exported_again_has_the_given_network(exported, tmp_path, run):
@@ -161,8 +164,9 @@ def test_the_final_evaluation_is_of_the_network_that_it_evaluated(run, exported,
             rows = {row["attack"]: (row["step"], row["n"], row["robust"]) for row in metadata(to)["accuracy"]}
             assert rows.get("pgd-3-2") == ((1.0, 64, 16) if epoch == evaluated else None)
             assert (rows["clean"] == (None, 64, 32)) == (epoch == evaluated)
-    (run / "final.json").write_text("{")
-    one_line(exported(run, f"--to={tmp_path / 'x.safetensors'}"), "final.json is damaged")
+    for damaged in ("{", "[]", '{"model": "last", "iters": 3}'):
+        (run / "final.json").write_text(damaged)
+        one_line(exported(run, f"--to={tmp_path / 'x.safetensors'}"), "final.json is damaged")
 
 
 def test_half_precision_is_near_and_half_as_large(run, exported, tmp_path):
